@@ -1,0 +1,352 @@
+"""What a checkpoint is and what a user asks of it, as frozen dataclasses with validation.
+
+Nothing here imports torch: a request can be checked before anything heavy is loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+VAE_SPATIAL = 8
+VAE_TEMPORAL = 4
+
+VARIANTS = ("base", "mid", "distilled")
+
+
+class RequestError(ValueError):
+    """Bad input, found before work starts. The message is one line: what was given, what is allowed, what to do."""
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """The switches of `HeliosTransformer3DModel`, under the names of its `config.json`.
+
+    Defaults are those of Helios-14B. `added_kv_proj_dim` and other keys that never reach the forward pass are dropped
+    by `from_dict`.
+    """
+
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    num_attention_heads: int = 40
+    attention_head_dim: int = 128
+    in_channels: int = 16
+    out_channels: int = 16
+    text_dim: int = 4096
+    freq_dim: int = 256
+    ffn_dim: int = 13824
+    num_layers: int = 40
+    cross_attn_norm: bool = True
+    eps: float = 1e-6
+    rope_dim: tuple[int, int, int] = (44, 42, 42)
+    rope_theta: float = 10000.0
+    guidance_cross_attn: bool = True
+    zero_history_timestep: bool = True
+    has_multi_term_memory_patch: bool = True
+    is_amplify_history: bool = False
+    history_scale_mode: str = "per_head"
+
+    def __post_init__(self) -> None:
+        if sum(self.rope_dim) != self.attention_head_dim:
+            raise RequestError(f"rope_dim {self.rope_dim} must add up to attention_head_dim {self.attention_head_dim}")
+        if any(axis % 2 for axis in self.rope_dim):
+            raise RequestError(f"rope_dim {self.rope_dim} must be even on every axis")
+        if self.history_scale_mode not in ("per_head", "scalar"):
+            raise RequestError(f"history_scale_mode {self.history_scale_mode!r}: allowed are 'per_head' and 'scalar'")
+
+    @property
+    def dim(self) -> int:
+        """Width of the residual stream, H · D."""
+        return self.num_attention_heads * self.attention_head_dim
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TransformerConfig:
+        """Read a diffusers `transformer/config.json`.
+
+        Raises `RequestError` for a switch that would change the computation and is not supported.
+        """
+        if values.get("added_kv_proj_dim") is not None:
+            raise RequestError(
+                f"transformer config: added_kv_proj_dim={values['added_kv_proj_dim']} is not used by any Helios; "
+                "only null is supported"
+            )
+        if values.get("qk_norm", "rms_norm_across_heads") != "rms_norm_across_heads":
+            raise RequestError(
+                f"transformer config: qk_norm={values['qk_norm']!r}: only 'rms_norm_across_heads' exists for Helios"
+            )
+        names = {f.name for f in dataclasses.fields(cls)}
+        known = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in names}
+        known["out_channels"] = known.get("out_channels") or known.get("in_channels", cls.in_channels)
+        return cls(**known)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint folder in the diffusers layout, read from its JSON files only.
+
+    `variant` comes from `model_index.json`: `HeliosPipeline` is base, `HeliosPyramidPipeline` is distilled if
+    `is_distilled`, else mid.
+    """
+
+    folder: Path
+    variant: str
+    is_cfg_zero_star: bool
+    transformer: TransformerConfig
+    random_weights: bool = False
+
+    @property
+    def is_pyramid(self) -> bool:
+        return self.variant != "base"
+
+    @property
+    def is_distilled(self) -> bool:
+        return self.variant == "distilled"
+
+    @classmethod
+    def read(cls, folder: Path) -> Checkpoint:
+        """Raises `RequestError` when the folder is no Helios checkpoint."""
+        index = _read_json(folder / "model_index.json")
+        kind = index.get("_class_name")
+        if kind not in ("HeliosPipeline", "HeliosPyramidPipeline"):
+            raise RequestError(
+                f"--model {folder}: model_index.json names {kind!r}; a Helios checkpoint has HeliosPipeline or "
+                "HeliosPyramidPipeline"
+            )
+        missing = [
+            part
+            for part in ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+            if not (folder / part).is_dir()
+        ]
+        if missing:
+            raise RequestError(f"--model {folder}: the folder(s) {', '.join(missing)} are missing from the checkpoint")
+        variant = "base" if kind == "HeliosPipeline" else "distilled" if index.get("is_distilled") else "mid"
+        return cls(
+            folder=folder,
+            variant=variant,
+            is_cfg_zero_star=bool(index.get("is_cfg_zero_star", False)),
+            transformer=TransformerConfig.from_dict(_read_json(folder / "transformer" / "config.json")),
+            random_weights=bool(index.get("random_weights", False)),
+        )
+
+
+@dataclass(frozen=True)
+class ScheduledPrompt:
+    """One entry of an interactive schedule: a prompt and for how many chunks it holds."""
+
+    prompt: str
+    chunks: int
+
+
+@dataclass(frozen=True)
+class Request:
+    """One video, or a batch of videos that share everything but prompt and seed. Names are those of diffusers.
+
+    `None` means "what this checkpoint is meant for"; `resolve` fills it in. `image` and `video` are paths; the pipeline
+    also takes loaded pictures and tensors in their place.
+    """
+
+    prompt: tuple[str, ...] = ()
+    negative_prompt: str = ""
+    prompt_schedule: tuple[ScheduledPrompt, ...] = ()
+    interpolation_steps: int = 3
+    image: str | None = None
+    video: str | None = None
+    height: int = 384
+    width: int = 640
+    num_frames: int = 132
+    fps: int = 24
+    seed: tuple[int, ...] = (42,)
+    guidance_scale: float | None = None
+    num_inference_steps: int | None = None
+    pyramid_num_inference_steps_list: tuple[int, ...] | None = None
+    sigmas: tuple[float, ...] | None = None
+    is_amplify_first_chunk: bool | None = None
+    is_skip_first_chunk: bool = False
+    keep_first_frame: bool = True
+    history_sizes: tuple[int, ...] = (16, 2, 1)
+    num_latent_frames_per_chunk: int = 9
+    use_zero_init: bool = True
+    zero_steps: int = 1
+    add_noise_to_image_latents: bool = True
+    image_noise_sigma_min: float = 0.111
+    image_noise_sigma_max: float = 0.135
+    add_noise_to_video_latents: bool = True
+    video_noise_sigma_min: float = 0.111
+    video_noise_sigma_max: float = 0.135
+    max_sequence_length: int = 512
+
+    @property
+    def batch_size(self) -> int:
+        return 1 if self.prompt_schedule else len(self.prompt)
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """One seed a video: those given, or the single one given counted upwards."""
+        if len(self.seed) == self.batch_size:
+            return self.seed
+        return tuple(self.seed[0] + i for i in range(self.batch_size))
+
+    @property
+    def frames_per_chunk(self) -> int:
+        """33 for the default 9 latent frames."""
+        return (self.num_latent_frames_per_chunk - 1) * VAE_TEMPORAL + 1
+
+    @property
+    def num_chunks(self) -> int:
+        asked = math.ceil(self.num_frames / self.frames_per_chunk)
+        return max(asked, sum(entry.chunks for entry in self.prompt_schedule))
+
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        return self.height // VAE_SPATIAL, self.width // VAE_SPATIAL
+
+    @property
+    def history_frames(self) -> tuple[int, int, int]:
+        """Latent frames of the long, mid and short history, without the anchor.
+
+        Without an anchor (`keep_first_frame=False`) its place goes to one more short frame.
+        """
+        long, mid, short = sorted(self.history_sizes, reverse=True)
+        return long, mid, short if self.keep_first_frame else short + 1
+
+    def resolve(self, checkpoint: Checkpoint) -> Request:
+        """Fill in what the checkpoint decides, then check everything. Raises `RequestError`."""
+        filled: dict[str, Any] = {}
+        if self.guidance_scale is None:
+            filled["guidance_scale"] = 1.0 if checkpoint.is_distilled else 5.0
+        if checkpoint.is_pyramid:
+            if self.num_inference_steps is not None:
+                raise RequestError(
+                    f"--num-inference-steps {self.num_inference_steps}: only Helios-Base takes it; "
+                    f"this is Helios-{checkpoint.variant.capitalize()}: use --pyramid-steps"
+                )
+            if self.sigmas is not None:
+                raise RequestError("sigmas: only Helios-Base takes a sigma schedule of its own; leave it out")
+            if self.pyramid_num_inference_steps_list is None:
+                filled["pyramid_num_inference_steps_list"] = (2, 2, 2) if checkpoint.is_distilled else (20, 20, 20)
+        else:
+            if self.pyramid_num_inference_steps_list is not None:
+                raise RequestError(
+                    f"--pyramid-steps {' '.join(map(str, self.pyramid_num_inference_steps_list))}: Helios-Base has no "
+                    "pyramid: use --num-inference-steps"
+                )
+            if self.num_inference_steps is None:
+                filled["num_inference_steps"] = len(self.sigmas) if self.sigmas else 50
+        if self.is_amplify_first_chunk is None:
+            filled["is_amplify_first_chunk"] = checkpoint.is_distilled
+        elif self.is_amplify_first_chunk and not checkpoint.is_distilled:
+            raise RequestError(
+                f"--amplify-first-chunk: only Helios-Distilled has it, this is Helios-{checkpoint.variant.capitalize()}"
+            )
+        request = dataclasses.replace(self, **filled)
+        request.validate(checkpoint)
+        return request
+
+    def validate(self, checkpoint: Checkpoint) -> None:
+        """Raises `RequestError`, naming the flag, the value and what is allowed. See `tests/test_bad_input.py`."""
+        for check in (self._check_prompts, self._check_media, self._check_numbers):
+            check()
+        self._check_sizes(checkpoint)
+        self._check_steps(checkpoint)
+
+    def _check_prompts(self) -> None:
+        if self.prompt_schedule and self.prompt:
+            raise RequestError("--prompt and --prompt-schedule: give one of the two")
+        if not self.prompt and not self.prompt_schedule:
+            raise RequestError("--prompt: at least one prompt is needed")
+        texts = self.prompt or tuple(entry.prompt for entry in self.prompt_schedule)
+        for text in texts:
+            if not text.strip():
+                raise RequestError(f"--prompt {text!r}: a prompt must hold more than white space")
+        for entry in self.prompt_schedule:
+            if entry.chunks < 1:
+                raise RequestError(f"--prompt-schedule {entry.chunks}: an entry lasts at least 1 chunk")
+        if self.interpolation_steps < 1:
+            raise RequestError(f"--interpolation-steps {self.interpolation_steps}: at least 1 is allowed")
+        if self.batch_size != len(self.seed) and len(self.seed) != 1:
+            raise RequestError(
+                f"--seed: {len(self.seed)} seeds for {self.batch_size} prompt(s); give one, or one for each prompt"
+            )
+        for seed in self.seed:
+            if not 0 <= seed < 2**63:
+                raise RequestError(f"--seed {seed}: allowed is 0 to 2^63 - 1")
+
+    def _check_media(self) -> None:
+        if self.image is not None and self.video is not None:
+            raise RequestError("--image and --video: give one of the two")
+
+    def _check_numbers(self) -> None:
+        positive = {
+            "--num-frames": self.num_frames,
+            "--fps": self.fps,
+            "--num-latent-frames-per-chunk": self.num_latent_frames_per_chunk,
+            "--max-sequence-length": self.max_sequence_length,
+        }
+        for flag, value in positive.items():
+            if value < 1:
+                raise RequestError(f"{flag} {value}: at least 1 is allowed")
+        if self.guidance_scale is not None and not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 0):
+            raise RequestError(f"--guidance-scale {self.guidance_scale}: a finite number of at least 0 is allowed")
+        if self.zero_steps < 0:
+            raise RequestError(f"--zero-steps {self.zero_steps}: at least 0 is allowed")
+        for name in ("image", "video"):
+            low, high = getattr(self, f"{name}_noise_sigma_min"), getattr(self, f"{name}_noise_sigma_max")
+            if not (math.isfinite(low) and math.isfinite(high) and 0 <= low <= high <= 1):
+                raise RequestError(f"--{name}-noise-sigma {low} {high}: allowed is 0 <= min <= max <= 1")
+        if len(self.history_sizes) != 3 or min(self.history_sizes) < 1:
+            raise RequestError(
+                f"--history-sizes {' '.join(map(str, self.history_sizes))}: three sizes of at least 1 are allowed"
+            )
+
+    def _check_sizes(self, checkpoint: Checkpoint) -> None:
+        stages = len(self.pyramid_num_inference_steps_list or ()) if checkpoint.is_pyramid else 1
+        multiple = VAE_SPATIAL * checkpoint.transformer.patch_size[1] * 2 ** (stages - 1)
+        for flag, value in (("--height", self.height), ("--width", self.width)):
+            if value < multiple or value % multiple:
+                below = value // multiple * multiple
+                near = [size for size in (below, below + multiple) if size > 0]
+                raise RequestError(
+                    f"{flag} {value}: Helios-{checkpoint.variant.capitalize()} takes multiples of {multiple}; "
+                    f"the nearest are {' and '.join(map(str, near))}"
+                )
+
+    def _check_steps(self, checkpoint: Checkpoint) -> None:
+        if checkpoint.is_pyramid:
+            steps = self.pyramid_num_inference_steps_list or ()
+            stages = _read_json(checkpoint.folder / "scheduler" / "scheduler_config.json").get("stages", 3)
+            if len(steps) != stages or min(steps, default=0) < 1:
+                raise RequestError(
+                    f"--pyramid-steps {' '.join(map(str, steps))}: {stages} numbers of at least 1 are allowed, one a "
+                    "stage of this checkpoint"
+                )
+        elif self.num_inference_steps is not None and self.num_inference_steps < 1:
+            raise RequestError(f"--num-inference-steps {self.num_inference_steps}: at least 1 is allowed")
+        if self.sigmas is not None and len(self.sigmas) != self.num_inference_steps:
+            raise RequestError(
+                f"sigmas: {len(self.sigmas)} given for --num-inference-steps {self.num_inference_steps}"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """A dictionary of plain JSON values; `from_json` reads it back to an equal request."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Request:
+        values = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+        schedule = tuple(ScheduledPrompt(**entry) for entry in values.pop("prompt_schedule", ()))
+        return cls(prompt_schedule=schedule, **values)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RequestError(f"--model {path.parent}: {path.name} is missing, so this is no Helios checkpoint") from None
+    except (OSError, ValueError) as error:
+        raise RequestError(f"--model {path.parent}: {path.name} cannot be read: {error}") from None
+    if not isinstance(values, dict):
+        raise RequestError(f"--model {path.parent}: {path.name} does not hold a JSON object")
+    return values

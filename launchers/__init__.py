@@ -1,0 +1,1 @@
+"""Programs that spread Helios over a Ray cluster."""

@@ -1,0 +1,1 @@
+"""A library of parallelism for diffusion transformers. It knows nothing of Helios."""
