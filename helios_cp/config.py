@@ -325,9 +325,7 @@ class Request:
         elif self.num_inference_steps is not None and self.num_inference_steps < 1:
             raise RequestError(f"--num-inference-steps {self.num_inference_steps}: at least 1 is allowed")
         if self.sigmas is not None and len(self.sigmas) != self.num_inference_steps:
-            raise RequestError(
-                f"sigmas: {len(self.sigmas)} given for --num-inference-steps {self.num_inference_steps}"
-            )
+            raise RequestError(f"sigmas: {len(self.sigmas)} given for --num-inference-steps {self.num_inference_steps}")
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary of plain JSON values; `from_json` reads it back to an equal request."""
