@@ -1,0 +1,175 @@
+"""The command-line flags of a request, shared by every program that takes one."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any, NoReturn
+
+from helios_cp.config import Request, RequestError, ScheduledPrompt
+from helios_cp.device import DTYPES
+
+DEFAULTS = Request()
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Says what is wrong in one line on stderr, without the usage text, and exits with 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+def add_request_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of a request. Flags that the user leaves out are absent from the namespace."""
+    text = parser.add_argument_group("prompts")
+    text.add_argument(
+        "--prompt", action="append", metavar="TEXT", help="what to show; repeat it for a batch of videos in one call"
+    )
+    text.add_argument("--negative-prompt", metavar="TEXT", help="what to avoid; Base and Mid only (default: empty)")
+    text.add_argument(
+        "--prompt-schedule",
+        action="append",
+        nargs=2,
+        metavar=("CHUNKS", "TEXT"),
+        help="a prompt and for how many chunks it holds; repeat it to change the prompt while the video runs",
+    )
+    text.add_argument(
+        "--interpolation-steps",
+        type=int,
+        metavar="N",
+        help=f"chunks over which a scheduled prompt blends into the next (default: {DEFAULTS.interpolation_steps})",
+    )
+    text.add_argument(
+        "--max-sequence-length",
+        type=int,
+        metavar="N",
+        help=f"text tokens, longer prompts are cut (default: {DEFAULTS.max_sequence_length})",
+    )
+
+    media = parser.add_argument_group("picture or clip to start from")
+    media.add_argument("--image", metavar="FILE", help="image to video: the first frame")
+    media.add_argument("--video", metavar="FILE", help="video to video: the clip to go on from, 33 frames or more")
+    for kind in ("image", "video"):
+        low, high = getattr(DEFAULTS, f"{kind}_noise_sigma_min"), getattr(DEFAULTS, f"{kind}_noise_sigma_max")
+        media.add_argument(
+            f"--{kind}-noise-sigma",
+            type=float,
+            nargs=2,
+            metavar=("MIN", "MAX"),
+            help=f"range of the noise mixed into the {kind}'s latents (default: {low} {high})",
+        )
+        media.add_argument(
+            f"--add-noise-to-{kind}-latents",
+            action=argparse.BooleanOptionalAction,
+            help="mix noise into them (default: on)",
+        )
+
+    size = parser.add_argument_group("size and seed")
+    size.add_argument("--height", type=int, metavar="PIXELS", help=f"(default: {DEFAULTS.height})")
+    size.add_argument("--width", type=int, metavar="PIXELS", help=f"(default: {DEFAULTS.width})")
+    size.add_argument(
+        "--num-frames", type=int, metavar="N", help=f"rounded up to 33 a chunk (default: {DEFAULTS.num_frames})"
+    )
+    size.add_argument("--fps", type=int, metavar="N", help=f"of the MP4 (default: {DEFAULTS.fps})")
+    size.add_argument(
+        "--seed", type=int, nargs="+", metavar="N", help=f"one, or one for each prompt (default: {DEFAULTS.seed[0]})"
+    )
+
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument(
+        "--guidance-scale", type=float, metavar="X", help="Base and Mid; Distilled ignores it (default: 5.0)"
+    )
+    sampling.add_argument("--num-inference-steps", type=int, metavar="N", help="Base only (default: 50)")
+    sampling.add_argument(
+        "--pyramid-steps",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="steps of each stage (default: 20 20 20 for Mid, 2 2 2 for Distilled)",
+    )
+    sampling.add_argument(
+        "--amplify-first-chunk",
+        action=argparse.BooleanOptionalAction,
+        help="twice the steps for the first chunk; Distilled only (default: on there)",
+    )
+    sampling.add_argument(
+        "--skip-first-chunk",
+        action=argparse.BooleanOptionalAction,
+        help="anchor the video on its second chunk, for pictures that stay too still (default: off)",
+    )
+    sampling.add_argument(
+        "--keep-first-frame",
+        action=argparse.BooleanOptionalAction,
+        help="let every chunk see the first frame (default: on)",
+    )
+    sampling.add_argument(
+        "--use-zero-init",
+        action=argparse.BooleanOptionalAction,
+        help="start from a zero velocity; Mid only (default: on)",
+    )
+    sampling.add_argument("--zero-steps", type=int, metavar="N", help="up to which step; Mid only (default: 1)")
+    sampling.add_argument(
+        "--history-sizes",
+        type=int,
+        nargs=3,
+        metavar="N",
+        help="latent frames of the long, mid and short history (default: 16 2 1)",
+    )
+    sampling.add_argument(
+        "--num-latent-frames-per-chunk", type=int, metavar="N", help="9 are 33 frames, as trained (default: 9)"
+    )
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say which checkpoint runs where."""
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--model",
+        metavar="MODEL",
+        help="tiny-base, tiny-mid or tiny-distilled (random weights), a folder in the diffusers layout, or a hub id "
+        "such as BestWishYsh/Helios-Distilled, also with @REVISION (default: tiny-distilled)",
+    )
+    model.add_argument(
+        "--dtype",
+        choices=(*DTYPES, "auto"),
+        help="of the transformer and text encoder (default: auto, float32 on a CPU and bfloat16 elsewhere)",
+    )
+    model.add_argument("--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1, … (default: auto)")
+
+
+RENAMED = {
+    "pyramid_steps": "pyramid_num_inference_steps_list",
+    "amplify_first_chunk": "is_amplify_first_chunk",
+    "skip_first_chunk": "is_skip_first_chunk",
+}
+
+
+def given_fields(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The fields of `Request` that the user gave, by the names of `Request`."""
+    values = {RENAMED.get(name, name): value for name, value in vars(arguments).items()}
+    for kind in ("image", "video"):
+        if f"{kind}_noise_sigma" in values:
+            values[f"{kind}_noise_sigma_min"], values[f"{kind}_noise_sigma_max"] = values[f"{kind}_noise_sigma"]
+    if "prompt_schedule" in values:
+        values["prompt_schedule"] = [scheduled_prompt(*entry) for entry in values["prompt_schedule"]]
+    fields = Request.__dataclass_fields__
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if name in fields}
+
+
+def scheduled_prompt(chunks: str, prompt: str) -> ScheduledPrompt:
+    try:
+        return ScheduledPrompt(prompt, int(chunks))
+    except ValueError:
+        raise RequestError(f"--prompt-schedule {chunks} {prompt!r}: the first word is a number of chunks") from None
+
+
+def flag_of(field: str) -> str:
+    """The flag that sets a field of `Request`."""
+    names = {new: old for old, new in RENAMED.items()}
+    name = names.get(field, field).removesuffix("_min").removesuffix("_max")
+    return "--" + name.replace("_", "-")
+
+
+def absolute_media(fields: dict[str, Any]) -> dict[str, Any]:
+    """Make the paths of media absolute, so that a run can be resumed from elsewhere."""
+    return {k: str(Path(v).absolute()) if k in ("image", "video") and v is not None else v for k, v in fields.items()}

@@ -1,0 +1,246 @@
+"""From a request to a stream of chunks."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from helios_cp import vae as codec
+from helios_cp.conditioning import Inputs, initial_state
+from helios_cp.config import Checkpoint, Request, RequestError
+from helios_cp.noise import normal
+from helios_cp.sampling import SamplingPlan, Step, denoise
+from helios_cp.schedule import prompt_blend
+from helios_cp.state import ChunkState
+from helios_cp.text import encode_prompts
+from helios_cp.timing import Stopwatch
+from helios_cp.transformer import HeliosTransformer, History, TextCondition
+from helios_cp.weights import load_scheduler, load_text_encoder, load_transformer, load_vae, resolve
+
+OUTPUT_TYPES = ("uint8", "float", "latent")
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One finished chunk.
+
+    `latents` `[B, C, T, h, w]` fp32; `frames` `[B, 33, H, W, 3]`, uint8 or fp32 in [0, 1], or `None` for output type
+    "latent". `state` is what the next chunk starts from; saved, it resumes the video. `seconds` by stage.
+    """
+
+    index: int
+    latents: Tensor
+    frames: Tensor | None
+    state: ChunkState
+    seconds: dict[str, float]
+
+
+class Pipeline:
+    """A loaded checkpoint that turns requests into videos, one chunk at a time."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, transformer: HeliosTransformer, vae, tokenizer, text_encoder, scheduler
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.transformer = transformer
+        self.vae = vae
+        self.tokenizer = tokenizer
+        self.text_encoder = text_encoder
+        self.scheduler = scheduler
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Checkpoint,
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        device: str | torch.device = "cpu",
+        cache: Path | None = None,
+    ) -> Pipeline:
+        """Load a preset, a folder in the diffusers layout or a hub id; the VAE stays in fp32."""
+        checkpoint = model if isinstance(model, Checkpoint) else resolve(model, cache)
+        device = torch.device(device)
+        tokenizer, text_encoder = load_text_encoder(checkpoint, device, dtype)
+        return cls(
+            checkpoint,
+            load_transformer(checkpoint, dtype, device),
+            load_vae(checkpoint, device),
+            tokenizer,
+            text_encoder,
+            load_scheduler(checkpoint),
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self.transformer.proj_out.weight.device
+
+    @torch.no_grad()
+    def stream(
+        self,
+        request: Request,
+        inputs: Inputs | None = None,
+        *,
+        state: ChunkState | None = None,
+        output_type: str = "uint8",
+        on_step: Callable[[Step], None] | None = None,
+    ) -> Iterator[Chunk]:
+        """Yield each chunk as soon as it is denoised and decoded; nothing of earlier chunks is kept.
+
+        `state` goes on from a saved chunk. `on_step` is called after every denoising step. Raises `RequestError` for a
+        bad request before any work is done.
+        """
+        if output_type not in OUTPUT_TYPES:
+            raise RequestError(f"output_type {output_type!r}: allowed are {', '.join(OUTPUT_TYPES)}")
+        request, inputs = (inputs or Inputs()).merged(request)
+        request = request.resolve(self.checkpoint)
+        watch = Stopwatch(self.device)
+        with watch.measure("text"):
+            prompts = self.encode_prompts(request, inputs)
+        if state is None:
+            with watch.measure("media"):
+                state = self.initial_state(request, inputs)
+        scheduler = copy.deepcopy(self.scheduler)
+        for index in range(state.index, request.num_chunks):
+            with watch.measure("conditions"):
+                conditions = prompts.at(index)
+            for event in self._denoise(request, inputs, conditions, state, scheduler, watch):
+                if isinstance(event, Step):
+                    if on_step is not None:
+                        on_step(event)
+                else:
+                    latents, state = event
+            frames = None
+            if output_type != "latent":
+                with watch.measure("decode"):
+                    frames = self.decode(latents, output_type)
+            yield Chunk(index, latents.float(), frames, state, dict(watch.seconds))
+            watch.seconds.clear()
+
+    def encode_prompts(self, request: Request, inputs: Inputs | None = None) -> Prompts:
+        """Text conditions of a resolved request."""
+        inputs = inputs or Inputs()
+        length, dtype = request.max_sequence_length, self.transformer.dtype
+        texts = tuple(entry.prompt for entry in request.prompt_schedule) or request.prompt
+        embeds = inputs.prompt_embeds
+        if embeds is None:
+            embeds = encode_prompts(self.tokenizer, self.text_encoder, texts, length, dtype)
+        negative = None
+        if SamplingPlan.of(request, self.checkpoint).is_guided:
+            negative = inputs.negative_prompt_embeds
+            if negative is None:
+                negative = encode_prompts(self.tokenizer, self.text_encoder, [request.negative_prompt], length, dtype)
+            negative = negative.to(self.device, dtype).expand(request.batch_size, -1, -1)
+        return Prompts(self.transformer, request, embeds.to(self.device, dtype), negative)
+
+    def initial_state(self, request: Request, inputs: Inputs | None = None) -> ChunkState:
+        """The state before chunk 0 of a resolved request: encodes the picture or clip, if there is one."""
+        channels = self.checkpoint.transformer.in_channels
+        return initial_state(request, inputs or Inputs(), self.vae, channels, self.device)
+
+    def decode(self, latents: Tensor, output_type: str = "uint8") -> Tensor:
+        """Frames `[B, 33, H, W, 3]` of one chunk's latents `[B, C, T, h, w]`."""
+        video = codec.decode(self.vae, latents)
+        return codec.to_uint8(video) if output_type == "uint8" else codec.to_unit(video)
+
+    def _denoise(
+        self, request: Request, inputs: Inputs, conditions: Conditions, state: ChunkState, scheduler, watch: Stopwatch
+    ) -> Iterator[Step | tuple[Tensor, ChunkState]]:
+        plan = SamplingPlan.of(request, self.checkpoint)
+        generators = state.make_generators()
+        noise = self._initial_noise(request, inputs, state, generators)
+        with watch.measure("conditions"):
+            history, frame_indices = split_history(state, request)
+            history = self.transformer.encode_history(history)
+
+        def predict(latents: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor | None]:
+            velocity = self.transformer(latents, timestep, conditions.prompt, history, frame_indices)
+            if conditions.negative is None:
+                return velocity, None
+            return velocity, self.transformer(latents, timestep, conditions.negative, history, frame_indices)
+
+        events = denoise(
+            noise,
+            predict,
+            plan,
+            scheduler,
+            generators,
+            chunk=state.index,
+            dtype=self.transformer.dtype,
+            measure=watch.measure,
+        )
+        for event in events:
+            if isinstance(event, Step):
+                yield event
+            else:
+                yield event, state.after(event, generators, request, anchored=inputs.has_anchor)
+
+    def _initial_noise(
+        self, request: Request, inputs: Inputs, state: ChunkState, generators: list[torch.Generator]
+    ) -> Tensor:
+        frames = request.num_latent_frames_per_chunk
+        if inputs.latents is None:
+            shape = (self.checkpoint.transformer.in_channels, frames, *request.latent_size)
+            return normal(shape, generators, self.device)
+        return inputs.latents[:, :, state.index * frames :][:, :, :frames].to(self.device, torch.float32)
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Cross-attention keys and values of a chunk's prompts, and of the negative prompt where guidance is on."""
+
+    prompt: TextCondition
+    negative: TextCondition | None
+
+
+class Prompts:
+    """The embedded prompts of a request; computes the conditions of a chunk, again only when the prompt changes."""
+
+    def __init__(
+        self, transformer: HeliosTransformer, request: Request, embeds: Tensor, negative: Tensor | None
+    ) -> None:
+        self.transformer = transformer
+        self.request = request
+        self.embeds = embeds
+        self.negative = None if negative is None else transformer.encode_text(negative)
+        self._current: tuple[object, TextCondition] | None = None
+
+    def at(self, chunk: int) -> Conditions:
+        key = None
+        if self.request.prompt_schedule:
+            lengths = tuple(entry.chunks for entry in self.request.prompt_schedule)
+            key = prompt_blend(lengths, self.request.interpolation_steps, chunk)
+        if self._current is None or self._current[0] != key:
+            self._current = None  # the old keys and values go before the new ones are made
+            self._current = (key, self.transformer.encode_text(self._embedding(key)))
+        return Conditions(self._current[1], self.negative)
+
+    def _embedding(self, key: tuple[int, int, float] | None) -> Tensor:
+        if key is None:
+            return self.embeds
+        first, second, weight = key
+        return torch.lerp(self.embeds[first : first + 1], self.embeds[second : second + 1], weight)
+
+
+def split_history(state: ChunkState, request: Request) -> tuple[History, tuple[int, ...]]:
+    """The history of a state with its frame indices, and the indices of the noisy frames.
+
+    Indices are the same for every chunk: anchor · long · mid · short · noisy, counted from 0.
+    """
+    sizes = request.history_frames
+    long, mid, short = state.history.split(sizes, dim=2)
+    anchor = 0 if state.anchor is None else 1
+    bounds = [anchor]
+    for size in (*sizes, request.num_latent_frames_per_chunk):
+        bounds.append(bounds[-1] + size)
+    long_indices, mid_indices, short_indices, noisy_indices = (
+        tuple(range(start, stop)) for start, stop in itertools.pairwise(bounds)
+    )
+    if state.anchor is not None:
+        short, short_indices = torch.cat([state.anchor, short], dim=2), (0, *short_indices)
+    return History(short, short_indices, mid, mid_indices, long, long_indices), noisy_indices

@@ -1,0 +1,99 @@
+"""What a run did, in figures."""
+
+from __future__ import annotations
+
+import platform
+from collections import defaultdict
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+
+import helios_cp
+from helios_cp.config import Checkpoint, Request
+from helios_cp.device import dtype_name, peak_memory
+
+
+class Report:
+    """Collects the seconds of each chunk of one video and works out the FPS."""
+
+    def __init__(
+        self, request: Request, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, finished: int
+    ) -> None:
+        self.request = request
+        self.checkpoint = checkpoint
+        self.dtype = dtype
+        self.device = device
+        self.finished = finished
+        self.chunks: list[dict[str, Any]] = []
+
+    def add(self, index: int, seconds: float, stages: dict[str, float]) -> None:
+        """`seconds` is the wall time of the chunk, all of it; `stages` its parts."""
+        self.chunks.append({"index": index, "seconds": seconds, "stages": dict(stages)})
+
+    @property
+    def frames(self) -> int:
+        """Frames made by this call, of all videos of the batch."""
+        return len(self.chunks) * self.request.frames_per_chunk * self.request.batch_size
+
+    def fps(self, *, skip_first: bool = False) -> float | None:
+        """Frames per second of wall time, from the prompt to the encoded video; `None` if nothing was timed."""
+        chunks = self.chunks[1:] if skip_first else self.chunks
+        seconds = sum(chunk["seconds"] for chunk in chunks)
+        if not seconds:
+            return None
+        return len(chunks) * self.request.frames_per_chunk * self.request.batch_size / seconds
+
+    def stage_seconds(self) -> dict[str, float]:
+        total: dict[str, float] = defaultdict(float)
+        for chunk in self.chunks:
+            for name, seconds in chunk["stages"].items():
+                total[name] += seconds
+        return dict(total)
+
+    def to_json(self, output: list[str], *, complete: bool) -> dict[str, Any]:
+        return {
+            "version": helios_cp.__version__,
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "diffusers": diffusers.__version__,
+                "transformers": transformers.__version__,
+            },
+            "model": str(self.checkpoint.folder),
+            "variant": self.checkpoint.variant,
+            "random_weights": self.checkpoint.random_weights,
+            "dtype": dtype_name(self.dtype),
+            "device": device_name(self.device),
+            "layout": {"ranks": 1, "cfg": 1, "ring": 1, "ulysses": 1, "ffn_tp": 1, "vae": 1},
+            "seed": list(self.request.seeds),
+            "request": self.request.to_json(),
+            "output": output,
+            "complete": complete,
+            "resumed_from_chunk": self.finished,
+            "frames": self.frames,
+            "fps": self.fps(),
+            "fps_without_first_chunk": self.fps(skip_first=True),
+            "stage_seconds": self.stage_seconds(),
+            "chunks": self.chunks,
+            "peak_memory_bytes": peak_memory(self.device),
+        }
+
+    def summary(self) -> str:
+        """The figures for a reader, one a line."""
+        lines = []
+        if self.fps() is not None:
+            rest = self.fps(skip_first=True)
+            steady = f" ({rest:.2f} without the first chunk)" if rest is not None else ""
+            lines.append(f"{self.frames} frames at {self.fps():.2f} FPS{steady}")
+        total = sum(chunk["seconds"] for chunk in self.chunks)
+        for name, seconds in self.stage_seconds().items():
+            lines.append(f"  {name:<12} {seconds:8.2f} s  {100 * seconds / total:5.1f} %")
+        return "\n".join(lines)
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"

@@ -1,0 +1,310 @@
+"""From what `--model` says to loaded parts.
+
+`resolve` finds the checkpoint and reads its JSON files only; the `load_*` functions read weights, from safetensors
+files on disk and never from the network or a pickle. Heavy libraries are imported where they are used, so that
+`resolve` stays quick.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from helios_cp.config import VAE_SPATIAL, VAE_TEMPORAL, Checkpoint, RequestError
+from helios_cp.presets import DEFAULT_CACHE, PRESETS, preset_folder
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import AutoencoderKLWan, HeliosDMDScheduler, HeliosScheduler
+    from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
+
+    from helios_cp.transformer import HeliosTransformer
+
+PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+SCHEDULERS = ("HeliosScheduler", "HeliosDMDScheduler")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+IGNORED_KEY = "norm_added_q"  # in some checkpoints, used by no Helios; diffusers leaves it out too
+
+DOWNLOADED = ["model_index.json", *(f"{part}/*{end}" for part in PARTS for end in (".json", ".txt", ".model"))]
+DOWNLOADED += [f"{part}/*.safetensors" for part in PARTS]
+HUB_ID = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>\w[\w./-]*))?")
+
+
+class CheckpointError(ValueError):
+    """The files of a checkpoint are damaged, incomplete or do not fit together. The message names file and key."""
+
+
+def resolve(model: str, cache: Path | None = None) -> Checkpoint:
+    """The checkpoint that `model` stands for, without reading weights.
+
+    `model` is, in this order, the name of a preset (written below `cache` on first use), a folder in the diffusers
+    layout, or a hub id `owner/name` or `owner/name@revision`, whose missing files are downloaded. Raises
+    `RequestError` if it is none of these, or not to be had.
+    """
+    folder = Path(os.path.expanduser(model))
+    if model in PRESETS:
+        try:
+            folder = preset_folder(model, cache)
+        except OSError as error:
+            raise RequestError(
+                f"--model {model}: the cache folder {cache or DEFAULT_CACHE} cannot be written: "
+                f"{error.strerror or error}; set HELIOS_CP_CACHE to one that can"
+            ) from None
+    elif not os.path.isdir(folder):
+        hub_id = HUB_ID.fullmatch(model)
+        if hub_id is None or os.path.exists(folder):
+            raise RequestError(f"--model {model}: no such folder; give a folder, a hub id owner/name or {_presets()}")
+        folder = _download(model, hub_id["repository"], hub_id["revision"])
+    return Checkpoint.read(folder)
+
+
+def _presets() -> str:
+    return f"a preset: {', '.join(PRESETS)}"
+
+
+def _download(model: str, repository: str, revision: str | None) -> Path:
+    import huggingface_hub
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+
+    get = f"hf download {repository}{f' --revision {revision}' if revision else ''} --local-dir DIR"
+    try:
+        return Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=DOWNLOADED))
+    except GatedRepoError:
+        reason = "the hub asks to accept its terms on its page, and then for `hf auth login`"
+    except RepositoryNotFoundError:
+        reason = "neither a folder nor a public model on the hub"
+    except RevisionNotFoundError:
+        reason = f"the hub has no revision {revision!r} of it"
+    except HFValidationError:
+        reason = "neither a folder nor a valid hub id"
+    except Exception as error:  # every transport has exceptions of its own, and the advice is the same for all
+        reason = f"no such folder, and it could not be downloaded ({type(error).__name__})"
+    raise RequestError(f"--model {model}: {reason}; run `{get}` where it works and give DIR, or use {_presets()}")
+
+
+def load_transformer(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: str | torch.device = "cpu"
+) -> HeliosTransformer:
+    """The transformer in `dtype`, apart from what it keeps in fp32, ready for inference.
+
+    Memory is allocated once, on the device; tensors are then copied into place one at a time. Raises
+    `CheckpointError`, before anything is allocated, if files or keys are missing, left over or of the wrong shape.
+    """
+    import torch
+
+    from helios_cp.transformer import HeliosTransformer
+
+    stored = _stored_tensors(checkpoint.folder / "transformer", "diffusion_pytorch_model")
+    stored = {name: where for name, where in stored.items() if IGNORED_KEY not in name}
+    with torch.device("meta"):
+        model = HeliosTransformer(checkpoint.transformer)
+    _check_fit(checkpoint.folder / "transformer", stored, model.state_dict())
+    assert not list(model.buffers()), "buffers are not part of a checkpoint and would stay empty"
+    model.cast(dtype).to_empty(device=device)
+
+    places = model.state_dict()
+    for file, names in itertools.groupby(stored, key=lambda name: stored[name].file):
+        with _open(file) as shard:
+            for name in names:
+                places[name].copy_(shard.get_tensor(name))
+    return model.eval().requires_grad_(False)
+
+
+def load_vae(
+    checkpoint: Checkpoint, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> AutoencoderKLWan:
+    """The VAE, in fp32 unless `dtype` says otherwise. Raises `CheckpointError`."""
+    import torch
+    from diffusers import AutoencoderKLWan
+
+    folder = checkpoint.folder / "vae"
+    _stored_tensors(folder, "diffusion_pytorch_model")
+    with _blame(folder):
+        vae, report = AutoencoderKLWan.from_pretrained(
+            folder,
+            torch_dtype=dtype or torch.float32,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    _check_report(folder, report)
+    _check_vae(folder, vae.config, checkpoint.transformer.in_channels)
+    return vae.to(device).eval().requires_grad_(False)
+
+
+def _check_vae(folder: Path, config: Any, channels: int) -> None:
+    temporal = 2 ** sum(config.temperal_downsample)
+    spatial = 2 ** (len(config.dim_mult) - 1) * (config.patch_size or 1)
+    expectations = (
+        ("scale_factor_temporal", config.scale_factor_temporal, temporal, "what its layers do"),
+        ("scale_factor_spatial", config.scale_factor_spatial, spatial, "what its layers do"),
+        ("scale_factor_temporal", config.scale_factor_temporal, VAE_TEMPORAL, "what Helios needs"),
+        ("scale_factor_spatial", config.scale_factor_spatial, VAE_SPATIAL, "what Helios needs"),
+        ("z_dim", config.z_dim, channels, "the transformer's in_channels"),
+        ("the length of latents_mean", len(config.latents_mean), config.z_dim, "z_dim"),
+        ("the length of latents_std", len(config.latents_std), config.z_dim, "z_dim"),
+    )
+    for name, found, expected, meaning in expectations:
+        if found != expected:
+            raise CheckpointError(f"{folder / 'config.json'}: {name} is {found}; it must be {expected}, {meaning}")
+
+
+def load_text_encoder(
+    checkpoint: Checkpoint, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> tuple[PreTrainedTokenizerBase, UMT5EncoderModel]:
+    """The tokenizer and the text encoder, in fp32 unless `dtype` says otherwise. Raises `CheckpointError`."""
+    import torch
+    from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
+
+    folder = checkpoint.folder / "text_encoder"
+    with _blame(folder):
+        width = UMT5Config.from_pretrained(folder, local_files_only=True).d_model
+    if width != checkpoint.transformer.text_dim:
+        raise CheckpointError(
+            f"{folder / 'config.json'}: d_model is {width}; it must be {checkpoint.transformer.text_dim}, the "
+            "transformer's text_dim"
+        )
+    _stored_tensors(folder, "model")
+    with _blame(folder):
+        text_encoder, report = UMT5EncoderModel.from_pretrained(
+            folder,
+            dtype=dtype or torch.float32,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    _check_report(folder, report)
+    _check_embeddings(folder, text_encoder)
+    with _blame(checkpoint.folder / "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder / "tokenizer", local_files_only=True)
+    return tokenizer, text_encoder.to(device).eval().requires_grad_(False)
+
+
+def _check_embeddings(folder: Path, text_encoder: UMT5EncoderModel) -> None:
+    """Some releases of transformers lose the tie of the two names of this one table and leave it empty."""
+    used, shared = text_encoder.encoder.embed_tokens.weight, text_encoder.shared.weight
+    if not used.any():
+        raise CheckpointError(
+            f"{folder}: encoder.embed_tokens.weight is all zeros, so every prompt would mean the same"
+        )
+    if used is not shared and not used.equal(shared):
+        raise CheckpointError(f"{folder}: encoder.embed_tokens.weight differs from shared.weight; they are one table")
+
+
+def load_scheduler(checkpoint: Checkpoint) -> HeliosScheduler | HeliosDMDScheduler:
+    """The scheduler of the class that `scheduler_config.json` names. Raises `CheckpointError`."""
+    import diffusers
+
+    file = checkpoint.folder / "scheduler" / "scheduler_config.json"
+    name = _read_json(file).get("_class_name")
+    if name not in SCHEDULERS:
+        raise CheckpointError(f"{file}: _class_name is {name!r}; allowed are {', '.join(SCHEDULERS)}")
+    with _blame(file):
+        return getattr(diffusers, name).from_pretrained(file.parent, local_files_only=True)
+
+
+@dataclass(frozen=True)
+class _Stored:
+    file: Path
+    shape: tuple[int, ...]
+
+
+def _stored_tensors(folder: Path, stem: str) -> dict[str, _Stored]:
+    """Where each tensor of a part lies, by the headers of its safetensors files, file after file.
+
+    The files are `<stem>.safetensors`, or those that `<stem>.safetensors.index.json` names. Raises `CheckpointError`
+    for a missing or damaged file and for an index that does not tell the truth.
+    """
+    index = folder / f"{stem}.safetensors.index.json"
+    single = folder / f"{stem}.safetensors"
+    promised: dict[str, str] = {}
+    if index.is_file():
+        promised = _read_json(index).get("weight_map")
+        if not promised or not isinstance(promised, dict):
+            raise CheckpointError(f"{index}: has no weight_map; download it again")
+        files = [folder / name for name in dict.fromkeys(promised.values())]
+    elif single.is_file():
+        files = [single]
+    else:
+        pickles = sorted(file.name for file in folder.glob("*") if file.suffix in PICKLES)
+        found = f"; {pickles[0]} is a pickle, which could run code and is never read" if pickles else ""
+        raise CheckpointError(f"{folder}: {single.name} is missing{found}; safetensors files are needed")
+
+    stored: dict[str, _Stored] = {}
+    for file in files:
+        if not file.is_file():
+            raise CheckpointError(f"{file}: this shard is missing, {index.name} names it; download it again")
+        with _open(file) as shard:
+            for name in shard.keys():  # noqa: SIM118 - a safetensors file is no mapping
+                if name in stored:
+                    raise CheckpointError(f"{file}: {name} is in {stored[name].file.name} too; each key has one place")
+                stored[name] = _Stored(file, tuple(shard.get_slice(name).get_shape()))
+    for name, file_name in promised.items():
+        if name not in stored or stored[name].file.name != file_name:
+            raise CheckpointError(f"{folder / file_name}: {name} is not in this shard, though {index.name} says so")
+    return stored
+
+
+def _check_fit(folder: Path, stored: Mapping[str, _Stored], expected: Mapping[str, torch.Tensor]) -> None:
+    """Raises `CheckpointError` unless the stored tensors are the expected ones, in name and shape."""
+    missing = [name for name in expected if name not in stored]
+    if missing:
+        raise CheckpointError(f"{folder}: {missing[0]} is missing from the weights{_and_others(missing)}")
+    unexpected = [name for name in stored if name not in expected]
+    if unexpected:
+        name = unexpected[0]
+        raise CheckpointError(f"{stored[name].file}: {name} has no place in the model{_and_others(unexpected)}")
+    for name, where in stored.items():
+        shape = tuple(expected[name].shape)
+        if where.shape != shape:
+            raise CheckpointError(f"{where.file}: {name} has shape {where.shape}; by config.json it must be {shape}")
+
+
+def _check_report(folder: Path, report: Mapping[str, Any]) -> None:
+    """Raises `CheckpointError` if diffusers or transformers found keys that do not match."""
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        keys = sorted(map(str, report.get(kind, ())))
+        if keys:
+            raise CheckpointError(f"{folder}: {kind.replace('_', ' ')}: {keys[0]}{_and_others(keys)}")
+
+
+def _and_others(names: list[str]) -> str:
+    return f" (and {len(names) - 1} others)" if len(names) > 1 else ""
+
+
+@contextmanager
+def _open(file: Path) -> Iterator[Any]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt", device="cpu") as shard:
+            yield shard
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: no intact safetensors file ({error}); download it again") from None
+
+
+@contextmanager
+def _blame(path: Path) -> Iterator[None]:
+    """Turn a library's error into a `CheckpointError` of one line that names the file or folder."""
+    try:
+        yield
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{path}: cannot be loaded: {reason}") from error
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: cannot be read: {error}") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{file}: does not hold a JSON object")
+    return values
