@@ -1,0 +1,65 @@
+"""Multi-rank gloo: the pool of ranks itself. A failing rank must fail its test at once, with its own error."""
+
+import os
+import signal
+import time
+
+import pytest
+import torch.distributed as dist
+
+from tests.ranks import RankError
+
+
+def _world(rank):
+    return rank, dist.get_rank(), dist.get_world_size()
+
+
+def _without_world(rank):
+    return dist.is_initialized()
+
+
+def _fail_on(rank, failing):
+    if rank == failing:
+        raise ArithmeticError("no such sum")
+    dist.barrier()
+
+
+def _die_on(rank, failing):
+    if rank == failing:
+        os.kill(os.getpid(), signal.SIGKILL)
+    dist.barrier()
+
+
+def _hang_on(rank, hanging):
+    if rank == hanging:
+        time.sleep(600)
+
+
+@pytest.mark.parametrize("size", [2, 5, 8])
+def test_world_has_exactly_the_ranks_asked_for(ranks, size):
+    assert ranks.run(_world, ranks=size) == [(rank, rank, size) for rank in range(size)]
+
+
+def test_one_rank_needs_no_process_group(ranks):
+    assert ranks.run(_without_world, ranks=1) == [False]
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (_fail_on, r"rank 1 of 3 failed:(?s:.*)ArithmeticError: no such sum"),
+        (_die_on, r"rank 1 of 3 died with exit code -9"),
+    ],
+)
+def test_failing_rank_fails_the_call_with_its_own_error(ranks, function, message):
+    ranks.run(_world, ranks=3)
+    started = time.monotonic()
+    with pytest.raises(RankError, match=message):
+        ranks.run(function, 1, ranks=3, timeout=60)
+    assert time.monotonic() - started < 10  # the other ranks wait in a barrier of 60 s
+    assert ranks.run(_world, ranks=3) == [(rank, rank, 3) for rank in range(3)]
+
+
+def test_hanging_rank_is_named(ranks):
+    with pytest.raises(RankError, match=r"no answer within 2 s from ranks \[1\]"):
+        ranks.run(_hang_on, 1, ranks=3, timeout=2)
