@@ -1,22 +1,47 @@
-"""The command-line flags of a request, shared by every program that takes one."""
+"""The command-line flags of a request, shared by every program that takes one.
+
+Nothing here imports torch: a misspelt flag is answered at once.
+"""
 
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import Any, NoReturn
 
-from helios_cp.config import Request, RequestError, ScheduledPrompt
-from helios_cp.device import DTYPES
+from helios_cp.config import DTYPES, Request, RequestError, ScheduledPrompt
 
 DEFAULTS = Request()
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Says what is wrong in one line on stderr, without the usage text, and exits with 2."""
+    """Says what is wrong in one line on stderr, without the usage text, and exits with 2. Takes no abbreviated flags."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+        line = " ".join(message.removeprefix("argument ").split())
+        if line.startswith("unrecognized arguments"):
+            line += "; --help lists the flags, and a text of several words needs quotes"
+        self.exit(2, f"{self.prog}: error: {line}\n")
+
+
+def whole_number(text: str) -> int:
+    """For `type=`: an int, or the error that argparse shows after the flag's name."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
+
+
+def number(text: str) -> float:
+    """For `type=`: a float, or the error that argparse shows after the flag's name."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
 
 
 def add_request_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,28 +60,28 @@ def add_request_arguments(parser: argparse.ArgumentParser) -> None:
     )
     text.add_argument(
         "--interpolation-steps",
-        type=int,
+        type=whole_number,
         metavar="N",
         help=f"chunks over which a scheduled prompt blends into the next (default: {DEFAULTS.interpolation_steps})",
     )
     text.add_argument(
         "--max-sequence-length",
-        type=int,
+        type=whole_number,
         metavar="N",
         help=f"text tokens, longer prompts are cut (default: {DEFAULTS.max_sequence_length})",
     )
 
     media = parser.add_argument_group("picture or clip to start from")
-    media.add_argument("--image", metavar="FILE", help="image to video: the first frame")
+    media.add_argument("--image", metavar="FILE", help="image to video: a picture, which becomes the first frame")
     media.add_argument("--video", metavar="FILE", help="video to video: the clip to go on from, 33 frames or more")
     for kind in ("image", "video"):
         low, high = getattr(DEFAULTS, f"{kind}_noise_sigma_min"), getattr(DEFAULTS, f"{kind}_noise_sigma_max")
         media.add_argument(
             f"--{kind}-noise-sigma",
-            type=float,
-            nargs=2,
+            type=number,
+            nargs="+",
             metavar=("MIN", "MAX"),
-            help=f"range of the noise mixed into the {kind}'s latents (default: {low} {high})",
+            help=f"two numbers, the range of the noise mixed into the {kind}'s latents (default: {low} {high})",
         )
         media.add_argument(
             f"--add-noise-to-{kind}-latents",
@@ -65,24 +90,24 @@ def add_request_arguments(parser: argparse.ArgumentParser) -> None:
         )
 
     size = parser.add_argument_group("size and seed")
-    size.add_argument("--height", type=int, metavar="PIXELS", help=f"(default: {DEFAULTS.height})")
-    size.add_argument("--width", type=int, metavar="PIXELS", help=f"(default: {DEFAULTS.width})")
+    size.add_argument("--height", type=whole_number, metavar="PIXELS", help=f"a multiple of 64, of 16 for Base (default: {DEFAULTS.height})")
+    size.add_argument("--width", type=whole_number, metavar="PIXELS", help=f"likewise (default: {DEFAULTS.width})")
     size.add_argument(
-        "--num-frames", type=int, metavar="N", help=f"rounded up to 33 a chunk (default: {DEFAULTS.num_frames})"
+        "--num-frames", type=whole_number, metavar="N", help=f"rounded up to chunks of 33 (default: {DEFAULTS.num_frames})"
     )
-    size.add_argument("--fps", type=int, metavar="N", help=f"of the MP4 (default: {DEFAULTS.fps})")
+    size.add_argument("--fps", type=whole_number, metavar="N", help=f"of the MP4 (default: {DEFAULTS.fps})")
     size.add_argument(
-        "--seed", type=int, nargs="+", metavar="N", help=f"one, or one for each prompt (default: {DEFAULTS.seed[0]})"
+        "--seed", type=whole_number, nargs="+", metavar="N", help=f"one, counted upwards for a batch, or one for each prompt (default: {DEFAULTS.seed[0]})"
     )
 
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument(
-        "--guidance-scale", type=float, metavar="X", help="Base and Mid; Distilled ignores it (default: 5.0)"
+        "--guidance-scale", type=number, metavar="X", help="Base and Mid; Distilled ignores it (default: 5.0)"
     )
-    sampling.add_argument("--num-inference-steps", type=int, metavar="N", help="Base only (default: 50)")
+    sampling.add_argument("--num-inference-steps", type=whole_number, metavar="N", help="Base only (default: 50)")
     sampling.add_argument(
         "--pyramid-steps",
-        type=int,
+        type=whole_number,
         nargs="+",
         metavar="N",
         help="steps of each stage (default: 20 20 20 for Mid, 2 2 2 for Distilled)",
@@ -107,16 +132,16 @@ def add_request_arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="start from a zero velocity; Mid only (default: on)",
     )
-    sampling.add_argument("--zero-steps", type=int, metavar="N", help="up to which step; Mid only (default: 1)")
+    sampling.add_argument("--zero-steps", type=whole_number, metavar="N", help="up to which step; Mid only (default: 1)")
     sampling.add_argument(
         "--history-sizes",
-        type=int,
-        nargs=3,
+        type=whole_number,
+        nargs="+",
         metavar="N",
-        help="latent frames of the long, mid and short history (default: 16 2 1)",
+        help="three numbers, the latent frames of the long, mid and short history (default: 16 2 1)",
     )
     sampling.add_argument(
-        "--num-latent-frames-per-chunk", type=int, metavar="N", help="9 are 33 frames, as trained (default: 9)"
+        "--num-latent-frames-per-chunk", type=whole_number, metavar="N", help="9 are 33 frames, as trained (default: 9)"
     )
 
 
@@ -134,7 +159,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         choices=(*DTYPES, "auto"),
         help="of the transformer and text encoder (default: auto, float32 on a CPU and bfloat16 elsewhere)",
     )
-    model.add_argument("--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1, … (default: auto)")
+    model.add_argument("--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1, … (default: auto, the best present)")
 
 
 RENAMED = {
@@ -145,11 +170,15 @@ RENAMED = {
 
 
 def given_fields(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The fields of `Request` that the user gave, by the names of `Request`."""
+    """The fields of `Request` that the user gave, by the names of `Request`. Raises `RequestError`."""
     values = {RENAMED.get(name, name): value for name, value in vars(arguments).items()}
     for kind in ("image", "video"):
-        if f"{kind}_noise_sigma" in values:
-            values[f"{kind}_noise_sigma_min"], values[f"{kind}_noise_sigma_max"] = values[f"{kind}_noise_sigma"]
+        sigmas = values.pop(f"{kind}_noise_sigma", None)
+        if sigmas is not None:
+            if len(sigmas) != 2:
+                given = " ".join(f"{sigma:g}" for sigma in sigmas)
+                raise RequestError(f"--{kind}-noise-sigma {given}: two numbers are allowed, MIN MAX")
+            values[f"{kind}_noise_sigma_min"], values[f"{kind}_noise_sigma_max"] = sigmas
     if "prompt_schedule" in values:
         values["prompt_schedule"] = [scheduled_prompt(*entry) for entry in values["prompt_schedule"]]
     fields = Request.__dataclass_fields__
@@ -158,9 +187,9 @@ def given_fields(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def scheduled_prompt(chunks: str, prompt: str) -> ScheduledPrompt:
     try:
-        return ScheduledPrompt(prompt, int(chunks))
-    except ValueError:
-        raise RequestError(f"--prompt-schedule {chunks} {prompt!r}: the first word is a number of chunks") from None
+        return ScheduledPrompt(prompt, whole_number(chunks))
+    except argparse.ArgumentTypeError as error:
+        raise RequestError(f"--prompt-schedule {chunks} {prompt!r}: {error}; CHUNKS comes before TEXT") from None
 
 
 def flag_of(field: str) -> str:
@@ -168,6 +197,17 @@ def flag_of(field: str) -> str:
     names = {new: old for old, new in RENAMED.items()}
     name = names.get(field, field).removesuffix("_min").removesuffix("_max")
     return "--" + name.replace("_", "-")
+
+
+def as_typed(flag: str, value: Any) -> str:
+    """How a user would have given the value, for messages: "--seed 1 2", or "no --image" for one left out."""
+    if value is None or value == ():
+        return f"no {flag}"
+    if isinstance(value, bool):
+        return flag if value else f"--no-{flag[2:]}"
+    values = value if isinstance(value, tuple) else (value,)
+    words = [(str(v.chunks), v.prompt) if isinstance(v, ScheduledPrompt) else (str(v),) for v in values]
+    return f"{flag} {shlex.join(word for group in words for word in group)}"
 
 
 def absolute_media(fields: dict[str, Any]) -> dict[str, Any]:

@@ -12,10 +12,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from helios_cp.typed import check_types
+
 VAE_SPATIAL = 8
 VAE_TEMPORAL = 4
 
 VARIANTS = ("base", "mid", "distilled")
+DTYPES = ("bfloat16", "float16", "float32")
+
+MAX_SIDE = 16384
+"""Pixels of a side that x264 takes."""
+
+MAX_FPS = 2**31 - 1
+"""FFmpeg counts frame rates in 32 bits."""
+
+CONFIG_FILES = {
+    "transformer": "config.json",
+    "vae": "config.json",
+    "text_encoder": "config.json",
+    "tokenizer": "tokenizer_config.json",
+    "scheduler": "scheduler_config.json",
+}
+WEIGHT_FOLDERS = ("transformer", "vae", "text_encoder")
 
 
 class RequestError(ValueError):
@@ -50,6 +68,10 @@ class TransformerConfig:
     history_scale_mode: str = "per_head"
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type == "int" and value < 1:
+                raise RequestError(f"{field.name} {value} must be at least 1")
         if sum(self.rope_dim) != self.attention_head_dim:
             raise RequestError(f"rope_dim {self.rope_dim} must add up to attention_head_dim {self.attention_head_dim}")
         if any(axis % 2 for axis in self.rope_dim):
@@ -66,7 +88,8 @@ class TransformerConfig:
     def from_dict(cls, values: dict[str, Any]) -> TransformerConfig:
         """Read a diffusers `transformer/config.json`.
 
-        Raises `RequestError` for a switch that would change the computation and is not supported.
+        Raises `RequestError` for a value of the wrong type, or a switch that would change the computation and is not
+        supported.
         """
         if values.get("added_kv_proj_dim") is not None:
             raise RequestError(
@@ -80,6 +103,10 @@ class TransformerConfig:
         names = {f.name for f in dataclasses.fields(cls)}
         known = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in names}
         known["out_channels"] = known.get("out_channels") or known.get("in_channels", cls.in_channels)
+        try:
+            check_types(cls, known)
+        except TypeError as error:
+            raise RequestError(f"transformer config: {error}") from None
         return cls(**known)
 
 
@@ -107,27 +134,30 @@ class Checkpoint:
 
     @classmethod
     def read(cls, folder: Path) -> Checkpoint:
-        """Raises `RequestError` when the folder is no Helios checkpoint."""
-        index = _read_json(folder / "model_index.json")
+        """Raises `RequestError` when the folder is no Helios checkpoint, or a part of it is missing."""
+        index = _read_json(folder, "model_index.json")
         kind = index.get("_class_name")
         if kind not in ("HeliosPipeline", "HeliosPyramidPipeline"):
             raise RequestError(
                 f"--model {folder}: model_index.json names {kind!r}; a Helios checkpoint has HeliosPipeline or "
                 "HeliosPyramidPipeline"
             )
-        missing = [
-            part
-            for part in ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
-            if not (folder / part).is_dir()
-        ]
+        missing = [part for part in CONFIG_FILES if not (folder / part).is_dir()]
         if missing:
             raise RequestError(f"--model {folder}: the folder(s) {', '.join(missing)} are missing from the checkpoint")
-        variant = "base" if kind == "HeliosPipeline" else "distilled" if index.get("is_distilled") else "mid"
+        configs = {part: _read_json(folder, f"{part}/{name}") for part, name in CONFIG_FILES.items()}
+        for part in WEIGHT_FOLDERS:
+            if not any((folder / part).glob("*.safetensors")):
+                raise RequestError(f"--model {folder}: {part} holds no weights (.safetensors files); download it again")
+        try:
+            transformer = TransformerConfig.from_dict(configs["transformer"])
+        except RequestError as error:
+            raise RequestError(f"--model {folder}: {error}") from None
         return cls(
             folder=folder,
-            variant=variant,
+            variant="base" if kind == "HeliosPipeline" else "distilled" if index.get("is_distilled") else "mid",
             is_cfg_zero_star=bool(index.get("is_cfg_zero_star", False)),
-            transformer=TransformerConfig.from_dict(_read_json(folder / "transformer" / "config.json")),
+            transformer=transformer,
             random_weights=bool(index.get("random_weights", False)),
         )
 
@@ -196,7 +226,7 @@ class Request:
 
     @property
     def num_chunks(self) -> int:
-        asked = math.ceil(self.num_frames / self.frames_per_chunk)
+        asked = -(-self.num_frames // self.frames_per_chunk)  # rounded up
         return max(asked, sum(entry.chunks for entry in self.prompt_schedule))
 
     @property
@@ -247,55 +277,73 @@ class Request:
 
     def validate(self, checkpoint: Checkpoint) -> None:
         """Raises `RequestError`, naming the flag, the value and what is allowed. See `tests/test_bad_input.py`."""
-        for check in (self._check_prompts, self._check_media, self._check_numbers):
-            check()
-        self._check_sizes(checkpoint)
+        self.check()
         self._check_steps(checkpoint)
+        self._check_sizes(checkpoint)
+
+    def check(self) -> None:
+        """The part of `validate` that needs no checkpoint, so that one need not be downloaded first."""
+        self._check_prompts()
+        self._check_seeds()
+        self._check_numbers()
+        if self.image is not None and self.video is not None:
+            raise RequestError(f"--image {self.image} and --video {self.video}: give one of the two")
 
     def _check_prompts(self) -> None:
         if self.prompt_schedule and self.prompt:
             raise RequestError("--prompt and --prompt-schedule: give one of the two")
         if not self.prompt and not self.prompt_schedule:
-            raise RequestError("--prompt: at least one prompt is needed")
-        texts = self.prompt or tuple(entry.prompt for entry in self.prompt_schedule)
-        for text in texts:
-            if not text.strip():
-                raise RequestError(f"--prompt {text!r}: a prompt must hold more than white space")
+            raise RequestError("--prompt: at least one prompt is needed; or use --prompt-schedule or --prompt-file")
         for entry in self.prompt_schedule:
             if entry.chunks < 1:
-                raise RequestError(f"--prompt-schedule {entry.chunks}: an entry lasts at least 1 chunk")
-        if self.interpolation_steps < 1:
-            raise RequestError(f"--interpolation-steps {self.interpolation_steps}: at least 1 is allowed")
+                raise RequestError(f"--prompt-schedule {entry.chunks}: a prompt holds for at least 1 chunk")
+        texts = [("--prompt", prompt) for prompt in self.prompt]
+        texts += [("--prompt-schedule", entry.prompt) for entry in self.prompt_schedule]
+        for flag, text in texts:
+            if not text.strip():
+                raise RequestError(f"{flag} {text!r}: a prompt must hold more than white space")
+        for flag, text in [*texts, ("--negative-prompt", self.negative_prompt)]:
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                raise RequestError(f"{flag} {text!r}: this is not valid UTF-8 text") from None
+
+    def _check_seeds(self) -> None:
         if self.batch_size != len(self.seed) and len(self.seed) != 1:
             raise RequestError(
-                f"--seed: {len(self.seed)} seeds for {self.batch_size} prompt(s); give one, or one for each prompt"
+                f"--seed {' '.join(map(str, self.seed))}: {len(self.seed)} seeds for {self.batch_size} prompt(s); give "
+                "one, or one for each prompt"
             )
         for seed in self.seed:
             if not 0 <= seed < 2**63:
                 raise RequestError(f"--seed {seed}: allowed is 0 to 2^63 - 1")
 
-    def _check_media(self) -> None:
-        if self.image is not None and self.video is not None:
-            raise RequestError("--image and --video: give one of the two")
-
     def _check_numbers(self) -> None:
-        positive = {
+        at_least_one = {
             "--num-frames": self.num_frames,
             "--fps": self.fps,
             "--num-latent-frames-per-chunk": self.num_latent_frames_per_chunk,
+            "--interpolation-steps": self.interpolation_steps,
             "--max-sequence-length": self.max_sequence_length,
         }
-        for flag, value in positive.items():
+        for flag, value in at_least_one.items():
             if value < 1:
                 raise RequestError(f"{flag} {value}: at least 1 is allowed")
+        for flag, value, most in (
+            ("--height", self.height, MAX_SIDE),
+            ("--width", self.width, MAX_SIDE),
+            ("--fps", self.fps, MAX_FPS),
+        ):
+            if value > most:
+                raise RequestError(f"{flag} {value}: at most {most} is allowed")
         if self.guidance_scale is not None and not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 0):
             raise RequestError(f"--guidance-scale {self.guidance_scale}: a finite number of at least 0 is allowed")
         if self.zero_steps < 0:
             raise RequestError(f"--zero-steps {self.zero_steps}: at least 0 is allowed")
         for name in ("image", "video"):
             low, high = getattr(self, f"{name}_noise_sigma_min"), getattr(self, f"{name}_noise_sigma_max")
-            if not (math.isfinite(low) and math.isfinite(high) and 0 <= low <= high <= 1):
-                raise RequestError(f"--{name}-noise-sigma {low} {high}: allowed is 0 <= min <= max <= 1")
+            if not 0 <= low <= high <= 1:  # false for NaN too
+                raise RequestError(f"--{name}-noise-sigma {low} {high}: allowed is 0 <= MIN <= MAX <= 1")
         if len(self.history_sizes) != 3 or min(self.history_sizes) < 1:
             raise RequestError(
                 f"--history-sizes {' '.join(map(str, self.history_sizes))}: three sizes of at least 1 are allowed"
@@ -306,8 +354,8 @@ class Request:
         multiple = VAE_SPATIAL * checkpoint.transformer.patch_size[1] * 2 ** (stages - 1)
         for flag, value in (("--height", self.height), ("--width", self.width)):
             if value < multiple or value % multiple:
-                below = value // multiple * multiple
-                near = [size for size in (below, below + multiple) if size > 0]
+                below = max(value, 0) // multiple * multiple
+                near = [size for size in (below, below + multiple) if 0 < size <= MAX_SIDE]
                 raise RequestError(
                     f"{flag} {value}: Helios-{checkpoint.variant.capitalize()} takes multiples of {multiple}; "
                     f"the nearest are {' and '.join(map(str, near))}"
@@ -316,7 +364,7 @@ class Request:
     def _check_steps(self, checkpoint: Checkpoint) -> None:
         if checkpoint.is_pyramid:
             steps = self.pyramid_num_inference_steps_list or ()
-            stages = _read_json(checkpoint.folder / "scheduler" / "scheduler_config.json").get("stages", 3)
+            stages = _read_json(checkpoint.folder, "scheduler/scheduler_config.json").get("stages", 3)
             if len(steps) != stages or min(steps, default=0) < 1:
                 raise RequestError(
                     f"--pyramid-steps {' '.join(map(str, steps))}: {stages} numbers of at least 1 are allowed, one a "
@@ -333,18 +381,23 @@ class Request:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Request:
+        """Raises `TypeError` for names or types that a request does not have."""
         values = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
-        schedule = tuple(ScheduledPrompt(**entry) for entry in values.pop("prompt_schedule", ()))
-        return cls(prompt_schedule=schedule, **values)
+        entries = values.pop("prompt_schedule", ())
+        for entry in entries:
+            check_types(ScheduledPrompt, entry)
+        request = {**values, "prompt_schedule": tuple(ScheduledPrompt(**entry) for entry in entries)}
+        check_types(cls, request)
+        return cls(**request)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(folder: Path, name: str) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads((folder / name).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise RequestError(f"--model {path.parent}: {path.name} is missing, so this is no Helios checkpoint") from None
-    except (OSError, ValueError) as error:
-        raise RequestError(f"--model {path.parent}: {path.name} cannot be read: {error}") from None
+        raise RequestError(f"--model {folder}: {name} is missing, so this is no Helios checkpoint") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise RequestError(f"--model {folder}: {name} cannot be read: {error}") from None
     if not isinstance(values, dict):
-        raise RequestError(f"--model {path.parent}: {path.name} does not hold a JSON object")
+        raise RequestError(f"--model {folder}: {name} does not hold a JSON object")
     return values

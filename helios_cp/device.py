@@ -6,32 +6,29 @@ import resource
 
 import torch
 
-from helios_cp.config import RequestError
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+from helios_cp.config import DTYPES, RequestError
 
 
 def pick_device(name: str) -> torch.device:
     """The named device, or the best present one for "auto". Raises `RequestError` if it is not there."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     if name == "auto":
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
         return accelerator or torch.device("cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError, ModuleNotFoundError, AttributeError) as error:
-        reason = str(error).splitlines()[0]
-        raise RequestError(f"--device {name}: not usable here ({reason}); use cpu, or auto for the best") from None
-    if device.type == "meta":
-        raise RequestError("--device meta: it holds no data; use cpu, or auto for the best")
-    return device
+    allowed = ["auto", "cpu"]
+    if accelerator is not None:
+        allowed += [accelerator.type, *(f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count()))]
+    if name not in allowed:
+        raise RequestError(f"--device {name}: not present; allowed here are {', '.join(allowed)}")
+    return torch.device(name)
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The named dtype; "auto" is bfloat16 on an accelerator and float32 on a CPU."""
+    """The named dtype; "auto" is bfloat16 on an accelerator and float32 on a CPU. Raises `RequestError`."""
     if name == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
-    return DTYPES[name]
+    if name not in DTYPES:
+        raise RequestError(f"--dtype {name}: allowed are {', '.join(DTYPES)} and auto")
+    return getattr(torch, name)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,27 +15,51 @@ from torch import Tensor
 from helios_cp.config import RequestError
 
 
-def check_file_target(flag: str, path: Path, suffix: str) -> None:
-    """Raises `RequestError` if no file with `suffix` can be written at `path`; touches nothing.
+def check_file_target(flag: str, path: str | os.PathLike[str], suffix: str) -> None:
+    """Raise `RequestError` unless a file can be written at `path`. Creates nothing, not even a missing folder.
 
-    Folders that do not exist yet are fine where they can be made.
+    flag: what the message starts with, such as "--output".
+    suffix: what the name must end in, such as ".mp4", in upper or lower case.
     """
-    if path.suffix != suffix:
-        raise RequestError(f"{flag} {path}: the name must end in {suffix}")
-    if path.is_dir():
-        raise RequestError(f"{flag} {path}: a folder of that name is in the way")
-    parent = path.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir():
-        raise RequestError(f"{flag} {path}: {parent} is a file, not a folder")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise RequestError(f"{flag} {path}: no permission to write in {parent}")
+    if os.path.isdir(path):
+        raise RequestError(f"{flag} {path}: this is a folder; give a file name that ends in {suffix}")
+    found = Path(path).suffix
+    if found.lower() != suffix:
+        raise RequestError(f"{flag} {path}: the suffix is {found!r}; allowed is {suffix}")
+    _try_writing(flag, path, Path(path))
+
+
+def check_folder_target(flag: str, path: str | os.PathLike[str]) -> None:
+    """Raise `RequestError` unless files can be written in the folder `path`, or it can be made. Creates nothing."""
+    if os.path.lexists(path) and not os.path.isdir(path):
+        raise RequestError(f"{flag} {path}: this is a file; give the name of a folder")
+    _try_writing(flag, path, Path(path) / "run.json")
+
+
+def _try_writing(flag: str, path: str | os.PathLike[str], target: Path) -> None:
+    try:
+        folder = Path(os.path.abspath(target)).parent
+        while not os.path.lexists(folder):
+            folder = folder.parent
+        if not folder.is_dir():
+            raise RequestError(f"{flag} {path}: {folder} is not a folder; give another path")
+        # Writing is tried, not asked about: permission bits say nothing of root, read-only disks and remote folders.
+        with tempfile.TemporaryFile(dir=folder), contextlib.suppress(FileNotFoundError):
+            _partial(target).stat()  # fails for a name that is too long
+    except OSError as error:
+        reason = f"{folder} cannot be written ({error.strerror})"
+        raise RequestError(f"{flag} {path}: {reason}; give another path") from None
+    except ValueError as error:
+        raise RequestError(f"{flag} {str(path)!r}: no file can have that name ({error})") from None
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file so that a crash at any moment leaves the old one or the new one, on disk for good."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    """Write a file so that a crash at any moment leaves the old one or the new one, on disk for good.
+
+    Its folder is made where it is missing.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = _partial(path)
     try:
         with partial.open("wb") as file:
             file.write(content)
@@ -56,3 +82,8 @@ def write_json(path: Path, values: Any) -> None:
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write a safetensors file."""
     write_bytes(path, save(tensors))
+
+
+def _partial(path: Path) -> Path:
+    """Where a file lies until it is whole: beside it, under a name that no other process uses."""
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")

@@ -188,9 +188,11 @@ def _frame_to_picture(frame: av.VideoFrame) -> Image.Image:
 def _to_frames(name: str, value: np.ndarray | torch.Tensor, dims: int) -> torch.Tensor:
     """An array `[..., H, W, 3]` or tensor `[..., 3, H, W]` of `dims` dims, or one more of size 1, as `[T, 3, H, W]`."""
     is_array = isinstance(value, np.ndarray)
-    tensor = torch.from_numpy(np.ascontiguousarray(value)).movedim(-1, -3) if is_array else value.detach().cpu()
+    tensor = torch.tensor(value) if is_array else value.detach().cpu()
     if tensor.ndim == dims + 1 and tensor.shape[0] == 1:
         tensor = tensor[0]
+    if tensor.ndim == dims and is_array:
+        tensor = tensor.movedim(-1, -3)
     if tensor.ndim != dims or tensor.shape[-3] != 3 or not tensor.numel():
         frames = "T, " if dims == 4 else ""
         allowed = f"[{frames}H, W, 3]" if is_array else f"[{frames}3, H, W]"

@@ -18,12 +18,12 @@ class ProgressReporter:
     def __init__(self, name: str, chunks: int, finished: int = 0, stream: TextIO | None = None) -> None:
         self.name = name
         self.chunks = chunks
-        stream = stream or sys.stderr
-        self.stream = stream
+        self.stream = stream or sys.stderr
         self.bars = None
-        if stream.isatty():
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-            self.bars = Progress(*columns, console=Console(file=stream))
+        if self.stream.isatty():
+            text = TextColumn("{task.description}", markup=False)  # a file's name may look like markup
+            columns = (text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+            self.bars = Progress(*columns, console=Console(file=self.stream))
             self.chunk_bar = self.bars.add_task(f"{name}: chunks", total=chunks, completed=finished)
             self.step_bar = self.bars.add_task("steps", total=None)
 

@@ -24,6 +24,7 @@ from helios_cp.config import Request, RequestError
 from helios_cp.files import write_bytes, write_json, write_tensors
 from helios_cp.pipeline import Chunk
 from helios_cp.state import ChunkState
+from helios_cp.typed import check_types
 
 FORMAT = 1
 
@@ -45,14 +46,18 @@ class RunFolder:
         self.path = path
         self.run = run
 
+    @staticmethod
+    def is_run(path: Path) -> bool:
+        """Whether a run, or what is left of one, is kept in `path`."""
+        return any((path / name).exists() for name in ("run.json", "state.json"))
+
     @classmethod
     def check_new(cls, path: Path) -> None:
-        """Raises `RequestError` if a new run cannot start in `path`."""
-        if path.exists() and not path.is_dir():
-            raise RequestError(f"--checkpoint-dir {path}: a file of that name is in the way")
-        if (path / "run.json").exists():
+        """Raises `RequestError` if a new run cannot start in `path` because it holds one."""
+        if cls.is_run(path):
             raise RequestError(
-                f"--checkpoint-dir {path}: it holds a run already; use --resume {path} or another folder"
+                f"--checkpoint-dir {path}: it holds a run already; go on with --resume in place of --checkpoint-dir, "
+                "or give another folder"
             )
 
     @classmethod
@@ -69,27 +74,28 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
-        """Open a run to go on with. Raises `RequestError` if `path` holds none that can be read."""
+        """Open a run to go on with. Raises `RequestError` if `path` holds none, or it is not whole."""
         try:
             values = json.loads((path / "run.json").read_text(encoding="utf-8"))
             if values["format"] != FORMAT:
                 raise RequestError(
                     f"--resume {path}: written in format {values['format']}, this version reads {FORMAT}"
                 )
-            request = Request.from_json(values["request"])
-            run = Run(request, values["model"], values["dtype"], tuple(values["output"]))
+            output = tuple(values["output"])
+            check_types(Run, {"model": values["model"], "dtype": values["dtype"], "output": output})
+            run = Run(Request.from_json(values["request"]), values["model"], values["dtype"], output)
         except (FileNotFoundError, NotADirectoryError):
             raise RequestError(f"--resume {path}: no run is kept there (run.json is missing)") from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            if isinstance(error, RequestError):
-                raise
-            raise RequestError(f"--resume {path}: run.json cannot be read: {error!r}") from None
+        except RequestError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise RequestError(f"--resume {path}: run.json cannot be read: {_reason(error)}") from None
         folder = cls(path, run)
-        folder.finished_chunks()
+        folder._check_whole()
         return folder
 
     def finished_chunks(self) -> int:
-        """How many chunks are committed. Raises `RequestError` if the commit cannot be read."""
+        """How many chunks are committed."""
         return self._commit()["chunks"]
 
     def save(self, chunk: Chunk, segments: Sequence[bytes]) -> None:
@@ -110,28 +116,51 @@ class RunFolder:
         commit = self._commit()
         if not commit["chunks"]:
             return None
-        return ChunkState.from_tensors(commit["chunks"], self._load(commit["state"]), device)
+        try:
+            return ChunkState.from_tensors(commit["chunks"], self._load(commit["state"]), device)
+        except KeyError as error:
+            raise RequestError(f"--resume {self.path}: {commit['state']} cannot be read: {error} is missing") from None
 
     def segments(self, chunk: int) -> list[bytes]:
         """The MP4 segments of a finished chunk."""
-        videos = range(self.run.request.batch_size)
-        return [(self.path / f"chunk-{chunk:05d}-{video}.mp4").read_bytes() for video in videos]
+        return [(self.path / name).read_bytes() for name in self._segment_names(chunk)]
 
     def latents(self, chunk: int) -> Tensor:
         """`[B, C, T, h, w]` of a finished chunk, fp32, on the CPU."""
         return self._load(f"chunk-{chunk:05d}.safetensors")["latents"]
 
+    def _segment_names(self, chunk: int) -> list[str]:
+        return [f"chunk-{chunk:05d}-{video}.mp4" for video in range(self.run.request.batch_size)]
+
+    def _check_whole(self) -> None:
+        """Raises `RequestError` if what the commit counts as finished is not there."""
+        for chunk in range(self.finished_chunks()):
+            for name in (f"chunk-{chunk:05d}.safetensors", *self._segment_names(chunk)):
+                if not (self.path / name).is_file():
+                    raise RequestError(
+                        f"--resume {self.path}: {name} is missing, though state.json counts chunk {chunk} as finished; "
+                        "start another run with --checkpoint-dir"
+                    )
+        self.state(torch.device("cpu"))
+
     def _commit(self) -> dict[str, Any]:
         try:
             values = json.loads((self.path / "state.json").read_text(encoding="utf-8"))
-            return {"chunks": int(values["chunks"]), "state": str(values["state"])}
+            commit = {"chunks": int(values["chunks"]), "state": str(values["state"])}
+            if not 0 <= commit["chunks"] <= self.run.request.num_chunks:
+                raise ValueError(f"{commit['chunks']} chunks of {self.run.request.num_chunks}")
+            return commit
         except FileNotFoundError:
             return {"chunks": 0, "state": None}
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise RequestError(f"--resume {self.path}: state.json cannot be read: {error!r}") from None
+            raise RequestError(f"--resume {self.path}: state.json cannot be read: {_reason(error)}") from None
 
     def _load(self, name: str) -> dict[str, Tensor]:
         try:
             return load_file(self.path / name)
         except (OSError, SafetensorError) as error:
             raise RequestError(f"--resume {self.path}: {name} cannot be read: {error}") from None
+
+
+def _reason(error: Exception) -> str:
+    return f"{error} is missing" if isinstance(error, KeyError) else str(error)

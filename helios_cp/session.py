@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import sys
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import av
 import torch
 
-from helios_cp.arguments import absolute_media, flag_of, given_fields
+from helios_cp.arguments import absolute_media, as_typed, flag_of, given_fields
 from helios_cp.config import Checkpoint, Request, RequestError
 from helios_cp.device import dtype_name, pick_device, pick_dtype
-from helios_cp.files import check_file_target
+from helios_cp.files import check_file_target, check_folder_target
 from helios_cp.jobs import INTERPOLATE_TIME, Job, read_prompt_file, single_job
 from helios_cp.media import check_image, check_video
+from helios_cp.presets import PRESETS
 from helios_cp.run_folder import Run, RunFolder
 from helios_cp.weights import resolve
 
@@ -23,100 +26,170 @@ DEFAULT_MODEL = "tiny-distilled"
 
 @dataclass(frozen=True)
 class Session:
-    """A checked call: nothing in it can be refused any more."""
+    """A checked call: nothing in it can be refused any more.
+
+    `run_folders` has one folder or `None` for each job, below or equal to `checkpoint_dir`. `skipped` are the videos of
+    a prompt file that exist already.
+    """
 
     checkpoint: Checkpoint
     model: str
     device: torch.device
     dtype: torch.dtype
     jobs: tuple[Job, ...]
+    skipped: tuple[Path, ...]
     run_folders: tuple[Path | None, ...]
+    checkpoint_dir: Path | None
     save_latents: Path | None
     report: Path | None
+    has_prompt_file: bool
 
 
 def check(arguments: argparse.Namespace, cache: Path | None) -> Session:
-    """Everything that can be found wrong before weights are loaded. Raises `RequestError`; writes nothing."""
-    given = absolute_media(given_fields(arguments))
-    resume, prompt_file = getattr(arguments, "resume", None), getattr(arguments, "prompt_file", None)
-    checkpoint_dir = getattr(arguments, "checkpoint_dir", None)
-    if resume is not None and checkpoint_dir is not None:
-        raise RequestError("--resume and --checkpoint-dir: give one of the two; --resume goes on saving in its folder")
-    saved = RunFolder.open(resume).run if resume is not None and prompt_file is None else None
-    model = getattr(arguments, "model", saved.model if saved else DEFAULT_MODEL)
-    checkpoint = resolve(model, cache)
-    device = pick_device(arguments.device)
-    dtype = pick_dtype(getattr(arguments, "dtype", saved.dtype if saved else "auto"), device)
+    """Everything that can be found wrong before weights are loaded. Raises `RequestError`; writes nothing.
 
-    if prompt_file is not None:
-        jobs = _jobs_of_file(arguments, prompt_file, Request(**given))
-    elif saved is not None:
-        output = getattr(arguments, "output", None)
-        outputs = single_job(saved.request, output).output if output else tuple(map(Path, saved.output))
-        jobs = [Job(replace(saved.request, **given), outputs)]
-    else:
-        jobs = [single_job(Request(**given), getattr(arguments, "output", Path("out.mp4")))]
-    jobs = [Job(job.request.resolve(checkpoint), job.output) for job in jobs]
+    `cache` is where presets are kept. What needs no checkpoint is checked first, as one may have to be downloaded.
+    """
+    options = vars(arguments)
+    _check_combinations(options)
+    given = absolute_media(given_fields(arguments))
+    resume, prompt_file = options.get("resume"), options.get("prompt_file")
+    saved = RunFolder.open(resume).run if resume is not None and prompt_file is None else None
+    model = absolute_model(options.get("model", saved.model if saved else DEFAULT_MODEL))
+    device = pick_device(arguments.device)
+    dtype = pick_dtype(options.get("dtype", saved.dtype if saved else "auto"), device)
+    if saved is not None:
+        check_same_run(saved, Run(replace(saved.request, **given), model, dtype_name(dtype), ()), resume)
+
+    jobs = _jobs(options, given, saved)
     for job in jobs:
-        _check_media(job.request)
+        job.request.check()
+    skipped = [job for job in jobs if prompt_file is not None and is_finished(job)]
+    for name, suffix in (("save_latents", ".safetensors"), ("report", ".json")):
+        if name in options:
+            check_file_target(f"--{name.replace('_', '-')}", options[name], suffix)
+    waiting = [job for job in jobs if job not in skipped]
+    _check_media(waiting)
+    _check_outputs(waiting)
+    folder = resume or options.get("checkpoint_dir")
+    folders = [folder / job.output[0].stem if folder and prompt_file else folder for job in waiting]
+    for each in filter(None, folders):
+        _check_run_folder(each, resume is not None)
+
+    checkpoint = resolve(model, cache)
+    waiting = [Job(job.request.resolve(checkpoint), job.output) for job in waiting]
+    for job in skipped:
+        job.request.resolve(checkpoint)
+    for job, each in zip(waiting, folders, strict=True):
+        if resume is not None and RunFolder.is_run(each):
+            check_same_run(RunFolder.open(each).run, Run(job.request, model, dtype_name(dtype), ()), each)
+    return Session(
+        checkpoint=checkpoint,
+        model=model,
+        device=device,
+        dtype=dtype,
+        jobs=tuple(waiting),
+        skipped=tuple(job.output[0] for job in skipped),
+        run_folders=tuple(folders),
+        checkpoint_dir=folder,
+        save_latents=options.get("save_latents"),
+        report=options.get("report"),
+        has_prompt_file=prompt_file is not None,
+    )
+
+
+def absolute_model(model: str) -> str:
+    """A folder's path is made absolute, so that a run can be resumed from elsewhere; other names stay."""
+    folder = os.path.expanduser(model)
+    return os.path.abspath(folder) if model not in PRESETS and os.path.isdir(folder) else model
+
+
+def check_same_run(saved: Run, asked: Run, folder: Path) -> None:
+    """Raises `RequestError` when a flag given now differs from the saved run's: the video could not be the same."""
+    fields = [("--model", saved.model, asked.model), ("--dtype", saved.dtype, asked.dtype)]
+    for name in Request.__dataclass_fields__:
+        fields.append((flag_of(name), getattr(saved.request, name), getattr(asked.request, name)))
+    for flag, before, now in fields:
+        if before != now:
+            raise RequestError(
+                f"--resume {folder}: this run was started with {as_typed(flag, before)}, not with "
+                f"{as_typed(flag, now)}; leave {flag} out, or start another run with --checkpoint-dir"
+            )
+
+
+def is_finished(job: Job) -> bool:
+    """Whether the MP4 is there, whole.
+
+    One with fewer frames than asked for is what a stopped run left, and is made again. A file that is no MP4 is not
+    ours to replace.
+    """
+    output = job.output[0]
+    if not os.path.lexists(output):
+        return False
+    try:
+        with av.open(os.path.abspath(output)) as container:
+            frames = container.streams.video[0].frames
+    except (av.FFmpegError, OSError, IndexError):
+        return True
+    return frames >= job.request.num_chunks * job.request.frames_per_chunk
+
+
+def _check_combinations(options: dict[str, Any]) -> None:
+    if "resume" in options and "checkpoint_dir" in options:
+        raise RequestError(
+            f"--resume {options['resume']} and --checkpoint-dir {options['checkpoint_dir']}: give one of the two; "
+            "--resume goes on saving in its folder"
+        )
+    if "prompt_file" not in options:
+        for name in ("image_folder", "interpolate_time"):
+            if name in options:
+                raise RequestError(f"--{name.replace('_', '-')} {options[name]}: only allowed beside --prompt-file")
+        return
+    if "save_latents" in options:
+        raise RequestError(
+            f"--save-latents {options['save_latents']}: not with --prompt-file; --checkpoint-dir keeps the latents of "
+            "every video"
+        )
+    if "output" in options and options["output"].suffix.lower() == ".mp4":
+        raise RequestError(f"--output {options['output']}: with --prompt-file this is a folder; leave out .mp4")
+    if "resume" in options and not options["resume"].is_dir():
+        raise RequestError(f"--resume {options['resume']}: there is no such folder; start with --checkpoint-dir")
+
+
+def _jobs(options: dict[str, Any], given: dict[str, Any], saved: Run | None) -> list[Job]:
+    if "prompt_file" in options:
+        return read_prompt_file(
+            options["prompt_file"],
+            Request(**given),
+            options.get("output", Path("outputs")),
+            image_folder=options.get("image_folder"),
+            chunks=options.get("interpolate_time", INTERPOLATE_TIME),
+        )
+    if saved is None:
+        return [single_job(Request(**given), options.get("output", Path("out.mp4")))]
+    if "output" in options:
+        return [single_job(saved.request, options["output"])]
+    return [Job(saved.request, tuple(Path(path) for path in saved.output))]
+
+
+def _check_media(jobs: list[Job]) -> None:
+    for image in sorted({job.request.image for job in jobs if job.request.image is not None}):
+        check_image(image)
+    clips = {(job.request.video, job.request.frames_per_chunk) for job in jobs if job.request.video is not None}
+    for video, frames in sorted(clips):
+        check_video(video, frames)
+
+
+def _check_outputs(jobs: list[Job]) -> None:
+    for job in jobs:
         for output in job.output:
             check_file_target("--output", output, ".mp4")
-    folders = [_run_folder(job, resume or checkpoint_dir, prompt_file is not None) for job in jobs]
-    for job, folder in zip(jobs, folders, strict=True):
-        if folder is not None and (folder / "run.json").exists() and resume is not None:
-            _check_same_run(RunFolder.open(folder).run, Run(job.request, model, dtype_name(dtype), ()), folder)
-        elif folder is not None:
-            RunFolder.check_new(folder)
-            check_file_target("--checkpoint-dir", folder / "run.json", ".json")
-    targets = {"save_latents": ".safetensors", "report": ".json"}
-    for name, suffix in targets.items():
-        if hasattr(arguments, name):
-            check_file_target(f"--{name.replace('_', '-')}", getattr(arguments, name), suffix)
-    if prompt_file is not None and hasattr(arguments, "save_latents"):
-        raise RequestError("--save-latents: not with --prompt-file; --checkpoint-dir keeps the latents of every video")
-    return Session(
-        checkpoint,
-        model,
-        device,
-        dtype,
-        tuple(jobs),
-        tuple(folders),
-        getattr(arguments, "save_latents", None),
-        getattr(arguments, "report", None),
-    )
+            for flag, source in (("--image", job.request.image), ("--video", job.request.video)):
+                if source is not None and output.exists() and output.samefile(source):
+                    raise RequestError(f"--output {output}: that is the {flag} to start from; give another name")
 
 
-def _jobs_of_file(arguments: argparse.Namespace, prompt_file: Path, request: Request) -> list[Job]:
-    """The jobs of a prompt file whose videos do not exist yet."""
-    jobs = read_prompt_file(
-        prompt_file,
-        request,
-        getattr(arguments, "output", Path("outputs")),
-        image_folder=getattr(arguments, "image_folder", None),
-        chunks=getattr(arguments, "interpolate_time", INTERPOLATE_TIME),
-    )
-    for job in jobs:
-        if job.output[0].exists():
-            print(f"{job.output[0]} exists, skipped", file=sys.stderr)
-    return [job for job in jobs if not job.output[0].exists()]
-
-
-def _check_media(request: Request) -> None:
-    if request.image is not None:
-        check_image(request.image)
-    if request.video is not None:
-        check_video(request.video, request.frames_per_chunk)
-
-
-def _run_folder(job: Job, folder: Path | None, many: bool) -> Path | None:
-    return folder / job.output[0].stem if folder is not None and many else folder
-
-
-def _check_same_run(saved: Run, asked: Run, folder: Path) -> None:
-    """Raises `RequestError` when a flag given now differs from the saved run's: the video could not be the same."""
-    fields = [(flag_of(name), saved.request, asked.request, name) for name in Request.__dataclass_fields__]
-    fields += [("--model", saved, asked, "model"), ("--dtype", saved, asked, "dtype")]
-    for flag, before, now, name in fields:
-        was, is_now = getattr(before, name), getattr(now, name)
-        if was != is_now:
-            raise RequestError(f"--resume {folder}: it was started with {flag} {was}, not {is_now}; leave {flag} out")
+def _check_run_folder(folder: Path, resume: bool) -> None:
+    check_folder_target("--resume" if resume else "--checkpoint-dir", folder)
+    if not resume:
+        RunFolder.check_new(folder)

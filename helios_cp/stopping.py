@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
+import os
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+STDERR = 2
 
-class Stopped(Exception):
-    """The user asked to stop; raised between two steps, so that finished chunks are left whole."""
+
+class Stopped(KeyboardInterrupt):
+    """The user asked to stop. Like any `KeyboardInterrupt` it passes through `except Exception`."""
 
     def __init__(self, signal_number: int) -> None:
         self.exit_code = 128 + signal_number
 
 
 class StopSignal:
-    """Turns SIGINT and SIGTERM into a `Stopped` at the next step; a second SIGINT interrupts at once."""
+    """Turns SIGINT and SIGTERM into a `Stopped`: at the next `check`, or at once at the second SIGINT.
+
+    Once `Stopped` is on its way further signals do nothing, so that closing the files is never interrupted.
+    """
 
     def __init__(self) -> None:
         self.number: int | None = None
+        self.raised = False
 
     def check(self) -> None:
-        if self.number is not None:
+        """Raises `Stopped` if a signal has come."""
+        if self.number is not None and not self.raised:
+            self.raised = True
             raise Stopped(self.number)
 
     @contextmanager
     def installed(self) -> Iterator[StopSignal]:
+        """Handle signals inside the `with`; only in the main thread."""
         previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield self
@@ -35,7 +44,12 @@ class StopSignal:
                 signal.signal(number, handler)
 
     def _handle(self, number: int, _: object) -> None:
-        if self.number == signal.SIGINT and number == signal.SIGINT:
-            raise KeyboardInterrupt
+        if self.raised:
+            return
+        if self.number is not None:
+            if number == signal.SIGINT:
+                self.check()
+            return
         self.number = number
-        print("stopping after this step; Ctrl-C again stops at once", file=sys.stderr, flush=True)
+        # Not by print: a handler may run while the same buffer is being written.
+        os.write(STDERR, b"stopping after this step; Ctrl-C again stops at once\n")

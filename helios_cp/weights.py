@@ -177,6 +177,7 @@ def load_text_encoder(
             folder,
             dtype=dtype or torch.float32,
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they come in the report then, by name
             local_files_only=True,
             output_loading_info=True,
         )

@@ -1,0 +1,35 @@
+# make demo   set up .venv and generate a video on the embedded tiny model
+# make test   set up .venv, lint, and run the tests
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test lint format clean
+
+$(INSTALLED): setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+demo: $(INSTALLED)
+	mkdir -p outputs
+	$(BIN)/torchrun --nproc_per_node 1 -m helios_cp.generate \
+		--model tiny-distilled --prompt "a red fox running through fresh snow" \
+		--height 128 --width 192 --num-frames 99 \
+		--output outputs/demo.mp4 --report outputs/demo.json
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+test: lint
+	$(BIN)/python -m pytest
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info outputs

@@ -1,0 +1,43 @@
+"""Fixtures that several files share."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from PIL import Image
+from skimage import data
+
+from helios_cp.presets import PRESETS, preset_folder
+
+# One thread: the models are tiny, and threads that wait for each other on a busy machine cost more than they do.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """A cache of presets of this test run's own."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def presets(cache):
+    """The folder of each tiny checkpoint, by name."""
+    return {name: preset_folder(name, cache) for name in PRESETS}
+
+
+@pytest.fixture(scope="session")
+def astronaut() -> Image.Image:
+    """A photograph, 512 × 512, shipped with scikit-image."""
+    return Image.fromarray(data.astronaut())
+
+
+@pytest.fixture(scope="session")
+def clip(astronaut) -> list[Image.Image]:
+    """70 frames of a camera that moves over the photograph: two chunks of 33 and a rest."""
+    return [astronaut.crop((2 * i, i, 2 * i + 300, i + 300)).resize((80, 72)) for i in range(70)]
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad():
+        yield
