@@ -16,7 +16,7 @@ DEFAULTS = Request()
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Says what is wrong in one line on stderr, without the usage text, and exits with 2. Takes no abbreviated flags."""
+    """Says what is wrong in one line on stderr, without the usage text, and exits with 2; abbreviates no flags."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
@@ -90,14 +90,26 @@ def add_request_arguments(parser: argparse.ArgumentParser) -> None:
         )
 
     size = parser.add_argument_group("size and seed")
-    size.add_argument("--height", type=whole_number, metavar="PIXELS", help=f"a multiple of 64, of 16 for Base (default: {DEFAULTS.height})")
+    size.add_argument(
+        "--height",
+        type=whole_number,
+        metavar="PIXELS",
+        help=f"a multiple of 64, of 16 for Base (default: {DEFAULTS.height})",
+    )
     size.add_argument("--width", type=whole_number, metavar="PIXELS", help=f"likewise (default: {DEFAULTS.width})")
     size.add_argument(
-        "--num-frames", type=whole_number, metavar="N", help=f"rounded up to chunks of 33 (default: {DEFAULTS.num_frames})"
+        "--num-frames",
+        type=whole_number,
+        metavar="N",
+        help=f"rounded up to chunks of 33 (default: {DEFAULTS.num_frames})",
     )
     size.add_argument("--fps", type=whole_number, metavar="N", help=f"of the MP4 (default: {DEFAULTS.fps})")
     size.add_argument(
-        "--seed", type=whole_number, nargs="+", metavar="N", help=f"one, counted upwards for a batch, or one for each prompt (default: {DEFAULTS.seed[0]})"
+        "--seed",
+        type=whole_number,
+        nargs="+",
+        metavar="N",
+        help=f"one, counted upwards for a batch, or one for each prompt (default: {DEFAULTS.seed[0]})",
     )
 
     sampling = parser.add_argument_group("sampling")
@@ -132,7 +144,9 @@ def add_request_arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="start from a zero velocity; Mid only (default: on)",
     )
-    sampling.add_argument("--zero-steps", type=whole_number, metavar="N", help="up to which step; Mid only (default: 1)")
+    sampling.add_argument(
+        "--zero-steps", type=whole_number, metavar="N", help="up to which step; Mid only (default: 1)"
+    )
     sampling.add_argument(
         "--history-sizes",
         type=whole_number,
@@ -159,7 +173,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         choices=(*DTYPES, "auto"),
         help="of the transformer and text encoder (default: auto, float32 on a CPU and bfloat16 elsewhere)",
     )
-    model.add_argument("--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1, … (default: auto, the best present)")
+    model.add_argument(
+        "--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1, … (default: auto, the best present)"
+    )
 
 
 RENAMED = {

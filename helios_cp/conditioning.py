@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from helios_cp import vae as codec
 from helios_cp.config import Request, RequestError
 from helios_cp.media import to_image_tensor, to_video_tensor
 from helios_cp.noise import make_generators
 from helios_cp.state import ChunkState, generator_states
+from helios_cp.vae import Codec
 
 
 @dataclass(frozen=True)
@@ -67,15 +67,49 @@ class Inputs:
         return any(value is not None for value in (self.image, self.video, self.image_latents))
 
 
-def initial_state(request: Request, inputs: Inputs, vae, channels: int, device: torch.device) -> ChunkState:
+def pixels_to_encode(request: Request, inputs: Inputs) -> tuple[list[Tensor], int]:
+    """What the VAE has to encode for a resolved request, each `[1, 3, T, H, W]` in [−1, 1].
+
+    For a picture: the picture, and the same repeated for 33 frames. For a clip: its frame 0, and those chunks of 33
+    frames at its end that reach into the history; with it the number of chunks before those, which need no encoding.
+    Raises `RequestError` for a clip that is too short.
+    """
+    if inputs.video is not None and inputs.video_latents is None:
+        video = to_video_tensor(inputs.video, request.height, request.width)
+        size = request.frames_per_chunk
+        count = video.shape[2] // size
+        if count == 0:
+            raise RequestError(f"--video: {video.shape[2]} frames; at least {size} are needed")
+        visible = min(count, math.ceil(sum(request.history_frames) / request.num_latent_frames_per_chunk))
+        clips = video[:, :, -visible * size :].split(size, dim=2)
+        return [video[:, :, :1], *clips], count - visible
+    if inputs.image is not None:
+        image = to_image_tensor(inputs.image, request.height, request.width).unsqueeze(2)
+        return [image, image.expand(-1, -1, request.frames_per_chunk, -1, -1)], 0
+    return [], 0
+
+
+def initial_state(
+    request: Request,
+    inputs: Inputs,
+    codec: Codec,
+    posteriors: Sequence,
+    hidden: int,
+    channels: int,
+    device: torch.device,
+) -> ChunkState:
     """The state before chunk 0 of a resolved request.
 
-    Draws, in diffusers' order and from each sample's own generator: posterior samples of the picture or clip, then
-    the conditioning noise. `channels` is the number of latent channels.
+    `posteriors` and `hidden` are what came of `pixels_to_encode`. Draws, in diffusers' order and from each sample's own
+    generator: posterior samples of the picture or clip, then the conditioning noise. `channels` is that of latents.
     """
     generators = make_generators(request.seeds)
-    draw = _start(request, inputs, vae)
-    starts = [draw(generator) for generator in generators]
+    if inputs.video is not None or inputs.video_latents is not None:
+        starts = [_from_video(request, inputs, codec, posteriors, hidden, generator) for generator in generators]
+    elif inputs.image is not None or inputs.image_latents is not None:
+        starts = [_from_image(request, inputs, codec, posteriors, generator) for generator in generators]
+    else:
+        starts = [(None, None) for _ in generators]
     frames = sum(request.history_frames)
     shape = (1, channels, frames, *request.latent_size)
     history = torch.cat([_left_fill(recent, frames, shape) for _, recent in starts])
@@ -86,75 +120,42 @@ def initial_state(request: Request, inputs: Inputs, vae, channels: int, device: 
     return ChunkState(0, history.to(device), anchor, generator_states(generators))
 
 
-Draw = Callable[[torch.Generator], tuple[Tensor | None, Tensor | None]]
-"""Draws one sample's anchor `[1, C, 1, h, w]` and recent latent frames `[1, C, T, h, w]`; `None` stands for zeros."""
+def _from_image(
+    request: Request, inputs: Inputs, codec: Codec, posteriors: Sequence, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Anchor `[1, C, 1, h, w]` and recent latent frames `[1, C, 1, h, w]`: the last of the repeated picture."""
+    anchor, repeated = inputs.image_latents, inputs.fake_image_latents
+    if anchor is None:
+        anchor = codec.draw(posteriors[0], generator)
+    if repeated is None:
+        repeated = codec.draw(posteriors[1], generator)[:, :, -1:]
+    if request.add_noise_to_image_latents:
+        anchor = _add_noise(anchor, 1, _image_range(request), generator)
+        repeated = _add_noise(repeated, 1, _video_range(request), generator)
+    return anchor, repeated
 
 
-def _start(request: Request, inputs: Inputs, vae) -> Draw:
-    if inputs.video is not None or inputs.video_latents is not None:
-        return _from_video(request, inputs, vae)
-    if inputs.image is not None or inputs.image_latents is not None:
-        return _from_image(request, inputs, vae)
-    return lambda generator: (None, None)
+def _from_video(
+    request: Request, inputs: Inputs, codec: Codec, posteriors: Sequence, hidden: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Anchor `[1, C, 1, h, w]`, which is frame 0, and recent latent frames `[1, C, T, h, w]`.
 
-
-def _from_image(request: Request, inputs: Inputs, vae) -> Draw:
-    still = None
-    if inputs.image is not None:
-        image = to_image_tensor(inputs.image, request.height, request.width).unsqueeze(2)
-        picture = codec.encode(vae, image)
-        still = codec.encode(vae, image.expand(-1, -1, request.frames_per_chunk, -1, -1))
-
-    def draw(generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        anchor, repeated = inputs.image_latents, inputs.fake_image_latents
-        if anchor is None:
-            anchor = codec.sample(vae, picture, generator)
-        if repeated is None:
-            repeated = codec.sample(vae, still, generator)[:, :, -1:]
-        if request.add_noise_to_image_latents:
-            anchor = _add_noise(anchor, 1, _image_range(request), generator)
-            repeated = _add_noise(repeated, 1, _video_range(request), generator)
-        return anchor, repeated
-
-    return draw
-
-
-def _from_video(request: Request, inputs: Inputs, vae) -> Draw:
-    """Frame 0 is the anchor; the chunks of 33 frames that the clip's end holds are the history.
-
-    Only the last of them reach into the history. Those before are not encoded, but their random numbers are drawn all
-    the same, so that the result does not change.
+    The random numbers of chunks that were not encoded are drawn all the same, so that the result does not change.
     """
     per_chunk = request.num_latent_frames_per_chunk
-    hidden, posteriors = 0, []
     if inputs.video_latents is None:
-        video = to_video_tensor(inputs.video, request.height, request.width)
-        size = request.frames_per_chunk
-        count = video.shape[2] // size
-        if count == 0:
-            raise RequestError(f"--video: {video.shape[2]} frames; at least {size} are needed")
-        visible = min(count, math.ceil(sum(request.history_frames) / per_chunk))
-        hidden = count - visible
-        first = codec.encode(vae, video[:, :, :1])
-        clips = video[:, :, -visible * size :].split(size, dim=2)
-        posteriors = [codec.encode(vae, clip) for clip in clips]
-
-    def draw(generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        if inputs.video_latents is None:
-            anchor = codec.sample(vae, first, generator)
-            shape = (1, anchor.shape[1], per_chunk, *request.latent_size)
-            for _ in range(hidden):
-                torch.randn(shape, generator=generator)
-            chunks = [anchor.new_zeros(shape)] * hidden
-            chunks += [codec.sample(vae, posterior, generator) for posterior in posteriors]
-        else:
-            anchor, chunks = inputs.image_latents, list(inputs.video_latents.split(per_chunk, dim=2))
-        if request.add_noise_to_video_latents:
-            anchor = _add_noise(anchor, 1, _image_range(request), generator)
-            chunks = [_add_noise(chunk, chunk.shape[2], _video_range(request), generator) for chunk in chunks]
-        return anchor, torch.cat(chunks, dim=2)
-
-    return draw
+        anchor = codec.draw(posteriors[0], generator)
+        shape = (1, anchor.shape[1], per_chunk, *request.latent_size)
+        for _ in range(hidden):
+            torch.randn(shape, generator=generator)
+        chunks = [anchor.new_zeros(shape)] * hidden
+        chunks += [codec.draw(posterior, generator) for posterior in posteriors[1:]]
+    else:
+        anchor, chunks = inputs.image_latents, list(inputs.video_latents.split(per_chunk, dim=2))
+    if request.add_noise_to_video_latents:
+        anchor = _add_noise(anchor, 1, _image_range(request), generator)
+        chunks = [_add_noise(chunk, chunk.shape[2], _video_range(request), generator) for chunk in chunks]
+    return anchor, torch.cat(chunks, dim=2)
 
 
 def _image_range(request: Request) -> tuple[float, float]:

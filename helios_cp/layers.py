@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,8 +19,16 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 MAX_HISTORY_KEY_SCALE = 10.0
 
 
+@dataclass(frozen=True)
+class TokenOperations:
+    """The operations of a block that may look beyond the tokens or weights at hand, injected for each forward."""
+
+    attention: Attention
+    feed_forward: Callable[[FeedForward, Tensor], Tensor]
+
+
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Whole-sequence attention by PyTorch's fused kernels; the default for every layer."""
+    """Attention to keys and values that are all at hand, by PyTorch's fused kernels."""
     out = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
     return out.transpose(1, 2)
 
@@ -93,7 +102,7 @@ class PatchEmbedding(nn.Module):
 
 
 def modulated_norm(states: Tensor, shift: Tensor, scale: Tensor, history: int, eps: float) -> Tensor:
-    """LayerNorm in fp32, then · (1 + scale) + shift, for two kinds of tokens.
+    """LayerNorm in fp32, then · scale + shift, for two kinds of tokens.
 
     `states` is `[B, S, D]`, its first `history` tokens take row 0 and the others row 1 of `shift` and `scale`
     `[R, 2, D]`, where R is 1, or B if samples differ. One row a kind is enough: the affine part of a LayerNorm is the
@@ -101,19 +110,18 @@ def modulated_norm(states: Tensor, shift: Tensor, scale: Tensor, history: int, e
     """
     out = torch.empty_like(states)
     for samples, tokens, row, kind in _parts(shift, states.shape[1], history):
-        weight, bias = 1 + scale[row, kind], shift[row, kind]
+        weight, bias = scale[row, kind], shift[row, kind]
         out[samples, tokens] = F.layer_norm(states[samples, tokens].float(), weight.shape, weight, bias, eps)
     return out
 
 
 def gated_add_(states: Tensor, update: Tensor, gate: Tensor, history: int) -> None:
-    """`states += update · gate` in place, taken in fp32; arguments as in `modulated_norm`."""
+    """`states += update · gate` in place; arguments as in `modulated_norm`.
+
+    The fp32 gate promotes the computation to fp32, so that it is rounded once, to the dtype of `states`.
+    """
     for samples, tokens, row, kind in _parts(gate, states.shape[1], history):
-        part = states[samples, tokens]
-        if part.dtype == torch.float32:
-            part.addcmul_(update[samples, tokens], gate[row, kind])
-        else:
-            part.copy_(torch.addcmul(part.float(), update[samples, tokens].float(), gate[row, kind]))
+        states[samples, tokens].addcmul_(update[samples, tokens], gate[row, kind])
 
 
 def _parts(rows: Tensor, length: int, history: int) -> list[tuple[slice, slice, int, int]]:
@@ -142,10 +150,11 @@ class SelfAttention(nn.Module):
         self.history_key_scale = None
         if amplify_history:
             self.history_key_scale = nn.Parameter(torch.ones(heads if history_scale_mode == "per_head" else 1))
-        self.attention: Attention = attend
         self.register_load_state_dict_pre_hook(FusedLinear.gather_parts)
 
-    def forward(self, states: Tensor, rotary: Tensor, history: int, *, prune_history: bool = False) -> Tensor:
+    def forward(
+        self, states: Tensor, rotary: Tensor, history: int, attention: Attention, *, prune_history: bool = False
+    ) -> Tensor:
         """`[B, S, dim]` to the same, or to the tokens after the first `history` if `prune_history`.
 
         `rotary` is the complex table `[S, D/2]`. History tokens still serve as keys when they are pruned.
@@ -163,7 +172,7 @@ class SelfAttention(nn.Module):
         if self.history_key_scale is not None and history:
             scale = 1 + torch.sigmoid(self.history_key_scale) * (MAX_HISTORY_KEY_SCALE - 1)
             key[:, :history].mul_(scale.unsqueeze(-1))
-        return self.to_out[0](self.attention(query, key, value).flatten(2))
+        return self.to_out[0](attention(query, key, value).flatten(2))
 
 
 class CrossAttention(nn.Module):
@@ -177,7 +186,6 @@ class CrossAttention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
         self.norm_q = nn.RMSNorm(dim, eps)
         self.norm_k = nn.RMSNorm(dim, eps)
-        self.attention: Attention = attend
         self.register_load_state_dict_pre_hook(FusedLinear.gather_parts)
 
     def keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
@@ -189,7 +197,7 @@ class CrossAttention(nn.Module):
     def forward(self, states: Tensor, keys_values: tuple[Tensor, Tensor]) -> Tensor:
         """`[B, S, dim]` to the same."""
         query = self.norm_q(self.to_q(states)).unflatten(2, (self.heads, -1))
-        return self.to_out[0](self.attention(query, *keys_values).flatten(2))
+        return self.to_out[0](attend(query, *keys_values).flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -202,7 +210,11 @@ class FeedForward(nn.Module):
         self.net = nn.ModuleList([first, nn.Identity(), nn.Linear(hidden, dim)])
 
     def forward(self, states: Tensor) -> Tensor:
-        return self.net[2](F.gelu(self.net[0].proj(states), approximate="tanh"))
+        return self.net[2](gelu_tanh(self.net[0].proj(states)))
+
+
+def gelu_tanh(states: Tensor) -> Tensor:
+    return F.gelu(states, approximate="tanh")
 
 
 class Block(nn.Module):
@@ -238,19 +250,21 @@ class Block(nn.Module):
         keys_values: tuple[Tensor, Tensor],
         rotary: Tensor,
         history: int,
+        operations: TokenOperations,
         *,
         prune_history: bool = False,
     ) -> Tensor:
         """Changes the residual stream `states` `[B, S, dim]` in place and returns it.
 
-        `modulation` `[R, 2, 6, dim]` holds the rows of history and noisy tokens. With `prune_history` only the tokens
-        after the first `history` are updated and returned: the last block's history rows are never read.
+        `modulation` `[R, 2, 6, dim]` in fp32 holds the rows of history and noisy tokens. With `prune_history` only the
+        tokens after the first `history` are updated and returned: the last block's history rows are never read.
         """
-        rows = self.scale_shift_table + modulation.float()
+        rows = self.scale_shift_table + modulation
+        rows[:, :, 1::3] += 1  # the two scales are stored as what they add to 1
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = rows.unbind(2)
 
         normed = modulated_norm(states, shift, scale, history, self.eps)
-        update = self.attn1(normed, rotary, history, prune_history=prune_history)
+        update = self.attn1(normed, rotary, history, operations.attention, prune_history=prune_history)
         if prune_history:
             states, history = states[:, history:], 0
         gated_add_(states, update, gate, history)
@@ -259,8 +273,12 @@ class Block(nn.Module):
         queries += self.attn2(self._cross_norm(queries), keys_values)
 
         normed = modulated_norm(states, ffn_shift, ffn_scale, history, self.eps)
-        gated_add_(states, self.ffn(normed), ffn_gate, history)
+        gated_add_(states, operations.feed_forward(self.ffn, normed), ffn_gate, history)
         return states
+
+    def keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross-attention keys and values `[B, L, H, D]` of the embedded text `[B, L, dim]`."""
+        return self.attn2.keys_values(text)
 
     def _cross_norm(self, states: Tensor) -> Tensor:
         return states if self.norm2 is None else self.norm2(states.float()).to(states.dtype)

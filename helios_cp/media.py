@@ -41,7 +41,8 @@ def check_image(path: PathLike) -> None:
 def check_video(path: PathLike, minimum_frames: int) -> None:
     """Raise `RequestError` unless every frame decodes and there are at least `minimum_frames` of them.
 
-    One frame is held at a time, whatever the length of the clip.
+    One frame is held at a time, whatever the length of the clip. Damage is found as far as the format tells: VP9 has no
+    means to notice it, and a Matroska file that is cut off is just a shorter one.
     """
     count = sum(1 for _ in _decode_frames(path))
     if count < minimum_frames:

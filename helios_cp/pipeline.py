@@ -11,19 +11,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from helios_cp import vae as codec
-from helios_cp.conditioning import Inputs, initial_state
+from helios_cp.conditioning import Inputs, initial_state, pixels_to_encode
 from helios_cp.config import Checkpoint, Request, RequestError
 from helios_cp.noise import normal
 from helios_cp.sampling import SamplingPlan, Step, denoise
-from helios_cp.schedule import prompt_blend
+from helios_cp.schedule import PromptBlend, prompt_blend
 from helios_cp.state import ChunkState
-from helios_cp.text import encode_prompts
+from helios_cp.text import PromptEncoder
 from helios_cp.timing import Stopwatch
 from helios_cp.transformer import HeliosTransformer, History, TextCondition
+from helios_cp.vae import OUTPUT_TYPES, Codec
 from helios_cp.weights import load_scheduler, load_text_encoder, load_transformer, load_vae, resolve
-
-OUTPUT_TYPES = ("uint8", "float", "latent")
 
 
 @dataclass(frozen=True)
@@ -42,17 +40,27 @@ class Chunk:
 
 
 class Pipeline:
-    """A loaded checkpoint that turns requests into videos, one chunk at a time."""
+    """A loaded checkpoint that turns requests into videos, one chunk at a time.
+
+    `prompt_encoder`, `codec`, `branches` and the transformer's `sequence` are what `helios_cp.parallelize` exchanges to
+    spread the work over ranks; every rank then runs `stream` with the same request.
+    """
 
     def __init__(
-        self, checkpoint: Checkpoint, transformer: HeliosTransformer, vae, tokenizer, text_encoder, scheduler
+        self,
+        checkpoint: Checkpoint,
+        transformer: HeliosTransformer,
+        prompt_encoder: PromptEncoder,
+        codec: Codec,
+        scheduler,
+        branches: Branches | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.transformer = transformer
-        self.vae = vae
-        self.tokenizer = tokenizer
-        self.text_encoder = text_encoder
+        self.prompt_encoder = prompt_encoder
+        self.codec = codec
         self.scheduler = scheduler
+        self.branches = branches or Branches()
 
     @classmethod
     def from_pretrained(
@@ -63,22 +71,19 @@ class Pipeline:
         device: str | torch.device = "cpu",
         cache: Path | None = None,
     ) -> Pipeline:
-        """Load a preset, a folder in the diffusers layout or a hub id; the VAE stays in fp32."""
+        """Load a preset, a folder in the diffusers layout or a hub id onto one device; the VAE stays in fp32."""
         checkpoint = model if isinstance(model, Checkpoint) else resolve(model, cache)
-        device = torch.device(device)
-        tokenizer, text_encoder = load_text_encoder(checkpoint, device, dtype)
         return cls(
             checkpoint,
             load_transformer(checkpoint, dtype, device),
-            load_vae(checkpoint, device),
-            tokenizer,
-            text_encoder,
+            PromptEncoder(*load_text_encoder(checkpoint, device, dtype)),
+            Codec(load_vae(checkpoint, device)),
             load_scheduler(checkpoint),
         )
 
     @property
     def device(self) -> torch.device:
-        return self.transformer.proj_out.weight.device
+        return self.transformer.device
 
     @torch.no_grad()
     def stream(
@@ -118,7 +123,7 @@ class Pipeline:
             frames = None
             if output_type != "latent":
                 with watch.measure("decode"):
-                    frames = self.decode(latents, output_type)
+                    frames = self.codec.decode(latents, output_type)
             yield Chunk(index, latents.float(), frames, state, dict(watch.seconds))
             watch.seconds.clear()
 
@@ -127,29 +132,32 @@ class Pipeline:
         inputs = inputs or Inputs()
         length, dtype = request.max_sequence_length, self.transformer.dtype
         texts = tuple(entry.prompt for entry in request.prompt_schedule) or request.prompt
-        embeds = inputs.prompt_embeds
+        embeds, negative = inputs.prompt_embeds, None
         if embeds is None:
-            embeds = encode_prompts(self.tokenizer, self.text_encoder, texts, length, dtype)
-        negative = None
+            embeds = self.prompt_encoder(texts, length, dtype)
         if SamplingPlan.of(request, self.checkpoint).is_guided:
             negative = inputs.negative_prompt_embeds
             if negative is None:
-                negative = encode_prompts(self.tokenizer, self.text_encoder, [request.negative_prompt], length, dtype)
+                negative = self.prompt_encoder([request.negative_prompt], length, dtype)
             negative = negative.to(self.device, dtype).expand(request.batch_size, -1, -1)
-        return Prompts(self.transformer, request, embeds.to(self.device, dtype), negative)
+        return Prompts(self.transformer, self.branches, request, embeds.to(self.device, dtype), negative)
 
     def initial_state(self, request: Request, inputs: Inputs | None = None) -> ChunkState:
         """The state before chunk 0 of a resolved request: encodes the picture or clip, if there is one."""
+        inputs = inputs or Inputs()
+        videos, hidden = pixels_to_encode(request, inputs)
+        posteriors = self.codec.encode(videos)
         channels = self.checkpoint.transformer.in_channels
-        return initial_state(request, inputs or Inputs(), self.vae, channels, self.device)
-
-    def decode(self, latents: Tensor, output_type: str = "uint8") -> Tensor:
-        """Frames `[B, 33, H, W, 3]` of one chunk's latents `[B, C, T, h, w]`."""
-        video = codec.decode(self.vae, latents)
-        return codec.to_uint8(video) if output_type == "uint8" else codec.to_unit(video)
+        return initial_state(request, inputs, self.codec, posteriors, hidden, channels, self.device)
 
     def _denoise(
-        self, request: Request, inputs: Inputs, conditions: Conditions, state: ChunkState, scheduler, watch: Stopwatch
+        self,
+        request: Request,
+        inputs: Inputs,
+        conditions: list[TextCondition],
+        state: ChunkState,
+        scheduler,
+        watch: Stopwatch,
     ) -> Iterator[Step | tuple[Tensor, ChunkState]]:
         plan = SamplingPlan.of(request, self.checkpoint)
         generators = state.make_generators()
@@ -159,10 +167,8 @@ class Pipeline:
             history = self.transformer.encode_history(history)
 
         def predict(latents: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor | None]:
-            velocity = self.transformer(latents, timestep, conditions.prompt, history, frame_indices)
-            if conditions.negative is None:
-                return velocity, None
-            return velocity, self.transformer(latents, timestep, conditions.negative, history, frame_indices)
+            own = [self.transformer(latents, timestep, text, history, frame_indices) for text in conditions]
+            return self.branches.exchange(own) if plan.is_guided else (own[0], None)
 
         events = denoise(
             noise,
@@ -190,27 +196,40 @@ class Pipeline:
         return inputs.latents[:, :, state.index * frames :][:, :, :frames].to(self.device, torch.float32)
 
 
-@dataclass(frozen=True)
-class Conditions:
-    """Cross-attention keys and values of a chunk's prompts, and of the negative prompt where guidance is on."""
+class Branches:
+    """The two branches of guidance, both on this rank: that of the prompt (0) and that of the negative prompt (1)."""
 
-    prompt: TextCondition
-    negative: TextCondition | None
+    own: tuple[int, ...] = (0, 1)
+
+    def exchange(self, velocities: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """The velocities of both branches, from those of this rank's."""
+        prompt, negative = velocities
+        return prompt, negative
 
 
 class Prompts:
     """The embedded prompts of a request; computes the conditions of a chunk, again only when the prompt changes."""
 
     def __init__(
-        self, transformer: HeliosTransformer, request: Request, embeds: Tensor, negative: Tensor | None
+        self,
+        transformer: HeliosTransformer,
+        branches: Branches,
+        request: Request,
+        embeds: Tensor,
+        negative: Tensor | None,
     ) -> None:
         self.transformer = transformer
         self.request = request
         self.embeds = embeds
-        self.negative = None if negative is None else transformer.encode_text(negative)
+        self.branches = branches.own if negative is not None else (0,)
+        self.negative = transformer.encode_text(negative) if 1 in self.branches else None
         self._current: tuple[object, TextCondition] | None = None
 
-    def at(self, chunk: int) -> Conditions:
+    def at(self, chunk: int) -> list[TextCondition]:
+        """Cross-attention keys and values of a chunk, one a branch of this rank."""
+        return [self._prompt(chunk) if branch == 0 else self.negative for branch in self.branches]
+
+    def _prompt(self, chunk: int) -> TextCondition:
         key = None
         if self.request.prompt_schedule:
             lengths = tuple(entry.chunks for entry in self.request.prompt_schedule)
@@ -218,13 +237,13 @@ class Prompts:
         if self._current is None or self._current[0] != key:
             self._current = None  # the old keys and values go before the new ones are made
             self._current = (key, self.transformer.encode_text(self._embedding(key)))
-        return Conditions(self._current[1], self.negative)
+        return self._current[1]
 
-    def _embedding(self, key: tuple[int, int, float] | None) -> Tensor:
+    def _embedding(self, key: PromptBlend | None) -> Tensor:
         if key is None:
             return self.embeds
-        first, second, weight = key
-        return torch.lerp(self.embeds[first : first + 1], self.embeds[second : second + 1], weight)
+        first, second = key.index_a, key.index_b
+        return torch.lerp(self.embeds[first : first + 1], self.embeds[second : second + 1], key.weight)
 
 
 def split_history(state: ChunkState, request: Request) -> tuple[History, tuple[int, ...]]:

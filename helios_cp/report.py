@@ -19,13 +19,15 @@ class Report:
     """Collects the seconds of each chunk of one video and works out the FPS."""
 
     def __init__(
-        self, request: Request, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, finished: int
+        self, request: Request, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, output: list[str]
     ) -> None:
         self.request = request
         self.checkpoint = checkpoint
         self.dtype = dtype
         self.device = device
-        self.finished = finished
+        self.output = output
+        self.resumed_from_chunk = 0
+        self.error: str | None = None
         self.chunks: list[dict[str, Any]] = []
 
     def add(self, index: int, seconds: float, stages: dict[str, float]) -> None:
@@ -52,7 +54,13 @@ class Report:
                 total[name] += seconds
         return dict(total)
 
-    def to_json(self, output: list[str], *, complete: bool) -> dict[str, Any]:
+    @property
+    def finished_chunks(self) -> int:
+        """Chunks that the video has, those of earlier calls among them."""
+        return self.resumed_from_chunk + len(self.chunks)
+
+    def to_json(self) -> dict[str, Any]:
+        """`frames`, times and FPS are of this call alone."""
         return {
             "version": helios_cp.__version__,
             "versions": {
@@ -69,9 +77,11 @@ class Report:
             "layout": {"ranks": 1, "cfg": 1, "ring": 1, "ulysses": 1, "ffn_tp": 1, "vae": 1},
             "seed": list(self.request.seeds),
             "request": self.request.to_json(),
-            "output": output,
-            "complete": complete,
-            "resumed_from_chunk": self.finished,
+            "output": self.output,
+            "complete": self.finished_chunks == self.request.num_chunks,
+            "error": self.error,
+            "finished_chunks": self.finished_chunks,
+            "resumed_from_chunk": self.resumed_from_chunk,
             "frames": self.frames,
             "fps": self.fps(),
             "fps_without_first_chunk": self.fps(skip_first=True),
@@ -82,11 +92,11 @@ class Report:
 
     def summary(self) -> str:
         """The figures for a reader, one a line."""
-        lines = []
-        if self.fps() is not None:
-            rest = self.fps(skip_first=True)
-            steady = f" ({rest:.2f} without the first chunk)" if rest is not None else ""
-            lines.append(f"{self.frames} frames at {self.fps():.2f} FPS{steady}")
+        rate, rest = self.fps(), self.fps(skip_first=True)
+        if rate is None:
+            return "all chunks were finished before; only the MP4 was written again"
+        steady = f" ({rest:.2f} without the first chunk)" if rest is not None else ""
+        lines = [f"{self.frames} frames at {rate:.2f} FPS{steady}"]
         total = sum(chunk["seconds"] for chunk in self.chunks)
         for name, seconds in self.stage_seconds().items():
             lines.append(f"  {name:<12} {seconds:8.2f} s  {100 * seconds / total:5.1f} %")

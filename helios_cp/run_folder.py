@@ -84,6 +84,8 @@ class RunFolder:
             output = tuple(values["output"])
             check_types(Run, {"model": values["model"], "dtype": values["dtype"], "output": output})
             run = Run(Request.from_json(values["request"]), values["model"], values["dtype"], output)
+            if len(output) != run.request.batch_size:
+                raise ValueError(f"{len(output)} outputs for {run.request.batch_size} video(s)")
         except (FileNotFoundError, NotADirectoryError):
             raise RequestError(f"--resume {path}: no run is kept there (run.json is missing)") from None
         except RequestError:

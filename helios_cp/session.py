@@ -64,11 +64,12 @@ def check(arguments: argparse.Namespace, cache: Path | None) -> Session:
     jobs = _jobs(options, given, saved)
     for job in jobs:
         job.request.check()
-    skipped = [job for job in jobs if prompt_file is not None and is_finished(job)]
+    finished = [prompt_file is not None and is_finished(job) for job in jobs]
+    skipped = [job for job, is_done in zip(jobs, finished, strict=True) if is_done]
+    waiting = [job for job, is_done in zip(jobs, finished, strict=True) if not is_done]
     for name, suffix in (("save_latents", ".safetensors"), ("report", ".json")):
         if name in options:
             check_file_target(f"--{name.replace('_', '-')}", options[name], suffix)
-    waiting = [job for job in jobs if job not in skipped]
     _check_media(waiting)
     _check_outputs(waiting)
     folder = resume or options.get("checkpoint_dir")
@@ -118,10 +119,10 @@ def check_same_run(saved: Run, asked: Run, folder: Path) -> None:
 
 
 def is_finished(job: Job) -> bool:
-    """Whether the MP4 is there, whole.
+    """Whether a prompt file's video exists and is not to be made.
 
-    One with fewer frames than asked for is what a stopped run left, and is made again. A file that is no MP4 is not
-    ours to replace.
+    One with fewer frames than asked for is what a stopped run left, and is made again. A file whose frames cannot be
+    counted is not ours to replace.
     """
     output = job.output[0]
     if not os.path.lexists(output):
@@ -131,7 +132,7 @@ def is_finished(job: Job) -> bool:
             frames = container.streams.video[0].frames
     except (av.FFmpegError, OSError, IndexError):
         return True
-    return frames >= job.request.num_chunks * job.request.frames_per_chunk
+    return frames == 0 or frames >= job.request.num_chunks * job.request.frames_per_chunk
 
 
 def _check_combinations(options: dict[str, Any]) -> None:

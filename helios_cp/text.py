@@ -43,3 +43,15 @@ def encode_prompts(
     ).to(text_encoder.device)
     states = text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state.to(dtype)
     return states.masked_fill(tokens.attention_mask.unsqueeze(-1) == 0, 0)
+
+
+class PromptEncoder:
+    """The text encoder on this rank. `helios_cp.parallelize` has one that broadcasts from one rank."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, text_encoder: UMT5EncoderModel) -> None:
+        self.tokenizer = tokenizer
+        self.text_encoder = text_encoder
+
+    def __call__(self, prompts: Sequence[str], max_sequence_length: int, dtype: torch.dtype) -> Tensor:
+        """Embeddings `[B, max_sequence_length, text_dim]` in `dtype`."""
+        return encode_prompts(self.tokenizer, self.text_encoder, prompts, max_sequence_length, dtype)

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from helios_cp.config import TransformerConfig
-from helios_cp.layers import Block, PatchEmbedding, modulated_norm
+from helios_cp.layers import Block, PatchEmbedding, gelu_tanh, modulated_norm
 from helios_cp.rope import RotaryTables, pad_to_multiple
+from helios_cp.sequence import Sequence, WholeSequence
 
 KEPT_IN_FP32 = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3", "history_key_scale")
 
@@ -45,28 +45,14 @@ class History:
 
 @dataclass(frozen=True)
 class HistoryCondition:
-    """Embedded history `[B, S, dim]` in the order long · mid · short, and its rotary table `[S, D/2]`."""
+    """Embedded history `[B, S, dim]` in the order long · mid · short, and its rotary table `[S, D/2]`.
+
+    `lengths` are the tokens of each part in the whole sequence; S is fewer where the sequence is sharded.
+    """
 
     tokens: Tensor
     rotary: Tensor
-
-
-class Sequence(Protocol):
-    """How tokens are spread over ranks. `WholeSequence` keeps them all."""
-
-    def shard(self, tokens: Tensor, dim: int) -> Tensor: ...
-
-    def gather(self, tokens: Tensor, dim: int) -> Tensor: ...
-
-
-class WholeSequence:
-    """One rank holds every token."""
-
-    def shard(self, tokens: Tensor, dim: int) -> Tensor:
-        return tokens
-
-    def gather(self, tokens: Tensor, dim: int) -> Tensor:
-        return tokens
+    lengths: tuple[int, ...]
 
 
 class HeliosTransformer(nn.Module):
@@ -116,6 +102,10 @@ class HeliosTransformer(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.proj_out.weight.dtype
 
+    @property
+    def device(self) -> torch.device:
+        return self.proj_out.weight.device
+
     def cast(self, dtype: torch.dtype) -> HeliosTransformer:
         """Change the dtype of all parameters that are not kept in fp32."""
         for name, parameter in self.named_parameters():
@@ -126,7 +116,7 @@ class HeliosTransformer(nn.Module):
     def encode_text(self, prompt_embeds: Tensor) -> TextCondition:
         """Keys and values of every block for `[B, L, text_dim]`; once per prompt."""
         text = self.condition_embedder.text_embedder(prompt_embeds.to(self.dtype))
-        return TextCondition(tuple(block.attn2.keys_values(text) for block in self.blocks))
+        return TextCondition(tuple(block.keys_values(text) for block in self.blocks))
 
     def encode_history(self, history: History) -> HistoryCondition:
         """Embed the history frames; once per chunk.
@@ -142,16 +132,18 @@ class HeliosTransformer(nn.Module):
             (self.patch_mid, history.mid, history.mid_indices, 2),
             (self.patch_short, history.short, history.short_indices, 1),
         )
-        tokens, tables = [], []
+        tokens, tables, lengths = [], [], []
         for embedding, latents, indices, pool in parts:
             if latents is None:
                 continue
             if pool > 1:
                 latents = pad_to_multiple(latents, embedding.patch_size)
             patches = embedding.patches(latents.to(self.dtype))
-            tokens.append(embedding(self.sequence.shard(patches, 1)))
-            tables.append(self.sequence.shard(self.rotary.table(indices, rows, columns, device, pool), 0))
-        return HistoryCondition(torch.cat(tokens, 1), torch.cat(tables))
+            table = self.rotary.table(indices, rows, columns, device, pool)
+            tokens.append(embedding(self.sequence.shard(patches, 1, sum(lengths))))
+            tables.append(self.sequence.shard(table, 0, sum(lengths)))
+            lengths.append(patches.shape[1])
+        return HistoryCondition(torch.cat(tokens, 1), torch.cat(tables), tuple(lengths))
 
     def forward(
         self,
@@ -168,9 +160,11 @@ class HeliosTransformer(nn.Module):
         """
         grid = self.patch_embedding.grid(latents)
         indices = frame_indices or tuple(range(grid[0]))
-        rotary = self.sequence.shard(self.rotary.table(indices, *grid[1:], latents.device), 0)
+        lengths = () if history is None else history.lengths
+        before, noisy = sum(lengths), math.prod(grid)
+        rotary = self.sequence.shard(self.rotary.table(indices, *grid[1:], latents.device), 0, before)
         patches = self.patch_embedding.patches(latents.to(self.dtype))
-        states = self.patch_embedding(self.sequence.shard(patches, 1))
+        states = self.patch_embedding(self.sequence.shard(patches, 1, before))
         history_tokens = 0
         if history is not None:
             history_tokens = history.tokens.shape[1]
@@ -178,13 +172,16 @@ class HeliosTransformer(nn.Module):
             rotary = torch.cat([history.rotary, rotary])
 
         temb, modulation = self.condition_embedder(timestep)
-        modulation = torch.stack([self._history_modulation(modulation), modulation], 1)  # [R, 2, 6, dim]
-        for index, block in enumerate(self.blocks):
-            last = index == len(self.blocks) - 1
-            states = block(states, modulation, text.keys_values[index], rotary, history_tokens, prune_history=last)
+        modulation = torch.stack([self._history_modulation(modulation), modulation], 1).float()  # [R, 2, 6, dim]
+        inner, last = self.sequence.operations((*lengths, noisy))
+        *blocks, last_block = zip(self.blocks, text.keys_values, strict=True)
+        for block, keys_values in blocks:
+            states = block(states, modulation, keys_values, rotary, history_tokens, inner)
+        block, keys_values = last_block
+        states = block(states, modulation, keys_values, rotary, history_tokens, last, prune_history=True)
 
         out = self.proj_out(self.norm_out(states, temb))
-        return self._unpatchify(self.sequence.gather(out, 1), grid)
+        return self._unpatchify(self.sequence.gather(out, 1, noisy, before), grid)
 
     def _forget(self, _: object) -> None:
         self._zero_timestep = None
@@ -249,11 +246,7 @@ class OutputNorm(nn.Module):
         """`[B, S, dim]` and `[R, dim]` to `[B, S, dim]`."""
         rows = (self.scale_shift_table + temb.float().unsqueeze(1)).unsqueeze(1)  # [R, 1, 2, dim]
         shift, scale = rows.expand(-1, 2, -1, -1).unbind(2)
-        return modulated_norm(states, shift, scale, 0, self.eps)
-
-
-def gelu_tanh(states: Tensor) -> Tensor:
-    return F.gelu(states, approximate="tanh")
+        return modulated_norm(states, shift, 1 + scale, 0, self.eps)
 
 
 def sinusoids(timestep: Tensor, dim: int) -> Tensor:

@@ -2,11 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 
+OUTPUT_TYPES = ("uint8", "float", "latent")
 
-def _statistics(vae) -> tuple[Tensor, Tensor]:
+
+class Codec:
+    """A VAE on this rank. `helios_cp.parallelize` has one that is split over ranks."""
+
+    def __init__(self, vae) -> None:
+        self.vae = vae
+
+    def encode(self, videos: Sequence[Tensor]) -> list[DiagonalGaussianDistribution]:
+        """The posterior of each video `[1, 3, T, H, W]` in [−1, 1]; `draw` samples from it."""
+        return [self.vae.encode(video.to(self.vae.device, self.vae.dtype)).latent_dist for video in videos]
+
+    def draw(self, posterior: DiagonalGaussianDistribution, generator: torch.Generator) -> Tensor:
+        """Normalised latents `[1, C, T/4, H/8, W/8]` in fp32, drawn from a posterior."""
+        mean, inverse_std = latent_statistics(self.vae)
+        return ((posterior.sample(generator=generator) - mean) * inverse_std).float()
+
+    def decode(self, latents: Tensor, output_type: str) -> Tensor | None:
+        """Frames `[B, 4(T−1)+1, 8h, 8w, 3]` of one chunk's normalised latents `[B, C, T, h, w]`.
+
+        A chunk decodes alone: nothing of its neighbours is needed. uint8, or fp32 in [0, 1] for output type "float".
+        `None` on ranks that the frames do not end on.
+        """
+        return to_frames(self.vae.decode(denormalise(self.vae, latents), return_dict=False)[0], output_type)
+
+
+def latent_statistics(vae) -> tuple[Tensor, Tensor]:
     """Mean and *inverse* standard deviation of the latents, `[1, C, 1, 1, 1]`."""
     shape = (1, vae.config.z_dim, 1, 1, 1)
     mean = torch.tensor(vae.config.latents_mean, device=vae.device, dtype=vae.dtype).view(shape)
@@ -14,31 +43,16 @@ def _statistics(vae) -> tuple[Tensor, Tensor]:
     return mean, inverse_std
 
 
-def encode(vae, video: Tensor):
-    """The posterior of `video` `[1, 3, T, H, W]` in [−1, 1]; `sample` draws from it."""
-    return vae.encode(video.to(vae.device, vae.dtype)).latent_dist
+def denormalise(vae, latents: Tensor) -> Tensor:
+    """Latents as the decoder takes them."""
+    mean, inverse_std = latent_statistics(vae)
+    return latents.to(vae.device, vae.dtype) / inverse_std + mean
 
 
-def sample(vae, posterior, generator: torch.Generator) -> Tensor:
-    """Normalised latents `[1, C, T/4, H/8, W/8]` in fp32, drawn from a posterior."""
-    mean, inverse_std = _statistics(vae)
-    return ((posterior.sample(generator=generator) - mean) * inverse_std).float()
+def to_frames(video: Tensor, output_type: str) -> Tensor:
+    """`[B, 3, T, H, W]` in [−1, 1] to `[B, T, H, W, 3]`, on the video's device.
 
-
-def decode(vae, latents: Tensor) -> Tensor:
-    """Video `[B, 3, 4(T−1)+1, 8h, 8w]` in [−1, 1] of one chunk's normalised latents `[B, C, T, h, w]`.
-
-    A chunk decodes alone: nothing of its neighbours is needed.
+    fp32 in [0, 1] for output type "float", else uint8, rounded.
     """
-    mean, inverse_std = _statistics(vae)
-    return vae.decode(latents.to(vae.device, vae.dtype) / inverse_std + mean, return_dict=False)[0]
-
-
-def to_unit(video: Tensor) -> Tensor:
-    """`[B, 3, T, H, W]` in [−1, 1] to `[B, T, H, W, 3]` in [0, 1], fp32."""
-    return (video.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 4, 1)
-
-
-def to_uint8(video: Tensor) -> Tensor:
-    """`[B, 3, T, H, W]` in [−1, 1] to `[B, T, H, W, 3]` in 0–255, rounded, on the video's device."""
-    return (to_unit(video) * 255).round().to(torch.uint8)
+    frames = (video.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 4, 1)
+    return frames if output_type == "float" else (frames * 255).round().to(torch.uint8)

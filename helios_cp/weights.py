@@ -11,7 +11,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,12 +90,17 @@ def _download(model: str, repository: str, revision: str | None) -> Path:
 
 
 def load_transformer(
-    checkpoint: Checkpoint, dtype: torch.dtype, device: str | torch.device = "cpu"
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+    narrow: Callable[[HeliosTransformer], Mapping[str, tuple[slice, ...]]] | None = None,
 ) -> HeliosTransformer:
     """The transformer in `dtype`, apart from what it keeps in fp32, ready for inference.
 
-    Memory is allocated once, on the device; tensors are then copied into place one at a time. Raises
-    `CheckpointError`, before anything is allocated, if files or keys are missing, left over or of the wrong shape.
+    `narrow` makes parameters smaller before memory is allocated, and says which part of a stored tensor each of them
+    takes; no other part is read. Memory is allocated once, on the device; tensors are then copied into place one at a
+    time. Raises `CheckpointError`, before anything is allocated, if files or keys are missing, left over or of the
+    wrong shape.
     """
     import torch
 
@@ -106,6 +111,7 @@ def load_transformer(
     with torch.device("meta"):
         model = HeliosTransformer(checkpoint.transformer)
     _check_fit(checkpoint.folder / "transformer", stored, model.state_dict())
+    parts = narrow(model) if narrow is not None else {}
     assert not list(model.buffers()), "buffers are not part of a checkpoint and would stay empty"
     model.cast(dtype).to_empty(device=device)
 
@@ -113,7 +119,8 @@ def load_transformer(
     for file, names in itertools.groupby(stored, key=lambda name: stored[name].file):
         with _open(file) as shard:
             for name in names:
-                places[name].copy_(shard.get_tensor(name))
+                tensor = shard.get_slice(name)[parts[name]] if name in parts else shard.get_tensor(name)
+                places[name].copy_(tensor)
     return model.eval().requires_grad_(False)
 
 

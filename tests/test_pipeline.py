@@ -280,7 +280,11 @@ def test_memory_does_not_grow_with_length(ours):
     """Live tensors after chunk 3 and after chunk 30 of one video, counted to the byte."""
     pipeline = ours["tiny-distilled"]
     request = Request(
-        prompt=(PROMPT,), height=64, width=64, num_frames=33 * 30, pyramid_num_inference_steps_list=(1, 1, 1)
+        prompt=(PROMPT,),
+        **SIZE,
+        num_frames=9 * 30,
+        num_latent_frames_per_chunk=3,
+        pyramid_num_inference_steps_list=(1, 1, 1),
     )
     counts = {}
     for chunk in pipeline.stream(request):

@@ -24,6 +24,15 @@ from helios_cp.pipeline import Pipeline
 from helios_cp.run_folder import Run, RunFolder
 from helios_cp.state import ChunkState
 
+# What a run imports, so that each of the many processes only forks.
+PRELOADED = [
+    "helios_cp.generate",
+    "diffusers.models.autoencoders.autoencoder_kl_wan",
+    "diffusers.schedulers.scheduling_helios_dmd",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.models.byt5.tokenization_byt5",
+    "transformers.models.umt5.modeling_umt5",
+]
 STEPS = {
     "tiny-base": {"num_inference_steps": 3},
     "tiny-mid": {"pyramid_num_inference_steps_list": (3, 1, 1)},
@@ -101,11 +110,10 @@ def _generate(arguments: list[str], folder: str) -> None:
 def test_killed_twenty_times(presets, tmp_path):
     """`kill -9` at random moments, from start-up to the last chunk, until it has hit twenty unfinished runs."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["helios_cp.generate", "diffusers.AutoencoderKLWan", "transformers.UMT5EncoderModel"]
-    )
+    context.set_forkserver_preload(["helios_cp.runner", "diffusers.AutoencoderKLWan", "transformers.UMT5EncoderModel"])
     request = ["--model", str(presets["tiny-distilled"]), "--prompt", "a fox", "--pyramid-steps", "1", "1", "1"]
-    request += ["--height", "64", "--width", "64", "--num-frames", str(33 * 8), "--save-latents", "out.safetensors"]
+    request += ["--height", "64", "--width", "64", "--num-latent-frames-per-chunk", "3", "--num-frames", str(9 * 8)]
+    request += ["--save-latents", "out.safetensors"]
 
     def start(folder: Path, arguments: list[str]) -> multiprocessing.Process:
         process = context.Process(target=_generate, args=(arguments, str(folder)))
@@ -114,11 +122,12 @@ def test_killed_twenty_times(presets, tmp_path):
 
     unbroken = tmp_path / "unbroken"
     unbroken.mkdir()
-    began = time.monotonic()
-    process = start(unbroken, request)
-    process.join()
-    whole = time.monotonic() - began
-    assert process.exitcode == 0
+    for _ in range(2):  # the first of all processes starts the server that forks the others
+        began = time.monotonic()
+        process = start(unbroken, request)
+        process.join()
+        whole = time.monotonic() - began
+        assert process.exitcode == 0
 
     moments, kills, videos, redone = random.Random(0), 0, 0, []
     while kills < 20:

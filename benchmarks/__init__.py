@@ -1,0 +1,1 @@
+"""Measurements of this project, run from the checkout: `python -m benchmarks.forward`."""

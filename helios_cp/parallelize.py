@@ -1,0 +1,214 @@
+"""A pipeline spread over ranks: the one file that knows both Helios and groups of ranks.
+
+Every rank runs the same request in step. Tokens are sharded on entry to the transformer and gathered on exit; the two
+branches of guidance, the feed-forward weights and the VAE are spread by the other axes of the mesh. Text encoding and
+media reading happen on rank 0, and frames end there.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from helios_cp.conditioning import Inputs, initial_state, pixels_to_encode
+from helios_cp.config import Checkpoint, Request
+from helios_cp.layers import FeedForward, TokenOperations, gelu_tanh
+from helios_cp.pipeline import Branches, Pipeline
+from helios_cp.split_vae import split_decode, split_encode
+from helios_cp.state import ChunkState
+from helios_cp.text import PromptEncoder
+from helios_cp.transformer import HeliosTransformer
+from helios_cp.vae import Codec, DiagonalGaussianDistribution, denormalise, to_frames
+from helios_cp.weights import load_scheduler, load_text_encoder, load_transformer, load_vae, resolve
+from parallel.attention import attend, attend_with_lse
+from parallel.collectives import Group
+from parallel.mesh import Mesh
+from parallel.segments import SegmentPlan
+from parallel.tensor import feed_forward, shard_slice
+from parallel.unified import unified_attention
+
+
+def load_parallel(
+    model: str | Checkpoint,
+    mesh: Mesh,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str | torch.device = "cpu",
+    attention: str = "native",
+    cache: Path | None = None,
+) -> Pipeline:
+    """Load this rank's part of a checkpoint; every rank of the mesh calls it.
+
+    The text encoder is loaded on rank 0 only, the VAE on the ranks that share it with rank 0, and of the feed-forward
+    weights only this rank's slice. A mesh of one rank gives the plain pipeline.
+    """
+    checkpoint = model if isinstance(model, Checkpoint) else resolve(model, cache)
+    device = torch.device(device)
+    narrow = functools.partial(narrow_feed_forward, group=mesh.ffn_tp) if mesh.ffn_tp.size > 1 else None
+    transformer = load_transformer(checkpoint, dtype, device, narrow)
+    transformer.sequence = ShardedSequence(mesh, attention)
+    encoder = PromptEncoder(*load_text_encoder(checkpoint, device, dtype)) if mesh.rank == 0 else None
+    vae = load_vae(checkpoint, device) if 0 in mesh.vae.ranks else None
+    return ParallelPipeline(
+        checkpoint,
+        transformer,
+        BroadcastPromptEncoder(encoder, mesh.world, checkpoint.transformer.text_dim, device),
+        SplitCodec(vae, mesh.vae),
+        load_scheduler(checkpoint),
+        SplitBranches(mesh.cfg) if mesh.cfg.size > 1 else Branches(),
+        mesh=mesh,
+    )
+
+
+class ShardedSequence:
+    """Each rank of the sequence group holds an equal part of every segment, history and noisy tokens alike."""
+
+    def __init__(self, mesh: Mesh, attention: str = "native") -> None:
+        self.mesh = mesh
+        self.attention = attention
+        self.operations = functools.lru_cache(maxsize=64)(self._operations)
+
+    @property
+    def group(self) -> Group:
+        return self.mesh.sequence
+
+    def shard(self, tokens: Tensor, dim: int, before: int) -> Tensor:
+        return self._plan(tokens.shape[dim], before).shard(tokens, dim, self.group.rank)
+
+    def gather(self, tokens: Tensor, dim: int, length: int, before: int) -> Tensor:
+        plan = self._plan(length, before)
+        return plan.unshard(self.group.all_gather(tokens, plan.local_lengths, dim), dim)
+
+    def _operations(self, lengths: tuple[int, ...]) -> tuple[TokenOperations, TokenOperations]:
+        plan = SegmentPlan(lengths, self.group.size)
+        every, last = plan.local_lengths, plan.only(len(lengths) - 1).local_lengths
+        return self._for_queries(every, every), self._for_queries(last, every)
+
+    def _for_queries(self, query_lengths: Sequence[int], key_lengths: Sequence[int]) -> TokenOperations:
+        attention = unified_attention(
+            self.mesh.ulysses,
+            self.mesh.ring,
+            query_lengths,
+            key_lengths,
+            functools.partial(attend, engine=self.attention),
+            functools.partial(attend_with_lse, engine=self.attention),
+        )
+        group = self.mesh.ffn_tp
+        first = self.group.rank - group.rank
+        lengths = tuple(query_lengths[first : first + group.size])
+
+        def feed(layer: FeedForward, states: Tensor) -> Tensor:
+            if group.size == 1:
+                return layer(states)
+            return feed_forward(states, layer.net[0].proj, gelu_tanh, layer.net[2], group, lengths)
+
+        return TokenOperations(attention, feed)
+
+    def _plan(self, length: int, before: int) -> SegmentPlan:
+        # The surplus goes on where that of the segments before ended, as it does in one plan of all segments.
+        return SegmentPlan((length,), self.group.size, before % self.group.size)
+
+
+class SplitBranches(Branches):
+    """One branch of guidance on each of two ranks, which exchange their velocities once a step."""
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+        self.own = (group.rank,)
+
+    def exchange(self, velocities: list[Tensor]) -> tuple[Tensor, Tensor]:
+        (own,) = velocities
+        prompt, negative = self.group.all_gather(own, [own.shape[0]] * 2, 0)
+        return prompt, negative
+
+
+class BroadcastPromptEncoder:
+    """Text is encoded on rank 0 and broadcast."""
+
+    def __init__(self, encoder: PromptEncoder | None, group: Group, text_dim: int, device: torch.device) -> None:
+        self.encoder = encoder
+        self.group = group
+        self.text_dim = text_dim
+        self.device = device
+
+    def __call__(self, prompts: Sequence[str], max_sequence_length: int, dtype: torch.dtype) -> Tensor:
+        if self.encoder is not None:
+            embeds = self.encoder(prompts, max_sequence_length, dtype)
+        else:
+            embeds = torch.empty(len(prompts), max_sequence_length, self.text_dim, dtype=dtype, device=self.device)
+        return self.group.broadcast(embeds)
+
+
+class SplitCodec(Codec):
+    """The VAE split by rows over the ranks that share it with rank 0, where frames and posteriors end."""
+
+    def __init__(self, vae: nn.Module | None, group: Group) -> None:
+        super().__init__(vae)
+        self.group = group
+
+    def encode(self, videos: Sequence[Tensor | None]) -> list[DiagonalGaussianDistribution | None]:
+        """As `Codec.encode`; ranks other than 0 pass a `None` for each video and get one back."""
+        if self.vae is None:
+            return [None] * len(videos)
+        found = []
+        for video in videos:
+            pixels = None if video is None else video.to(self.vae.device, self.vae.dtype)
+            parameters = split_encode(self.vae, pixels, self.group)
+            found.append(None if parameters is None else DiagonalGaussianDistribution(parameters))
+        return found
+
+    def decode(self, latents: Tensor, output_type: str) -> Tensor | None:
+        if self.vae is None:
+            return None
+        finish = functools.partial(to_frames, output_type=output_type)
+        return split_decode(self.vae, denormalise(self.vae, latents), self.group, finish=finish, row_dim=2)
+
+
+class ParallelPipeline(Pipeline):
+    """A pipeline whose start is computed on rank 0 and broadcast, where there is a picture or clip to read."""
+
+    def __init__(self, *parts, mesh: Mesh) -> None:
+        super().__init__(*parts)
+        self.mesh = mesh
+
+    def initial_state(self, request: Request, inputs: Inputs | None = None) -> ChunkState:
+        inputs = inputs or Inputs()
+        if self.mesh.world.size == 1 or not inputs.has_anchor:
+            return super().initial_state(request, inputs)
+        reads = self.mesh.rank == 0
+        videos, hidden = pixels_to_encode(request, inputs) if reads else ([], 0)
+        world, channels = self.mesh.world, self.checkpoint.transformer.in_channels
+        count = int(world.broadcast(torch.tensor([len(videos)], device=self.device)))
+        posteriors = self.codec.encode(videos if reads else [None] * count)
+        if reads:
+            state = initial_state(request, inputs, self.codec, posteriors, hidden, channels, self.device)
+        else:
+            # Of the right shapes; what is in it is overwritten.
+            state = initial_state(request, Inputs(), self.codec, [], 0, channels, self.device)
+        anchor = None if state.anchor is None else world.broadcast(state.anchor)
+        generators = world.broadcast(state.generators.to(self.device)).cpu()
+        return ChunkState(0, world.broadcast(state.history), anchor, generators)
+
+
+def narrow_feed_forward(transformer: HeliosTransformer, group: Group) -> dict[str, tuple[slice, ...]]:
+    """Leave each feed-forward layer of a model on the meta device this rank's hidden features only.
+
+    Returns which part of a stored tensor belongs to each parameter that became smaller, by name. The second layer's
+    bias stays whole: it is added once, to the sum.
+    """
+    parts: dict[str, tuple[slice, ...]] = {}
+    own = shard_slice(transformer.config.ffn_dim, group.size, group.rank)
+    size = own.stop - own.start
+    for index, block in enumerate(transformer.blocks):
+        dim = block.ffn.net[2].out_features
+        with torch.device("meta"):
+            block.ffn.net[0].proj = nn.Linear(dim, size)
+            block.ffn.net[2] = nn.Linear(size, dim)
+        parts[f"blocks.{index}.ffn.net.0.proj.weight"] = (own,)
+        parts[f"blocks.{index}.ffn.net.0.proj.bias"] = (own,)
+        parts[f"blocks.{index}.ffn.net.2.weight"] = (slice(None), own)
+    return parts

@@ -1,0 +1,174 @@
+"""Makes what a checked session asks for: MP4s, latents, a report; and says how it went."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from time import perf_counter
+
+import diffusers
+import torch
+import transformers
+from torch import Tensor
+
+from helios_cp.device import dtype_name
+from helios_cp.files import write_json, write_tensors
+from helios_cp.jobs import Job
+from helios_cp.pipeline import Pipeline
+from helios_cp.progress import ProgressReporter
+from helios_cp.report import Report
+from helios_cp.run_folder import Run, RunFolder
+from helios_cp.sampling import Step
+from helios_cp.session import Session
+from helios_cp.stopping import Stopped, StopSignal
+from helios_cp.video import Mp4Writer, encode_segment
+
+
+def run(session: Session) -> int:
+    """Generate everything in a checked session; returns the exit code: 0, 1 if a video failed, 130 or 143 if stopped.
+
+    A failing video of a prompt file is told and passed over; any other error is raised.
+    """
+    for path in session.skipped:
+        say(f"{path} exists, skipped")
+    if session.checkpoint.random_weights:
+        say(
+            f"{session.model}: the weights are random, so the video is noise; "
+            "--model BestWishYsh/Helios-Distilled gets the real ones"
+        )
+    pipeline = _load(session)
+    reports: list[Report] = []
+    try:
+        with StopSignal().installed() as stop:
+            for job, folder in zip(session.jobs, session.run_folders, strict=True):
+                output = [str(path) for path in job.output]
+                reports.append(Report(job.request, session.checkpoint, session.dtype, session.device, output))
+                try:
+                    run_job(pipeline, session, job, folder, stop, reports[-1])
+                except Exception as error:
+                    reports[-1].error = f"{type(error).__name__}: {error}"
+                    if not session.has_prompt_file:
+                        raise
+                    traceback.print_exc()
+                else:
+                    print(f"{', '.join(output)}: {reports[-1].summary()}", flush=True)
+    except Stopped as reason:
+        say(_stop_message(session, reports[-1]))
+        return reason.exit_code
+    finally:
+        if session.report is not None:
+            values = [report.to_json() for report in reports]
+            write_json(session.report, values if session.has_prompt_file else values[0])
+    failed = [f"{', '.join(report.output)}: {report.error}" for report in reports if report.error is not None]
+    if failed:
+        say("\n  ".join([f"{len(failed)} of {len(session.jobs)} videos failed:", *failed]))
+    return 1 if failed else 0
+
+
+def run_job(
+    pipeline: Pipeline | None,
+    session: Session,
+    job: Job,
+    folder: Path | None,
+    stop: StopSignal,
+    report: Report,
+) -> None:
+    """Generate one request into its MP4s; whatever happens, the finished chunks end in playable MP4s.
+
+    `pipeline` may be `None` if `folder` holds all chunks. `report` is filled as chunks get ready.
+    """
+    stop.check()
+    request = job.request
+    run_folder = _run_folder(session, job, folder)
+    state = run_folder.state(session.device) if run_folder else None
+    report.resumed_from_chunk = finished = state.index if state else 0
+    latents: list[Tensor] = []
+
+    with ExitStack() as stack:
+        if session.save_latents is not None:
+            stack.callback(_write_latents, session.save_latents, latents)
+        writers = [stack.enter_context(Mp4Writer(path, request.fps)) for path in job.output]
+        for index in range(finished):
+            if session.save_latents is not None:
+                latents.append(run_folder.latents(index))
+            for writer, segment in zip(writers, run_folder.segments(index), strict=True):
+                writer.append(segment)
+        if finished == request.num_chunks:
+            return
+
+        progress = stack.enter_context(ProgressReporter(job.output[0].name, request.num_chunks, finished))
+        start = perf_counter()
+        for chunk in pipeline.stream(request, state=state, on_step=_on_step(progress, stop)):
+            write_start = perf_counter()
+            segments = [encode_segment(frames.cpu(), request.fps) for frames in chunk.frames]
+            if run_folder is not None:
+                run_folder.save(chunk, segments)
+            for writer, segment in zip(writers, segments, strict=True):
+                writer.append(segment)
+            if session.save_latents is not None:
+                latents.append(chunk.latents.cpu())
+            chunk.seconds["write"] = perf_counter() - write_start
+            report.add(chunk.index, perf_counter() - start, chunk.seconds)
+            progress.chunk(chunk)
+            if chunk.index + 1 < request.num_chunks:
+                stop.check()
+            start = perf_counter()
+
+
+def say(line: str) -> None:
+    """A line for the user, apart from the results on stdout."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def _load(session: Session) -> Pipeline | None:
+    """The pipeline, or `None` if every chunk of every job is finished already."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    diffusers.logging.set_verbosity_error()
+    for job, folder in zip(session.jobs, session.run_folders, strict=True):
+        is_begun = folder is not None and RunFolder.is_run(folder)
+        if not is_begun or RunFolder.open(folder).finished_chunks() < job.request.num_chunks:
+            say(f"loading {session.model} as {dtype_name(session.dtype)} on {session.device}")
+            return Pipeline.from_pretrained(session.checkpoint, dtype=session.dtype, device=session.device)
+    return None
+
+
+def _run_folder(session: Session, job: Job, folder: Path | None) -> RunFolder | None:
+    if folder is None:
+        return None
+    if RunFolder.is_run(folder):
+        return RunFolder.open(folder)
+    output = tuple(str(path.absolute()) for path in job.output)
+    return RunFolder.create(folder, Run(job.request, session.model, dtype_name(session.dtype), output))
+
+
+def _on_step(progress: ProgressReporter, stop: StopSignal) -> Callable[[Step], None]:
+    def on_step(step: Step) -> None:
+        progress.step(step)
+        stop.check()
+
+    return on_step
+
+
+def _write_latents(path: Path, latents: list[Tensor]) -> None:
+    """All chunks as `latents` `[B, C, T, h, w]` fp32, T frames in time."""
+    if latents:
+        write_tensors(path, {"latents": torch.cat(latents, dim=2)})
+
+
+def _stop_message(session: Session, report: Report) -> str:
+    """Where the video stands and how to go on."""
+    names = ", ".join(report.output)
+    standing = f"{names}: {report.finished_chunks} of {report.request.num_chunks} chunks are finished"
+    if report.finished_chunks:
+        standing += f" and can be played, {report.finished_chunks * report.request.frames_per_chunk} frames"
+    again = "the same call starts over; with --checkpoint-dir DIR it could go on"
+    if session.checkpoint_dir is not None:
+        again = f"go on with --resume {session.checkpoint_dir}"
+        again += " in place of --checkpoint-dir" if session.has_prompt_file else ""
+    elif session.has_prompt_file:
+        again = "the same call makes it again, and those after it"
+    return f"stopped; {standing}; {again}"
