@@ -165,7 +165,7 @@ class SplitCodec(Codec):
         if self.vae is None:
             return None
         finish = functools.partial(to_frames, output_type=output_type)
-        return split_decode(self.vae, denormalise(self.vae, latents), self.group, finish=finish, row_dim=2)
+        return split_decode(self.vae, denormalise(self.vae, latents), self.group, finish=finish, dim=2)
 
 
 class ParallelPipeline(Pipeline):

@@ -41,8 +41,8 @@ def split_decode(
     finish = finish or (lambda video: video)
     if group.size == 1:
         return finish(vae.decode(latents, return_dict=False)[0])
-    _check(vae, group, latents.shape[ROWS])
-    rows = split(latents.shape[ROWS], group.size)
+    _check_kind(vae)
+    rows = _split_rows(latents.shape[ROWS], group)
     levels = [upsampled_rows(rows, 2**level) for level in range(len(vae.config.dim_mult))]
     with _split_layers(vae, vae.decoder, group, levels):
         video = vae.decode(latents.split(rows, ROWS)[group.rank], return_dict=False)[0]
@@ -63,10 +63,10 @@ def split_encode(vae: AutoencoderKLWan, video: Tensor | None, group: Group) -> T
         video = video.to(vae.device, vae.dtype)
     if group.size == 1:
         return vae.encode(video, return_dict=False)[0].parameters
+    _check_kind(vae)
     factor = 2 ** (len(vae.config.dim_mult) - 1)
-    _check(vae, group, shape[ROWS] // factor)
-    rows = [factor * size for size in split(shape[ROWS] // factor, group.size)]
-    rows[-1] += shape[ROWS] % factor  # the unsplit VAE leaves them out of its last output row
+    rows = [factor * size for size in _split_rows(shape[ROWS] // factor, group)]
+    rows[-1] += shape[ROWS] % factor  # too few for a row of latents
     levels = [tuple(rows)]
     while len(levels) < len(vae.config.dim_mult):
         levels.append(output_rows(levels[-1], kernel=3, stride=2, padding=(0, 1)))
@@ -76,8 +76,8 @@ def split_encode(vae: AutoencoderKLWan, video: Tensor | None, group: Group) -> T
     return _gather(parameters, group, levels[-1], ROWS)
 
 
-def _check(vae: AutoencoderKLWan, group: Group, rows: int) -> None:
-    """Raises `ValueError` for what cannot be split."""
+def _check_kind(vae: AutoencoderKLWan) -> None:
+    """Raises `ValueError` for a VAE that cannot be split."""
     if not isinstance(vae, AutoencoderKLWan):
         raise ValueError(f"VAE {type(vae).__name__}: only an AutoencoderKLWan can be split; use 1 rank for the VAE")
     if vae.config.is_residual or vae.config.patch_size is not None:
@@ -87,11 +87,18 @@ def _check(vae: AutoencoderKLWan, group: Group, rows: int) -> None:
         )
     if vae.use_tiling:
         raise ValueError("VAE with tiling: it is not exact and cannot be split; call disable_tiling()")
+
+
+def _split_rows(rows: int, group: Group) -> tuple[int, ...]:
+    """Rows of the latents on each rank. Raises `ValueError` unless every rank has one."""
     if group.size > rows:
         raise ValueError(f"VAE over {group.size} ranks: at most {rows} are allowed, the rows of the latents")
+    return split(rows, group.size)
 
 
-def _scatter(vae: AutoencoderKLWan, video: Tensor | None, group: Group, rows: Sequence[int], shape: Sequence[int]):
+def _scatter(
+    vae: AutoencoderKLWan, video: Tensor | None, group: Group, rows: Sequence[int], shape: Sequence[int]
+) -> Tensor:
     """This rank's rows of rank 0's video, of which each rank is sent its own only."""
     like = torch.empty(0, device=vae.device, dtype=vae.dtype)
     if group.rank > 0:

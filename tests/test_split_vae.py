@@ -1,9 +1,8 @@
 """Unit and multi-rank gloo: the VAE split over the height against the unsplit one.
 
 Tolerance: 1e-5 of the output's range. Both compute the same products in fp32, but kernels may add them in another order
-for another height; over the depth of these networks that leaves about 1e-6 of the range. A row, a frame's halo or an
-attention key that is missing or wrong leaves more than 1e-3, as `test_what_is_broken_is_seen` shows. Bytes and FLOPs
-are exact.
+for another height, which leaves 1e-6 of the range here and 2e-6 in a VAE of Wan's size. A halo or attention keys that
+are missing leave more than 0.1, as `test_what_is_broken_is_seen` shows. Bytes and FLOPs are exact.
 """
 
 from __future__ import annotations
@@ -255,8 +254,8 @@ def test_what_is_broken_is_seen(broken, decoder):
     shape = (1, 2, 5)
     video, parameters = shared_pool().run(run_broken, shape, broken, ranks=2)[0]
     if decoder:
-        assert error(video, make_vae().decode(make_latents(make_vae(), *shape)).sample) > 100 * TOLERANCE
-    assert error(parameters, encode(make_vae(), make_video(*shape))) > 100 * TOLERANCE
+        assert error(video, make_vae().decode(make_latents(make_vae(), *shape)).sample) > 0.1
+    assert error(parameters, encode(make_vae(), make_video(*shape))) > 0.1
 
 
 # Bytes and FLOPs.
