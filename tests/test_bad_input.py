@@ -223,13 +223,17 @@ CASES: dict[str, tuple[str, ...]] = {
         "--resume run and --checkpoint-dir new: ",
         "one of the two",
     ),
-    "checkpoint-dir with a run": ("--prompt fox --checkpoint-dir run", "--checkpoint-dir run: ", "use|--resume"),
+    "checkpoint-dir with a run": ("--prompt fox --checkpoint-dir run", "--checkpoint-dir run: ", "go on with --resume"),
     "checkpoint-dir with what is left of a run": (
         "--prompt fox --checkpoint-dir run-left",
         "--checkpoint-dir run-left: ",
         "--resume",
     ),
-    "checkpoint-dir that is a file": ("--prompt fox --checkpoint-dir notes.png", "--checkpoint-dir notes.png: ", "file"),
+    "checkpoint-dir that is a file": (
+        "--prompt fox --checkpoint-dir notes.png",
+        "--checkpoint-dir notes.png: ",
+        "file",
+    ),
     "checkpoint-dir below a file": (
         "--prompt fox --checkpoint-dir notes.png/run",
         "--checkpoint-dir notes.png/run: ",
@@ -300,7 +304,7 @@ def _write_media(place: Path, astronaut: Image.Image) -> None:
     (place / "folder").mkdir()
     (place / "folder.mp4").mkdir()
     (place / "folder.txt").mkdir()
-    frames = torch.from_numpy(np.asarray(astronaut.resize((64, 64)))).expand(33, 64, 64, 3)
+    frames = torch.from_numpy(np.array(astronaut.resize((64, 64)))).expand(33, 64, 64, 3)
     for name, count in (("clip", 33), ("short", 32)):
         with Mp4Writer(place / f"{name}.mp4", 24) as writer:
             writer.append(encode_segment(frames[:count], 24))
@@ -410,9 +414,7 @@ def place(workplace, tmp_path, cache, monkeypatch) -> Path:
 
 def contents(folder: Path) -> dict[str, bytes | None]:
     """Every file with its bytes, and every folder."""
-    return {
-        str(path.relative_to(folder)): None if path.is_dir() else path.read_bytes() for path in folder.rglob("*")
-    }
+    return {str(path.relative_to(folder)): None if path.is_dir() else path.read_bytes() for path in folder.rglob("*")}
 
 
 def refusal(arguments: list[str], folder: Path, capfd: pytest.CaptureFixture[str]) -> str:
