@@ -13,10 +13,16 @@ from typing import Any, NoReturn
 from helios_cp.config import DTYPES, Request, RequestError, ScheduledPrompt
 
 DEFAULTS = Request()
+ENGINES = ("native", "cudnn", "flash", "yunchang", "xfuser")
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Says what is wrong in one line on stderr, without the usage text, and exits with 2; abbreviates no flags."""
+    """Says what is wrong in one line on stderr, without the usage text, and exits with 2; abbreviates no flags.
+
+    `is_quiet` is for ranks other than 0, which would say the same.
+    """
+
+    is_quiet = False
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
@@ -25,7 +31,7 @@ class OneLineParser(argparse.ArgumentParser):
         line = " ".join(message.removeprefix("argument ").split())
         if line.startswith("unrecognized arguments"):
             line += "; --help lists the flags, and a text of several words needs quotes"
-        self.exit(2, f"{self.prog}: error: {line}\n")
+        self.exit(2, None if self.is_quiet else f"{self.prog}: error: {line}\n")
 
 
 def whole_number(text: str) -> int:
@@ -156,6 +162,35 @@ def add_request_arguments(parser: argparse.ArgumentParser) -> None:
     )
     sampling.add_argument(
         "--num-latent-frames-per-chunk", type=whole_number, metavar="N", help="9 are 33 frames, as trained (default: 9)"
+    )
+
+
+def add_layout_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of a layout. Flags that the user leaves out are absent from the namespace."""
+    layout = parser.add_argument_group("layout of the ranks (cfg-parallel · ring · ulysses = number of ranks)")
+    layout.add_argument("--ulysses", type=whole_number, metavar="U", help="share the sequence, tokens against heads")
+    layout.add_argument("--ring", type=whole_number, metavar="R", help="share the sequence, keys and values passed on")
+    layout.add_argument(
+        "--cfg-parallel", type=whole_number, metavar="C", help="2: a branch of guidance each; Base, Mid"
+    )
+    layout.add_argument("--ffn-tp", type=whole_number, metavar="T", help="split the feed-forward weights; saves memory")
+    layout.add_argument("--vae-parallel", type=whole_number, metavar="V", help="split the VAE by rows of the picture")
+    layout.add_argument(
+        "--shard-weights",
+        action=argparse.BooleanOptionalAction,
+        help="spread the blocks' weights over all ranks, gathered one block ahead; saves most memory (default: off)",
+    )
+    layout.add_argument(
+        "--attention", choices=ENGINES, help="kernels of the attention (default: native, PyTorch's own)"
+    )
+    layout.add_argument(
+        "--backend", choices=("gloo", "nccl"), help="of the communication (default: nccl on CUDA, gloo elsewhere)"
+    )
+    layout.add_argument(
+        "--timeout",
+        type=number,
+        metavar="SECONDS",
+        help="how long a rank waits for another before the job ends with an error (default: 600)",
     )
 
 

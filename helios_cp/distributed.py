@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import sys
-import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,14 +17,12 @@ import torch
 import torch.distributed as dist
 
 from helios_cp.config import RequestError
-
-GRACE_SECONDS = 5.0
-"""How long a rank that is asked to end may take to finish its files."""
+from helios_cp.weights import CheckpointError
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's place in a job, from torchrun's environment; one rank without it."""
+    """This process's place in a job."""
 
     rank: int = 0
     local_rank: int = 0
@@ -34,8 +31,13 @@ class Ranks:
 
     @classmethod
     def of(cls, environment: Mapping[str, str]) -> Ranks:
+        """Read torchrun's environment; one rank without it. Raises `RequestError` for what torchrun does not set."""
+
         def number(name: str, default: int) -> int:
-            return int(environment.get(name, default))
+            text = environment.get(name, str(default))
+            if not text.isdecimal():
+                raise RequestError(f"{name} {text!r} in the environment: a whole number is allowed; torchrun sets it")
+            return int(text)
 
         return cls(number("RANK", 0), number("LOCAL_RANK", 0), number("LOCAL_WORLD_SIZE", 1), number("WORLD_SIZE", 1))
 
@@ -65,10 +67,11 @@ def pick_backend(name: str | None, device: torch.device, ranks: Ranks) -> str:
     return backend
 
 
-class Job:
+class World:
     """The ranks of one job: they share what rank 0 decides, and the first that fails speaks for all.
 
-    Its store is that of torchrun's rendezvous. A job of one rank has none and communicates nothing.
+    Its store is that of torchrun's rendezvous. A job of one rank has none and communicates nothing. Raises
+    `RequestError` where there is no rendezvous.
     """
 
     def __init__(self, ranks: Ranks, timeout: float) -> None:
@@ -76,7 +79,14 @@ class Job:
         self.timeout = timedelta(seconds=timeout)
         self._store = None
         if ranks.size > 1:
-            store, _, _ = next(dist.rendezvous("env://", timeout=self.timeout))
+            try:
+                store, _, _ = next(dist.rendezvous("env://", timeout=self.timeout))
+            except (ValueError, RuntimeError) as error:
+                reason = str(error).splitlines()[0]
+                raise RequestError(
+                    f"WORLD_SIZE {ranks.size} in the environment, but the ranks do not find each other ({reason}); "
+                    f"start them with torchrun --nproc_per_node {ranks.size}"
+                ) from None
             store.set_timeout(self.timeout)
             self._store = store
 
@@ -113,7 +123,7 @@ class Job:
         dist.destroy_process_group()
 
     def claim_end(self) -> bool:
-        """Whether this is the first rank to end the job, so that what the others see is a consequence."""
+        """Whether this is the first rank to end the job: what the others see then is a consequence, and not told."""
         if self._store is None:
             return True
         with contextlib.suppress(Exception):  # the store goes down with the job
@@ -123,24 +133,27 @@ class Job:
     def _report(self, error: Exception) -> None:
         if not self.claim_end():
             return
-        if isinstance(error, dist.DistError | ConnectionError) or _is_lost_connection(error):
-            reason = " ".join(str(error).split())[:300]
-            print(
-                f"rank {self.ranks.rank}: another rank does not answer; it was killed, hangs for more than "
-                f"{self.timeout.total_seconds():g} s, or its machine is gone ({reason})",
-                file=sys.stderr,
-                flush=True,
+        who = f"rank {self.ranks.rank}"
+        if isinstance(error, RequestError | CheckpointError):
+            lines = f"{who}: error: {error}"
+        elif _is_lost_connection(error):
+            lines = (
+                f"{who}: another rank does not answer: it was killed, its machine is gone, or it hangs for more than "
+                f"--timeout {self.timeout.total_seconds():g} s ({' '.join(str(error).split())[:300]})"
             )
-            return
-        lines = traceback.format_exception(error)
-        print(f"rank {self.ranks.rank} failed:", "".join(lines), sep="\n", end="", file=sys.stderr, flush=True)
+        else:
+            lines = f"{who} failed:\n{''.join(traceback.format_exception(error))}".rstrip()
+        print(lines, file=sys.stderr, flush=True)
 
 
 def _is_lost_connection(error: Exception) -> bool:
-    """gloo raises a plain RuntimeError when a peer is gone or too slow."""
+    """Whether a peer is gone or too slow; gloo says so in a plain RuntimeError."""
     text = str(error)
-    return isinstance(error, RuntimeError) and any(
-        sign in text for sign in ("gloo", "Connection closed", "Connection reset", "Timed out", "NCCL", "Socket")
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError)
+        and any(
+            sign in text for sign in ("gloo", "Connection closed", "Connection reset", "Timed out", "NCCL", "Socket")
+        )
     )
 
 
@@ -149,10 +162,3 @@ def end_process(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-def end_after_grace(code: int) -> None:
-    """End the process in `GRACE_SECONDS` unless it ends by itself before, as when it is stuck waiting for a peer."""
-    timer = threading.Timer(GRACE_SECONDS, os._exit, (code,))
-    timer.daemon = True
-    timer.start()

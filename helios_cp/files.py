@@ -37,20 +37,20 @@ def check_folder_target(flag: str, path: str | os.PathLike[str]) -> None:
 
 
 def _try_writing(flag: str, path: str | os.PathLike[str], target: Path) -> None:
+    if "\0" in str(path):
+        raise RequestError(f"{flag} {str(path)!r}: no file name holds a zero byte; give another path")
+    folder = Path(os.path.abspath(target)).parent
+    while not os.path.lexists(folder):
+        folder = folder.parent
+    if not folder.is_dir():
+        raise RequestError(f"{flag} {path}: {folder} is not a folder; give another path")
     try:
-        folder = Path(os.path.abspath(target)).parent
-        while not os.path.lexists(folder):
-            folder = folder.parent
-        if not folder.is_dir():
-            raise RequestError(f"{flag} {path}: {folder} is not a folder; give another path")
         # Writing is tried, not asked about: permission bits say nothing of root, read-only disks and remote folders.
         with tempfile.TemporaryFile(dir=folder), contextlib.suppress(FileNotFoundError):
             _partial(target).stat()  # fails for a name that is too long
     except OSError as error:
         reason = f"{folder} cannot be written ({error.strerror})"
         raise RequestError(f"{flag} {path}: {reason}; give another path") from None
-    except ValueError as error:
-        raise RequestError(f"{flag} {str(path)!r}: no file can have that name ({error})") from None
 
 
 def write_bytes(path: Path, content: bytes) -> None:

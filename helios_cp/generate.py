@@ -1,21 +1,30 @@
 """Command line: a prompt, picture or clip in, an MP4 out.
 
 python -m helios_cp.generate --prompt "a red fox in the snow" --output fox.mp4
-torchrun --nproc_per_node 1 -m helios_cp.generate --model BestWishYsh/Helios-Distilled --prompt … --output fox.mp4
+torchrun --nproc_per_node 4 -m helios_cp.generate --model BestWishYsh/Helios-Distilled --prompt … --output fox.mp4
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from pathlib import Path
+from typing import Any
 
-from helios_cp.arguments import OneLineParser, add_model_arguments, add_request_arguments, whole_number
+from helios_cp.arguments import (
+    OneLineParser,
+    add_layout_arguments,
+    add_model_arguments,
+    add_request_arguments,
+    whole_number,
+)
 from helios_cp.config import RequestError
 from helios_cp.jobs import INTERPOLATE_TIME
 
 PROGRAM = "helios_cp.generate"
+DEFAULT_TIMEOUT = 600.0
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -44,6 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_model_arguments(parser)
     add_request_arguments(parser)
+    add_layout_arguments(parser)
     files = parser.add_argument_group("many videos")
     files.add_argument(
         "--prompt-file",
@@ -65,32 +75,65 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit codes: 0, 1 for a failure, 2 for bad input, 130 and 143 for a stop by SIGINT and SIGTERM."""
+    """Exit codes: 0, 1 for a failure, 2 for bad input, 130 and 143 for a stop by SIGINT and SIGTERM.
+
+    Under torchrun every rank calls it; rank 0 speaks, reads and writes for all.
+    """
     parser = build_parser()
+    parser.is_quiet = os.environ.get("RANK", "0") != "0"
     arguments = parser.parse_args(argv)
-    world = os.environ.get("WORLD_SIZE", "1")
-    if world != "1":
-        parser.error(f"WORLD_SIZE {world} (torchrun --nproc_per_node {world}): only 1 is allowed in this version")
     cache = os.environ.get("HELIOS_CP_CACHE")
     try:
         return _run(parser, arguments, Path(cache) if cache else None)
     except KeyboardInterrupt:
-        print("stopped before the first chunk; nothing was written", file=sys.stderr)
+        if not parser.is_quiet:
+            print("stopped before the first chunk; nothing was written", file=sys.stderr)
         return 130
 
 
-def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace, cache: Path | None) -> int:
+def _run(parser: OneLineParser, arguments: argparse.Namespace, cache: Path | None) -> int:
     # Imported here so that --help and misspelt flags need not wait for torch.
-    from helios_cp.runner import run
-    from helios_cp.session import check
+    from helios_cp.device import pick_device
+    from helios_cp.distributed import Ranks, World, device_of_rank, end_process
+    from helios_cp.runner import follow, run
+    from helios_cp.session import Followed, Session, check
     from helios_cp.weights import CheckpointError
 
+    session: Session | None = None
+
+    def decide() -> dict[str, Any]:
+        nonlocal session
+        try:
+            session = check(arguments, cache, ranks)
+        except RequestError as error:
+            return {"refused": str(error)}
+        return session.for_followers()
+
+    timeout = getattr(arguments, "timeout", DEFAULT_TIMEOUT)
+    if not 0 < timeout < float("inf"):
+        parser.error(f"--timeout {timeout}: a finite number of seconds above 0 is allowed")
     try:
-        session = check(arguments, cache)
+        ranks = Ranks.of(os.environ)
+        world = World(ranks, timeout)
     except RequestError as error:
         parser.error(str(error))
+    decided = world.share(decide)
+    if "refused" in decided:
+        parser.error(decided["refused"])
+    if session is not None:
+        device = session.device
+    else:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 stops for all
+        device = device_of_rank(pick_device(arguments.device), ranks)
     try:
-        return run(session)
+        with world.connected(decided["backend"], device):
+            if session is None:
+                follow(Followed.from_json(decided, device, cache))
+                return 0
+            code = run(session, world)
+            if code > 1 and ranks.size > 1:
+                end_process(code)  # the others are in the middle of a chunk and will not come to an end
+            return code
     except (CheckpointError, RequestError, OSError) as error:
         print(f"{PROGRAM}: error: {error}", file=sys.stderr)
         return 1

@@ -5,16 +5,16 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import torch
 
 from helios_cp.config import Checkpoint, Request, RequestError
 from helios_cp.sampling import SamplingPlan
-from parallel.attention import unavailable
+from parallel.engines import unavailable_engine
 from parallel.mesh import Degrees, default_degrees
 
-ENGINES = ("native", "cudnn", "flash", "yunchang", "xfuser")
 DEGREES = {"cfg_parallel": "cfg", "ring": "ring", "ulysses": "ulysses", "ffn_tp": "ffn_tp", "vae_parallel": "vae"}
 
 
@@ -26,32 +26,12 @@ class Layout:
     attention: str = "native"
     shard_weights: bool = False
 
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
 
-def add_layout_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of a layout. Flags that the user leaves out are absent from the namespace."""
-    layout = parser.add_argument_group("layout of the ranks (cfg-parallel · ring · ulysses = number of ranks)")
-    layout.add_argument("--ulysses", type=int, metavar="U", help="shard the sequence, exchanging tokens for heads")
-    layout.add_argument("--ring", type=int, metavar="R", help="shard the sequence, passing keys and values round")
-    layout.add_argument("--cfg-parallel", type=int, metavar="C", help="2: a branch of guidance each; Base and Mid")
-    layout.add_argument("--ffn-tp", type=int, metavar="T", help="split the feed-forward weights; saves memory")
-    layout.add_argument("--vae-parallel", type=int, metavar="V", help="split the VAE by rows of the picture")
-    layout.add_argument(
-        "--shard-weights",
-        action="store_true",
-        help="spread every block's weights over all ranks and gather them one block ahead; saves most memory",
-    )
-    layout.add_argument(
-        "--attention", choices=ENGINES, help="kernels of the attention (default: native, PyTorch's own)"
-    )
-    layout.add_argument(
-        "--backend", choices=("gloo", "nccl"), help="of the communication (default: nccl on CUDA, gloo elsewhere)"
-    )
-    layout.add_argument(
-        "--timeout",
-        type=float,
-        metavar="SECONDS",
-        help="how long a rank waits for another before the job ends with an error (default: 600)",
-    )
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Layout:
+        return cls(Degrees(**values["degrees"]), values["attention"], values["shard_weights"])
 
 
 def choose_layout(
@@ -86,24 +66,38 @@ def choose_layout(
         raise RequestError(
             f"--shard-weights with --ffn-tp {degrees.ffn_tp}: give one of the two; --shard-weights saves more memory"
         )
-    reason = unavailable(attention, device, dtype) if attention in ("native", "cudnn", "flash") else None
+    sequences = {lengths for request in requests for lengths in segment_lengths(request, checkpoint)}
+    backend = getattr(arguments, "backend", None)
+    reason = unavailable_engine(attention, device, dtype, degrees, sequences, limits["heads"], backend)
     if reason is not None:
         raise RequestError(f"--attention {attention}: {reason}")
     return Layout(degrees, attention, shard_weights)
 
 
-def _fill(given: dict[str, int], world_size: int, **limits) -> Degrees:
-    """Complete the degrees given: what is left of the world goes to ulysses, or to the ring where ulysses is given."""
-    if not {"cfg", "ring", "ulysses"} & given.keys():
-        default = default_degrees(world_size, **limits)
-        chosen = {"cfg": default.cfg, "ring": default.ring, "ulysses": default.ulysses, "vae": default.vae}
-        return Degrees(**{**chosen, **given})
-    chosen = dict(given)
-    for free in ("ulysses", "ring", "cfg"):
-        used = math.prod(chosen.get(name, 1) for name in ("cfg", "ring", "ulysses"))
-        if free not in chosen and used and world_size % used == 0 and free != "cfg":
-            chosen[free] = world_size // used
-    return Degrees(**chosen)
+def _fill(
+    given: dict[str, int], world_size: int, *, guidance: bool, heads: int, smallest_tokens: int, vae_rows: int
+) -> Degrees:
+    """Complete the degrees given: of the ranks left, two go to guidance where there is any, the rest to the sequence.
+
+    The VAE is split over as many ranks of the sequence group as have a row of the picture each.
+    """
+    axes = {name: value for name, value in given.items() if name in ("cfg", "ring", "ulysses")}
+    if axes:
+        used = math.prod(axes.values())
+        left = world_size // used if used > 0 and world_size % used == 0 else 1
+        if guidance and "cfg" not in axes and left % 2 == 0:
+            axes["cfg"], left = 2, left // 2
+        if "ulysses" not in axes:
+            at_most = left if "ring" in axes else heads
+            axes["ulysses"] = max(d for d in range(1, left + 1) if left % d == 0 and d <= max(at_most, 1))
+            left //= axes["ulysses"]
+        axes.setdefault("ring", left)
+        degrees = Degrees(**axes)
+    else:
+        degrees = default_degrees(world_size, guidance, heads, smallest_tokens)
+    rest = {name: value for name, value in given.items() if name in ("ffn_tp", "vae")}
+    fitting = (d for d in range(1, degrees.sequence + 1) if degrees.sequence % d == 0 and d <= vae_rows)
+    return replace(degrees, **{"vae": max(fitting), **rest})
 
 
 def _flags(given: dict[str, int]) -> str:
@@ -113,7 +107,23 @@ def _flags(given: dict[str, int]) -> str:
 
 def smallest_tokens(request: Request, checkpoint: Checkpoint) -> int:
     """Noisy tokens of the smallest stage of a resolved request, which is what the ranks have to share at least."""
-    stages = len(request.pyramid_num_inference_steps_list) if checkpoint.is_pyramid else 1
+    return min(lengths[-1] for lengths in segment_lengths(request, checkpoint))
+
+
+def segment_lengths(request: Request, checkpoint: Checkpoint) -> list[tuple[int, ...]]:
+    """Tokens of the segments of a resolved request's sequence, long · mid · short · noisy, for each stage in turn.
+
+    The history has full size in every stage. A history token covers 4, 2 or 1 patches along each axis; where these do
+    not fill it, the history is padded.
+    """
     pt, ph, pw = checkpoint.transformer.patch_size
-    height, width = (size // 2 ** (stages - 1) for size in request.latent_size)
-    return (request.num_latent_frames_per_chunk // pt) * (height // ph) * (width // pw)
+    frames = request.num_latent_frames_per_chunk // pt
+    rows, columns = request.latent_size[0] // ph, request.latent_size[1] // pw
+    long, mid, short = request.history_frames
+    parts = ((long, 4), (mid, 2), (short + request.keep_first_frame, 1))  # the anchor frame precedes the short history
+    history = tuple(
+        math.ceil(count / (pool * pt)) * math.ceil(rows / pool) * math.ceil(columns / pool) for count, pool in parts
+    )
+    stages = len(request.pyramid_num_inference_steps_list) if checkpoint.is_pyramid else 1
+    halvings = range(stages - 1, -1, -1)
+    return [(*history, frames * (rows >> halving) * (columns >> halving)) for halving in halvings]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,19 +18,18 @@ from torch import Tensor, nn
 from helios_cp.conditioning import Inputs, initial_state, pixels_to_encode
 from helios_cp.config import Checkpoint, Request
 from helios_cp.layers import FeedForward, TokenOperations, gelu_tanh
-from helios_cp.pipeline import Branches, Pipeline
+from helios_cp.pipeline import Branches, Pipeline, Prompts
 from helios_cp.split_vae import split_decode, split_encode
 from helios_cp.state import ChunkState
 from helios_cp.text import PromptEncoder
-from helios_cp.transformer import HeliosTransformer
+from helios_cp.transformer import HeliosTransformer, TextCondition
 from helios_cp.vae import Codec, DiagonalGaussianDistribution, denormalise, to_frames
 from helios_cp.weights import load_scheduler, load_text_encoder, load_transformer, load_vae, resolve
-from parallel.attention import attend, attend_with_lse
 from parallel.collectives import Group
+from parallel.engines import sequence_attention
 from parallel.mesh import Mesh
 from parallel.segments import SegmentPlan
 from parallel.tensor import feed_forward, shard_slice
-from parallel.unified import unified_attention
 
 
 def load_parallel(
@@ -40,17 +40,21 @@ def load_parallel(
     device: str | torch.device = "cpu",
     attention: str = "native",
     cache: Path | None = None,
-) -> Pipeline:
+    shard_weights: bool = False,
+) -> ParallelPipeline:
     """Load this rank's part of a checkpoint; every rank of the mesh calls it.
 
     The text encoder is loaded on rank 0 only, the VAE on the ranks that share it with rank 0, and of the feed-forward
-    weights only this rank's slice. A mesh of one rank gives the plain pipeline.
+    weights only this rank's slice. With `shard_weights` every rank keeps an equal share of the blocks' weights (see
+    `helios_cp.shard_weights`). A mesh of one rank gives the plain pipeline. Raises `ValueError` for `shard_weights`
+    where the mesh splits the feed-forward weights already.
     """
     checkpoint = model if isinstance(model, Checkpoint) else resolve(model, cache)
     device = torch.device(device)
     narrow = functools.partial(narrow_feed_forward, group=mesh.ffn_tp) if mesh.ffn_tp.size > 1 else None
-    transformer = load_transformer(checkpoint, dtype, device, narrow)
-    transformer.sequence = ShardedSequence(mesh, attention)
+    sequence = ShardedSequence(mesh, attention, device)
+    transformer = load_transformer(checkpoint, dtype, device, narrow, mesh.world if shard_weights else None)
+    transformer.sequence = sequence
     encoder = PromptEncoder(*load_text_encoder(checkpoint, device, dtype)) if mesh.rank == 0 else None
     vae = load_vae(checkpoint, device) if 0 in mesh.vae.ranks else None
     return ParallelPipeline(
@@ -59,7 +63,7 @@ def load_parallel(
         BroadcastPromptEncoder(encoder, mesh.world, checkpoint.transformer.text_dim, device),
         SplitCodec(vae, mesh.vae),
         load_scheduler(checkpoint),
-        SplitBranches(mesh.cfg) if mesh.cfg.size > 1 else Branches(),
+        SplitBranches(mesh.cfg, in_step=shard_weights) if mesh.cfg.size > 1 else Branches(),
         mesh=mesh,
     )
 
@@ -67,9 +71,9 @@ def load_parallel(
 class ShardedSequence:
     """Each rank of the sequence group holds an equal part of every segment, history and noisy tokens alike."""
 
-    def __init__(self, mesh: Mesh, attention: str = "native") -> None:
+    def __init__(self, mesh: Mesh, attention: str = "native", device: str | torch.device = "cpu") -> None:
         self.mesh = mesh
-        self.attention = attention
+        self.attention = sequence_attention(attention, mesh.ulysses, mesh.ring, device)
         self.operations = functools.lru_cache(maxsize=64)(self._operations)
 
     @property
@@ -89,14 +93,7 @@ class ShardedSequence:
         return self._for_queries(every, every), self._for_queries(last, every)
 
     def _for_queries(self, query_lengths: Sequence[int], key_lengths: Sequence[int]) -> TokenOperations:
-        attention = unified_attention(
-            self.mesh.ulysses,
-            self.mesh.ring,
-            query_lengths,
-            key_lengths,
-            functools.partial(attend, engine=self.attention),
-            functools.partial(attend_with_lse, engine=self.attention),
-        )
+        attention = self.attention(query_lengths, key_lengths)
         group = self.mesh.ffn_tp
         first = self.group.rank - group.rank
         lengths = tuple(query_lengths[first : first + group.size])
@@ -114,16 +111,36 @@ class ShardedSequence:
 
 
 class SplitBranches(Branches):
-    """One branch of guidance on each of two ranks, which exchange their velocities once a step."""
+    """One branch of guidance on each of two ranks, which exchange their velocities once a step.
 
-    def __init__(self, group: Group) -> None:
+    With `in_step` both ranks encode the prompts of both branches, for use with `OwnPrompts`.
+    """
+
+    def __init__(self, group: Group, in_step: bool = False) -> None:
         self.group = group
-        self.own = (group.rank,)
+        self.in_step = in_step
+        self.own = (0, 1) if in_step else (group.rank,)
 
     def exchange(self, velocities: list[Tensor]) -> tuple[Tensor, Tensor]:
         (own,) = velocities
         prompt, negative = self.group.all_gather(own, [own.shape[0]] * 2, 0)
         return prompt, negative
+
+
+class OwnPrompts:
+    """This rank's branch of prompts that all ranks encode in step, as it takes all of them to gather sharded weights.
+
+    Prompts change at other times than the negative prompt, so a rank that encoded its own alone would wait for ever.
+    """
+
+    def __init__(self, prompts: Prompts, branch: int) -> None:
+        self.prompts = prompts
+        self.branch = branch
+
+    def at(self, chunk: int) -> list[TextCondition]:
+        """As `Prompts.at`, of one branch."""
+        conditions = self.prompts.at(chunk)
+        return [conditions[self.branch % len(conditions)]]  # there is only one where nothing is guided
 
 
 class BroadcastPromptEncoder:
@@ -175,6 +192,12 @@ class ParallelPipeline(Pipeline):
         super().__init__(*parts)
         self.mesh = mesh
 
+    def encode_prompts(self, request: Request, inputs: Inputs | None = None) -> Prompts | OwnPrompts:
+        prompts = super().encode_prompts(request, inputs)
+        if isinstance(self.branches, SplitBranches) and self.branches.in_step:
+            return OwnPrompts(prompts, self.branches.group.rank)
+        return prompts
+
     def initial_state(self, request: Request, inputs: Inputs | None = None) -> ChunkState:
         inputs = inputs or Inputs()
         if self.mesh.world.size == 1 or not inputs.has_anchor:
@@ -184,14 +207,27 @@ class ParallelPipeline(Pipeline):
         world, channels = self.mesh.world, self.checkpoint.transformer.in_channels
         count = int(world.broadcast(torch.tensor([len(videos)], device=self.device)))
         posteriors = self.codec.encode(videos if reads else [None] * count)
+        state = None
         if reads:
             state = initial_state(request, inputs, self.codec, posteriors, hidden, channels, self.device)
-        else:
-            # Of the right shapes; what is in it is overwritten.
+        return self._broadcast(request, state)
+
+    def share_state(self, request: Request, state: ChunkState | None) -> ChunkState | None:
+        """Rank 0's saved state of a resolved request on every rank; `None` where it has none."""
+        world = self.mesh.world
+        if world.size == 1:
+            return state
+        index = int(world.broadcast(torch.tensor([0 if state is None else state.index], device=self.device)))
+        return replace(self._broadcast(request, state), index=index) if index else None
+
+    def _broadcast(self, request: Request, state: ChunkState | None) -> ChunkState:
+        world = self.mesh.world
+        if state is None:  # of the right shapes; what is in it is overwritten
+            channels = self.checkpoint.transformer.in_channels
             state = initial_state(request, Inputs(), self.codec, [], 0, channels, self.device)
         anchor = None if state.anchor is None else world.broadcast(state.anchor)
         generators = world.broadcast(state.generators.to(self.device)).cpu()
-        return ChunkState(0, world.broadcast(state.history), anchor, generators)
+        return ChunkState(state.index, world.broadcast(state.history), anchor, generators)
 
 
 def narrow_feed_forward(transformer: HeliosTransformer, group: Group) -> dict[str, tuple[slice, ...]]:

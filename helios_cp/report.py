@@ -13,16 +13,24 @@ import transformers
 import helios_cp
 from helios_cp.config import Checkpoint, Request
 from helios_cp.device import dtype_name, peak_memory
+from helios_cp.layout import Layout
 
 
 class Report:
     """Collects the seconds of each chunk of one video and works out the FPS."""
 
     def __init__(
-        self, request: Request, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, output: list[str]
+        self,
+        request: Request,
+        checkpoint: Checkpoint,
+        layout: Layout,
+        dtype: torch.dtype,
+        device: torch.device,
+        output: list[str],
     ) -> None:
         self.request = request
         self.checkpoint = checkpoint
+        self.layout = layout
         self.dtype = dtype
         self.device = device
         self.output = output
@@ -74,7 +82,7 @@ class Report:
             "random_weights": self.checkpoint.random_weights,
             "dtype": dtype_name(self.dtype),
             "device": device_name(self.device),
-            "layout": {"ranks": 1, "cfg": 1, "ring": 1, "ulysses": 1, "ffn_tp": 1, "vae": 1},
+            "layout": {"ranks": self.layout.degrees.world, **self.layout.to_json()},
             "seed": list(self.request.seeds),
             "request": self.request.to_json(),
             "output": self.output,

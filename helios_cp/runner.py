@@ -15,22 +15,28 @@ import transformers
 from torch import Tensor
 
 from helios_cp.device import dtype_name
+from helios_cp.distributed import World
 from helios_cp.files import write_json, write_tensors
 from helios_cp.jobs import Job
-from helios_cp.pipeline import Pipeline
+from helios_cp.parallelize import ParallelPipeline, load_parallel
 from helios_cp.progress import ProgressReporter
 from helios_cp.report import Report
 from helios_cp.run_folder import Run, RunFolder
 from helios_cp.sampling import Step
-from helios_cp.session import Session
+from helios_cp.session import Followed, Session
 from helios_cp.stopping import Stopped, StopSignal
 from helios_cp.video import Mp4Writer, encode_segment
+from parallel.mesh import Mesh
+
+PATIENCE = 5.0
+"""Seconds that rank 0 has to finish its files when torchrun ends the job."""
 
 
-def run(session: Session) -> int:
+def run(session: Session, world: World) -> int:
     """Generate everything in a checked session; returns the exit code: 0, 1 if a video failed, 130 or 143 if stopped.
 
-    A failing video of a prompt file is told and passed over; any other error is raised.
+    On one rank a failing video of a prompt file is told and passed over. Any other error is raised: with several ranks
+    it ends them all, since the others are in the middle of the same video.
     """
     for path in session.skipped:
         say(f"{path} exists, skipped")
@@ -42,20 +48,23 @@ def run(session: Session) -> int:
     pipeline = _load(session)
     reports: list[Report] = []
     try:
-        with StopSignal().installed() as stop:
+        with StopSignal(PATIENCE if world.ranks.size > 1 else None).installed() as stop:
             for job, folder in zip(session.jobs, session.run_folders, strict=True):
                 output = [str(path) for path in job.output]
-                reports.append(Report(job.request, session.checkpoint, session.dtype, session.device, output))
+                reports.append(
+                    Report(job.request, session.checkpoint, session.layout, session.dtype, session.device, output)
+                )
                 try:
                     run_job(pipeline, session, job, folder, stop, reports[-1])
                 except Exception as error:
-                    reports[-1].error = f"{type(error).__name__}: {error}"
-                    if not session.has_prompt_file:
+                    reports[-1].error = " ".join(f"{type(error).__name__}: {error}".split())
+                    if not session.has_prompt_file or world.ranks.size > 1:
                         raise
                     traceback.print_exc()
                 else:
                     print(f"{', '.join(output)}: {reports[-1].summary()}", flush=True)
     except Stopped as reason:
+        world.claim_end()  # the other ranks lose their connection to this one, which is no failure
         say(_stop_message(session, reports[-1]))
         return reason.exit_code
     finally:
@@ -68,8 +77,19 @@ def run(session: Session) -> int:
     return 1 if failed else 0
 
 
+def follow(session: Followed) -> None:
+    """The part in a session of a rank other than 0: the same videos in step, and no files."""
+    quiet_libraries()
+    if not session.requests:
+        return
+    pipeline = load_pipeline(session)
+    for request in session.requests:
+        for _ in pipeline.stream(request, state=pipeline.share_state(request, None)):
+            pass
+
+
 def run_job(
-    pipeline: Pipeline | None,
+    pipeline: ParallelPipeline | None,
     session: Session,
     job: Job,
     folder: Path | None,
@@ -99,6 +119,7 @@ def run_job(
         if finished == request.num_chunks:
             return
 
+        state = pipeline.share_state(request, state)
         progress = stack.enter_context(ProgressReporter(job.output[0].name, request.num_chunks, finished))
         start = perf_counter()
         for chunk in pipeline.stream(request, state=state, on_step=_on_step(progress, stop)):
@@ -123,17 +144,33 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _load(session: Session) -> Pipeline | None:
+def _load(session: Session) -> ParallelPipeline | None:
     """The pipeline, or `None` if every chunk of every job is finished already."""
+    quiet_libraries()
+    if not session.for_followers()["requests"]:
+        return None
+    layout = f", {session.layout.degrees}" if session.layout.degrees.world > 1 else ""
+    say(f"loading {session.model} as {dtype_name(session.dtype)} on {session.device}{layout}")
+    return load_pipeline(session)
+
+
+def load_pipeline(session: Session | Followed) -> ParallelPipeline:
+    """This rank's part of the session's checkpoint; every rank calls it, connected to the others."""
+    mesh = Mesh.build(session.layout.degrees)
+    return load_parallel(
+        session.checkpoint,
+        mesh,
+        dtype=session.dtype,
+        device=session.device,
+        attention=session.layout.attention,
+        **({"shard_weights": True} if session.layout.shard_weights else {}),
+    )
+
+
+def quiet_libraries() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     diffusers.logging.set_verbosity_error()
-    for job, folder in zip(session.jobs, session.run_folders, strict=True):
-        is_begun = folder is not None and RunFolder.is_run(folder)
-        if not is_begun or RunFolder.open(folder).finished_chunks() < job.request.num_chunks:
-            say(f"loading {session.model} as {dtype_name(session.dtype)} on {session.device}")
-            return Pipeline.from_pretrained(session.checkpoint, dtype=session.dtype, device=session.device)
-    return None
 
 
 def _run_folder(session: Session, job: Job, folder: Path | None) -> RunFolder | None:

@@ -14,8 +14,10 @@ import torch
 from helios_cp.arguments import absolute_media, as_typed, flag_of, given_fields
 from helios_cp.config import Checkpoint, Request, RequestError
 from helios_cp.device import dtype_name, pick_device, pick_dtype
+from helios_cp.distributed import Ranks, device_of_rank, pick_backend
 from helios_cp.files import check_file_target, check_folder_target
 from helios_cp.jobs import INTERPOLATE_TIME, Job, read_prompt_file, single_job
+from helios_cp.layout import Layout, choose_layout
 from helios_cp.media import check_image, check_video
 from helios_cp.presets import PRESETS
 from helios_cp.run_folder import Run, RunFolder
@@ -36,6 +38,8 @@ class Session:
     model: str
     device: torch.device
     dtype: torch.dtype
+    layout: Layout
+    backend: str
     jobs: tuple[Job, ...]
     skipped: tuple[Path, ...]
     run_folders: tuple[Path | None, ...]
@@ -44,19 +48,62 @@ class Session:
     report: Path | None
     has_prompt_file: bool
 
+    def for_followers(self) -> dict[str, Any]:
+        """What the ranks other than 0 need to know, as JSON: `Followed.from_json` reads it."""
+        unfinished = [
+            job.request.to_json()
+            for job, folder in zip(self.jobs, self.run_folders, strict=True)
+            if folder is None
+            or not RunFolder.is_run(folder)
+            or RunFolder.open(folder).finished_chunks() < job.request.num_chunks
+        ]
+        return {
+            "model": self.model,
+            "dtype": dtype_name(self.dtype),
+            "layout": self.layout.to_json(),
+            "backend": self.backend,
+            "requests": unfinished,
+        }
 
-def check(arguments: argparse.Namespace, cache: Path | None) -> Session:
+
+@dataclass(frozen=True)
+class Followed:
+    """A session as the ranks other than 0 see it: work without files."""
+
+    checkpoint: Checkpoint
+    device: torch.device
+    dtype: torch.dtype
+    layout: Layout
+    backend: str
+    requests: tuple[Request, ...]
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any], device: torch.device, cache: Path | None) -> Followed:
+        return cls(
+            checkpoint=resolve(values["model"], cache),
+            device=device,
+            dtype=pick_dtype(values["dtype"], device),
+            layout=Layout.from_json(values["layout"]),
+            backend=values["backend"],
+            requests=tuple(Request.from_json(request) for request in values["requests"]),
+        )
+
+
+def check(arguments: argparse.Namespace, cache: Path | None, ranks: Ranks | None = None) -> Session:
     """Everything that can be found wrong before weights are loaded. Raises `RequestError`; writes nothing.
 
-    `cache` is where presets are kept. What needs no checkpoint is checked first, as one may have to be downloaded.
+    With several ranks it is called on rank 0. `cache` is where presets are kept. What needs no checkpoint is checked
+    first, as one may have to be downloaded.
     """
     options = vars(arguments)
+    ranks = ranks or Ranks()
     _check_combinations(options)
     given = absolute_media(given_fields(arguments))
     resume, prompt_file = options.get("resume"), options.get("prompt_file")
     saved = RunFolder.open(resume).run if resume is not None and prompt_file is None else None
     model = absolute_model(options.get("model", saved.model if saved else DEFAULT_MODEL))
-    device = pick_device(arguments.device)
+    device = device_of_rank(pick_device(arguments.device), ranks)
+    backend = pick_backend(options.get("backend"), device, ranks)
     dtype = pick_dtype(options.get("dtype", saved.dtype if saved else "auto"), device)
     if saved is not None:
         check_same_run(saved, Run(replace(saved.request, **given), model, dtype_name(dtype), ()), resume)
@@ -79,16 +126,19 @@ def check(arguments: argparse.Namespace, cache: Path | None) -> Session:
 
     checkpoint = resolve(model, cache)
     waiting = [Job(job.request.resolve(checkpoint), job.output) for job in waiting]
-    for job in skipped:
-        job.request.resolve(checkpoint)
+    skipped = [Job(job.request.resolve(checkpoint), job.output) for job in skipped]
     for job, each in zip(waiting, folders, strict=True):
         if resume is not None and RunFolder.is_run(each):
             check_same_run(RunFolder.open(each).run, Run(job.request, model, dtype_name(dtype), ()), each)
+    requests = [job.request for job in (*waiting, *skipped)]
+    layout = choose_layout(arguments, checkpoint, requests, ranks.size, device, dtype)
     return Session(
         checkpoint=checkpoint,
         model=model,
         device=device,
         dtype=dtype,
+        layout=layout,
+        backend=backend,
         jobs=tuple(waiting),
         skipped=tuple(job.output[0] for job in skipped),
         run_folders=tuple(folders),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -20,10 +21,13 @@ class Stopped(KeyboardInterrupt):
 class StopSignal:
     """Turns SIGINT and SIGTERM into a `Stopped`: at the next `check`, or at once at the second SIGINT.
 
-    Once `Stopped` is on its way further signals do nothing, so that closing the files is never interrupted.
+    Once `Stopped` is on its way further signals do nothing, so that closing the files is never interrupted. With
+    `patience`, a process that has not ended so many seconds after a SIGTERM is ended: it may be waiting for a rank that
+    is gone.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, patience: float | None = None) -> None:
+        self.patience = patience
         self.number: int | None = None
         self.raised = False
 
@@ -51,5 +55,10 @@ class StopSignal:
                 self.check()
             return
         self.number = number
+        if number == signal.SIGTERM and self.patience is not None:
+            timer = threading.Timer(self.patience, os._exit, (128 + number,))
+            timer.daemon = True
+            timer.start()
+            return
         # Not by print: a handler may run while the same buffer is being written.
         os.write(STDERR, b"stopping after this step; Ctrl-C again stops at once\n")

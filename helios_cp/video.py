@@ -12,7 +12,6 @@ import contextlib
 import io
 import math
 import os
-import tempfile
 from fractions import Fraction
 from pathlib import Path
 from typing import BinaryIO
@@ -20,8 +19,6 @@ from typing import BinaryIO
 import av
 import torch
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
-
-from helios_cp.config import RequestError
 
 # libswscale's flags for full chroma interpolation, accurate rounding and the same bits on every CPU. With its fast
 # defaults the way from RGB to YUV and back darkens a picture by about one level out of 255.
@@ -165,27 +162,6 @@ class Mp4Writer:
 def partial_path(path: str | os.PathLike[str]) -> Path:
     """Where the chunks of an unfinished `path` lie: `.NAME.mp4.partial` in the same folder."""
     return Path(path).with_name(f".{Path(path).name}.partial")
-
-
-def check_output(path: str | os.PathLike[str]) -> None:
-    """Raise `RequestError` unless an MP4 can be written at `path`. Creates nothing, not even a missing folder."""
-    target = Path(path)
-    if os.path.isdir(target):
-        raise RequestError(f"--output {path}: this is a folder; give a file name that ends in .mp4")
-    if target.suffix.lower() != ".mp4":
-        raise RequestError(f"--output {path}: the suffix is {target.suffix!r}; allowed is .mp4")
-    folder = Path(os.path.abspath(target)).parent
-    while not os.path.lexists(folder):
-        folder = folder.parent
-    if not folder.is_dir():
-        raise RequestError(f"--output {path}: {folder} is not a folder; give another path")
-    try:
-        # Writing is tried, not asked about: permission bits say nothing of root, read-only disks and remote folders.
-        with tempfile.TemporaryFile(dir=folder), contextlib.suppress(FileNotFoundError):
-            partial_path(target).stat()  # fails for a name that is too long
-    except OSError as error:
-        reason = f"{folder} cannot be written ({error.strerror})"
-        raise RequestError(f"--output {path}: {reason}; give another path") from None
 
 
 def _to_fragment(segment: bytes, fps: Fraction, first_frame: int, index: int) -> tuple[bytes, bytes, int]:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
     from helios_cp.transformer import HeliosTransformer
+    from parallel.collectives import Group
 
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 SCHEDULERS = ("HeliosScheduler", "HeliosDMDScheduler")
@@ -94,18 +95,22 @@ def load_transformer(
     dtype: torch.dtype,
     device: str | torch.device = "cpu",
     narrow: Callable[[HeliosTransformer], Mapping[str, tuple[slice, ...]]] | None = None,
+    shard_over: Group | None = None,
 ) -> HeliosTransformer:
     """The transformer in `dtype`, apart from what it keeps in fp32, ready for inference.
 
     `narrow` makes parameters smaller before memory is allocated, and says which part of a stored tensor each of them
-    takes; no other part is read. Memory is allocated once, on the device; tensors are then copied into place one at a
-    time. Raises `CheckpointError`, before anything is allocated, if files or keys are missing, left over or of the
-    wrong shape.
+    takes; no other part is read. `shard_over` is the group of all ranks, to leave this rank's rows of the blocks'
+    weights only (`helios_cp.shard_weights`). Memory is allocated once, on the device; tensors are then copied into place
+    one at a time. Raises `CheckpointError`, before anything is allocated, if files or keys are missing, left over or of
+    the wrong shape, and `ValueError` for `narrow` together with `shard_over`.
     """
     import torch
 
     from helios_cp.transformer import HeliosTransformer
 
+    if narrow is not None and shard_over is not None:
+        raise ValueError("narrow and shard_over: give one of the two, as each decides which part of a tensor is read")
     stored = _stored_tensors(checkpoint.folder / "transformer", "diffusion_pytorch_model")
     stored = {name: where for name, where in stored.items() if IGNORED_KEY not in name}
     with torch.device("meta"):
@@ -113,10 +118,19 @@ def load_transformer(
     _check_fit(checkpoint.folder / "transformer", stored, model.state_dict())
     parts = narrow(model) if narrow is not None else {}
     assert not list(model.buffers()), "buffers are not part of a checkpoint and would stay empty"
-    model.cast(dtype).to_empty(device=device)
+    model.cast(dtype)
+    if shard_over is not None:
+        from helios_cp.shard_weights import own_rows, shard_weights
 
-    places = model.state_dict()
-    for file, names in itertools.groupby(stored, key=lambda name: stored[name].file):
+        shard_weights(model, shard_over, torch.device(device))
+    model.to_empty(device=device)
+
+    if shard_over is None:
+        places = model.state_dict()
+    else:
+        places, parts = own_rows(model)
+    own = [name for name in stored if name in places]
+    for file, names in itertools.groupby(own, key=lambda name: stored[name].file):
         with _open(file) as shard:
             for name in names:
                 tensor = shard.get_slice(name)[parts[name]] if name in parts else shard.get_tensor(name)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
+
 import pytest
 import torch
 from PIL import Image
@@ -35,6 +38,24 @@ def astronaut() -> Image.Image:
 def clip(astronaut) -> list[Image.Image]:
     """70 frames of a camera that moves over the photograph: two chunks of 33 and a rest."""
     return [astronaut.crop((2 * i, i, 2 * i + 300, i + 300)).resize((80, 72)) for i in range(70)]
+
+
+class WeightsReached(BaseException):
+    """Raised where weights would be loaded; no handler of errors catches it."""
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Whatever the command line would load weights with raises `WeightsReached`."""
+    importlib.import_module("helios_cp.runner")
+
+    def reached(*_, **__):
+        raise WeightsReached
+
+    for module in [module for name, module in sys.modules.items() if name.startswith("helios_cp.")]:
+        for name in ("load_transformer", "load_vae", "load_text_encoder", "load_scheduler"):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, reached)
 
 
 @pytest.fixture(autouse=True)
