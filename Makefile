@@ -15,7 +15,7 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 
 demo: $(INSTALLED)
 	mkdir -p outputs
-	$(BIN)/torchrun --nproc_per_node 1 -m helios_cp.generate \
+	$(BIN)/torchrun --nproc_per_node 2 -m helios_cp.generate \
 		--model tiny-distilled --prompt "a red fox running through fresh snow" \
 		--height 128 --width 192 --num-frames 99 \
 		--output outputs/demo.mp4 --report outputs/demo.json

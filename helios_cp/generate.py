@@ -25,6 +25,7 @@ from helios_cp.jobs import INTERPOLATE_TIME
 
 PROGRAM = "helios_cp.generate"
 DEFAULT_TIMEOUT = 600.0
+LONGEST_TIMEOUT = 1e6
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -110,8 +111,8 @@ def _run(parser: OneLineParser, arguments: argparse.Namespace, cache: Path | Non
         return session.for_followers()
 
     timeout = getattr(arguments, "timeout", DEFAULT_TIMEOUT)
-    if not 0 < timeout < float("inf"):
-        parser.error(f"--timeout {timeout}: a finite number of seconds above 0 is allowed")
+    if not 0 < timeout <= LONGEST_TIMEOUT:
+        parser.error(f"--timeout {timeout:g}: a number of seconds above 0 and up to {LONGEST_TIMEOUT:g} is allowed")
     try:
         ranks = Ranks.of(os.environ)
         world = World(ranks, timeout)

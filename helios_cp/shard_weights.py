@@ -83,15 +83,19 @@ def _start_gather(unit: FSDPModule) -> Callable[..., None]:
     return hook
 
 
-@torch.no_grad()
-def own_rows(transformer: HeliosTransformer) -> tuple[dict[str, Tensor], dict[str, tuple[slice, ...]]]:
-    """Where stored tensors go on this rank, and which of their rows; by name, without those that have no row here."""
+def own_rows(transformer: HeliosTransformer, group: Group) -> tuple[dict[str, Tensor], dict[str, tuple[slice, ...]]]:
+    """Where stored tensors go on this rank, and which of their rows; by name, without those that have no row here.
+
+    FSDP shards as `torch.chunk` does: all chunks but the last are equal, and the last ranks may have none.
+    """
     places: dict[str, Tensor] = {}
     parts: dict[str, tuple[slice, ...]] = {}
     for path, module in transformer.named_modules():
         for kind, parameter in module.named_parameters(recurse=False):
             names = _stored_names(path, module, kind)
-            first, rows = _local_rows(parameter)
+            rows = _local(parameter.detach())
+            is_sharded = isinstance(parameter, DTensor)
+            first = group.rank * _chunk_rows(parameter.shape[0], group.size) if is_sharded else 0
             height = parameter.shape[0] // len(names)
             for index, part, place in stacked_rows([height] * len(names), first, first + rows.shape[0]):
                 places[names[index]], parts[names[index]] = rows[place], (part,)
@@ -117,13 +121,8 @@ def _stored_names(path: str, module: nn.Module, kind: str) -> list[str]:
     return [f"{parent}.{name}.{kind}" for name in module.names]
 
 
-def _local_rows(parameter: Tensor) -> tuple[int, Tensor]:
-    """The first row that is here, and the rows: FSDP shards as `torch.chunk` does, so all chunks but the last are equal
-    and the last ranks may have none."""
-    if not isinstance(parameter, DTensor):
-        return 0, parameter
-    mesh = parameter.device_mesh
-    return _chunk_rows(parameter.shape[0], mesh.size()) * mesh.get_local_rank(), parameter.to_local()
+def _local(parameter: Tensor) -> Tensor:
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 def _chunk_rows(rows: int, ranks: int) -> int:
@@ -168,4 +167,4 @@ def predicted_bytes(config: TransformerConfig, dtype: torch.dtype, ranks: int) -
 @torch.no_grad()
 def counted_bytes(transformer: HeliosTransformer) -> int:
     """Bytes of memory behind the parameters that the model has on this rank just now."""
-    return sum(_local_rows(parameter)[1].untyped_storage().nbytes() for parameter in transformer.parameters())
+    return sum(_local(parameter).untyped_storage().nbytes() for parameter in transformer.parameters())

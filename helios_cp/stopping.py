@@ -48,8 +48,6 @@ class StopSignal:
                 signal.signal(number, handler)
 
     def _handle(self, number: int, _: object) -> None:
-        if self.raised:
-            return
         if self.number is not None:
             if number == signal.SIGINT:
                 self.check()

@@ -100,10 +100,10 @@ def load_transformer(
     """The transformer in `dtype`, apart from what it keeps in fp32, ready for inference.
 
     `narrow` makes parameters smaller before memory is allocated, and says which part of a stored tensor each of them
-    takes; no other part is read. `shard_over` is the group of all ranks, to leave this rank's rows of the blocks'
-    weights only (`helios_cp.shard_weights`). Memory is allocated once, on the device; tensors are then copied into place
-    one at a time. Raises `CheckpointError`, before anything is allocated, if files or keys are missing, left over or of
-    the wrong shape, and `ValueError` for `narrow` together with `shard_over`.
+    takes; no other part is read. `shard_over` is the group of all ranks, for the blocks' weights to be sharded over
+    (`helios_cp.shard_weights`). Memory is allocated once, on the device; tensors are then copied into place one at a
+    time. Raises `CheckpointError`, before anything is allocated, if files or keys are missing, left over or of the
+    wrong shape, and `ValueError` for `narrow` together with `shard_over`.
     """
     import torch
 
@@ -128,7 +128,7 @@ def load_transformer(
     if shard_over is None:
         places = model.state_dict()
     else:
-        places, parts = own_rows(model)
+        places, parts = own_rows(model, shard_over)
     own = [name for name in stored if name in places]
     for file, names in itertools.groupby(own, key=lambda name: stored[name].file):
         with _open(file) as shard:

@@ -1,15 +1,17 @@
 """Sequence-parallel attention by engine: this package's own algorithms over some kernel, or the layer of a peer.
 
-- `native`, `cudnn` and `flash` are kernels (see `parallel.attention`) under `parallel.unified`; they take any sizes.
-- `yunchang` is `yunchang.LongContextAttention` and `xfuser` is `xFuserLongContextAttention`, the layers of Unified
-  Sequence Parallelism of those packages, with their own communication and kernels: flash-attn 2 where it is installed,
-  else torch's flash kernel; on a CPU, where only Ulysses of yunchang works, torch's mathematical one. Every rank must
-  hold equally many tokens and heads. Queries may be fewer than keys, if those too are shared out evenly. The layers
-  move q, k and v in an all-to-all each, a call four in all, which no `Meter` sees. Without flash-attn their ring
-  rounds log-sum-exps to the dtype of q, which makes it several times less exact than ours.
+`native`, `cudnn` and `flash` are kernels (see `parallel.attention`) under `parallel.unified`; they take any sizes. The
+peers bring their own communication, which no `Meter` sees, and need equally many tokens and heads on every rank.
+Queries may be fewer than keys, if those too are shared out evenly.
 
-Both peers read their process groups from `yunchang.globals.PROCESS_GROUP`, but only when a layer is made. It holds the
-groups of the mesh for that moment alone, so that layers of different meshes can live side by side.
+- `yunchang` is `LongContextAttention` of yunchang 0.6: an all-to-all each for q, k, v and the output. Its kernel is
+  flash-attn 2 where that is installed, else torch's flash kernel, whose log-sum-exps its ring rounds to the dtype of q:
+  the error is then several times ours. On a CPU it takes torch's mathematical kernel, which gives no log-sum-exp, so
+  that a ring is wrong there. It reads `yunchang.globals.PROCESS_GROUP` when a layer is made, and only then: that holds
+  the groups of the mesh for this moment alone.
+- `xfuser` is `USP` of xfuser 0.7, with torch's flash kernel. (Its class `xFuserLongContextAttention` needs a yunchang
+  newer than any released.) It looks up its groups at every call: xfuser makes them once a process, of the degrees of
+  the mesh, and a second mesh of other degrees is refused. It logs to stdout; `LOG_LEVEL=error` quiets it.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -77,7 +79,7 @@ def unavailable_engine(
     device: torch.device | str,
     dtype: torch.dtype,
     degrees: Degrees,
-    sequences: Sequence[Sequence[int]],
+    sequences: Iterable[Sequence[int]],
     heads: int,
     backend: str | None = None,
 ) -> str | None:
@@ -126,26 +128,25 @@ def _peer_unavailable(engine: str, device: torch.device, degrees: Degrees, backe
     if degrees.ring > 1 and device.type == "cpu":
         return f"{engine} attention gives wrong results in a ring on the CPU; use ulysses alone, or native"
     if degrees.ring > 1 and backend == "gloo":
-        return f"{engine} attention in a ring sends CUDA tensors rank to rank, which gloo cannot; use nccl, or native"
+        return f"{engine} attention in a ring of CUDA tensors needs nccl, not gloo; use ulysses alone, or native"
     for package in PEERS[engine]:
         if importlib.util.find_spec(package) is None:
             return f"{engine} attention needs the package {package}, which is not installed; use native"
     try:
-        _peer_class(engine)
+        importlib.import_module("yunchang" if engine == "yunchang" else "xfuser.model_executor.layers.usp")
     except Exception as error:  # packages fail in many ways on versions and machines that they do not know
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         return f"{engine} attention needs the package {engine}, whose import fails with {reason}; use native"
     return None
 
 
-def _peer_class(engine: str) -> type[torch.nn.Module]:
-    if engine == "yunchang":
-        return importlib.import_module("yunchang").LongContextAttention
-    return importlib.import_module("xfuser.core.long_ctx_attention").xFuserLongContextAttention
-
-
 def peer_layer(engine: str, ulysses: Group, ring: Group, device: torch.device) -> Attention:
-    """A peer's layer on the groups of a mesh. Checks nothing: `sequence_attention` does."""
+    """A peer's layer for the ranks of a mesh. Checks nothing beforehand: `sequence_attention` does."""
+    return _yunchang_layer(ulysses, ring, device) if engine == "yunchang" else _xfuser_layer(ulysses, ring, device)
+
+
+def _yunchang_layer(ulysses: Group, ring: Group, device: torch.device) -> Attention:
+    from yunchang import LongContextAttention
     from yunchang.globals import HAS_FLASH_ATTN, PROCESS_GROUP
     from yunchang.kernels import AttnType
 
@@ -156,15 +157,48 @@ def peer_layer(engine: str, ulysses: Group, ring: Group, device: torch.device) -
     before = PROCESS_GROUP.ULYSSES_PG, PROCESS_GROUP.RING_PG
     PROCESS_GROUP.ULYSSES_PG, PROCESS_GROUP.RING_PG = groups
     try:
-        layer = _peer_class(engine)(attn_type=kernel)
+        return LongContextAttention(attn_type=kernel)
     finally:
         PROCESS_GROUP.ULYSSES_PG, PROCESS_GROUP.RING_PG = before
-    # xfuser's takes first a module that keeps keys and values from step to step, which is for its pipelines.
-    return layer if engine == "yunchang" else functools.partial(layer, None)
 
 
 def _process_group(group: Group) -> dist.ProcessGroup:
-    """A process group even for one rank: the peers take None for all ranks of the world."""
+    """A process group even for one rank: yunchang takes None for all ranks of the world."""
     if group.process_group is not None:
         return group.process_group
     return dist.new_group([dist.get_rank()], use_local_synchronization=True)
+
+
+def _xfuser_layer(ulysses: Group, ring: Group, device: torch.device) -> Attention:
+    from xfuser import xFuserArgs
+    from xfuser.core import distributed as xfuser_groups
+    from xfuser.core.distributed import runtime_state
+    from xfuser.model_executor.layers.usp import USP
+
+    degrees = {"ulysses_degree": ulysses.size, "ring_degree": ring.size}
+    branches = dist.get_world_size() // (ulysses.size * ring.size)
+    if not xfuser_groups.model_parallel_is_initialized():
+        card = torch.cuda.current_device() if device.index is None else device.index
+        xfuser_groups.init_distributed_environment(
+            dist.get_world_size(), dist.get_rank(), local_rank=card, backend=dist.get_backend()
+        )
+        # Numbers ranks as a mesh does: ulysses innermost, then ring, then the branches of guidance.
+        xfuser_groups.initialize_model_parallel(
+            classifier_free_guidance_degree=branches, **degrees, backend=dist.get_backend()
+        )
+    made = xfuser_groups.get_ulysses_parallel_world_size(), xfuser_groups.get_ring_parallel_world_size()
+    if made != (ulysses.size, ring.size):
+        raise ValueError(
+            f"xfuser attention over ulysses {ulysses.size} and ring {ring.size}: this process has its groups of "
+            f"ulysses {made[0]} and ring {made[1]} already, and a process has them once; start another"
+        )
+    if not runtime_state.runtime_state_is_initialized():
+        config, _ = xFuserArgs(**degrees, use_cfg_parallel=branches > 1, attention_backend="SDPA_FLASH").create_config()
+        # `initialize_runtime_state` sets it only for a pipeline of xfuser's own, or for a single rank.
+        runtime_state._RUNTIME = runtime_state.RuntimeState(config)
+
+    def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        heads_first = (tensor.transpose(1, 2) for tensor in (query, key, value))
+        return USP(*heads_first, combine_qkv_a2a=True).transpose(1, 2)
+
+    return attention

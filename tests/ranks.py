@@ -23,6 +23,18 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 MAX_RANKS = 8
+PRELOADED = [
+    "pytest",
+    "torch.distributed",
+    "helios_cp.generate",
+    "helios_cp.runner",
+    "diffusers.models.autoencoders.autoencoder_kl_wan",
+    "diffusers.schedulers.scheduling_helios",
+    "diffusers.schedulers.scheduling_helios_dmd",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.models.byt5.tokenization_byt5",
+    "transformers.models.umt5.modeling_umt5",
+]
 GRACE = 0.5  # seconds by which news of a rank's death may lag behind the errors that it causes on others
 
 
@@ -39,8 +51,8 @@ class RankPool:
         self._store: Any = None
         self._runs = 0
         self._context = multiprocessing.get_context("forkserver")
-        # Imported once in the fork server, so that starting a rank costs milliseconds.
-        self._context.set_forkserver_preload(["torch", "torch.distributed", "pytest"])
+        # Imported once in the fork server, so that starting a process costs milliseconds.
+        self._context.set_forkserver_preload(PRELOADED)
 
     def run(self, function: Callable[..., Any], *args: Any, ranks: int, timeout: float = 60.0) -> list[Any]:
         """`function(rank, *args)` of every rank. Raises `RankError` within `timeout` seconds when one fails."""

@@ -198,6 +198,17 @@ CASES: dict[str, tuple[str, ...]] = {
     "unknown device": ("--prompt fox --device gpu", "--device gpu: ", "auto, cpu"),
     "device without data": ("--prompt fox --device meta", "--device meta: ", "auto, cpu"),
     "device that is not there": ("--prompt fox --device cuda:99", "--device cuda:99: ", "auto, cpu"),
+    # layout
+    "ranks that are not there": ("--prompt fox --ulysses 2", "--ulysses 2: ", "world size 1"),
+    "ring of none": ("--prompt fox --ring 0", "--ring 0: ", "at least 1"),
+    "branches without guidance": ("--prompt fox --cfg-parallel 2", "--cfg-parallel 2: ", "no guidance"),
+    "split weights on one rank": ("--prompt fox --ffn-tp 2", "--ffn-tp 2: ", "allowed are 1"),
+    "split VAE on one rank": ("--prompt fox --vae-parallel 2", "--vae-parallel 2: ", "allowed are 1"),
+    "unknown attention": ("--prompt fox --attention sdpa", "--attention: ", "'sdpa'", "native"),
+    "attention of another device": ("--prompt fox --device cpu --attention flash", "--attention flash: ", "native"),
+    "backend of another device": ("--prompt fox --device cpu --backend nccl", "--backend nccl: ", "gloo"),
+    "timeout NaN": ("--prompt fox --timeout nan", "--timeout nan: ", "above 0"),
+    "timeout without end": ("--prompt fox --timeout 1e30", "--timeout 1e+30: ", "up to 1e+06"),
     # resuming
     "other prompt": ("--resume run --prompt owl", "--resume run: ", "--prompt fox, not with --prompt owl"),
     "other seed": ("--resume run --seed 7", "--resume run: ", "--seed 42, not with --seed 7"),
@@ -422,6 +433,8 @@ def test_refused(name, place, capfd):
     arguments, *says = CASES[name]
     line = refusal([*SIZE.split(), *shlex.split(arguments)], place, capfd)
     assert not [part for part in says if part not in line], line
+    if says[0].endswith(": "):
+        assert line.startswith(f"helios_cp.generate: error: {says[0]}") or not says[0].startswith("--"), line
 
 
 def test_the_table_has_enough_cases():

@@ -196,7 +196,7 @@ def test_a_killed_process_leaves_a_whole_file(tmp_path):
         try:
             child.stdout.readline()
             while not path.exists():
-                pass
+                assert child.poll() is None
         finally:
             child.send_signal(signal.SIGKILL)
     content = path.read_bytes()

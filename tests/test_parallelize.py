@@ -157,6 +157,28 @@ def test_a_broken_merge_shows(pool, folders, forwards_alone):
     assert largest_error(outputs, forwards_alone) > 1e-3
 
 
+@torch.no_grad()
+def make_video_on_card(rank: int, folder: str, degrees: Degrees, dtype: torch.dtype, image) -> torch.Tensor:
+    from helios_cp.parallelize import load_parallel
+
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    pipeline = load_parallel(folder, Mesh.build(degrees), dtype=dtype, device="cuda:0")
+    request = Request(prompt=("a fox",), height=64, width=64, num_frames=66, **STEPS["tiny-mid"])
+    return torch.cat([chunk.latents.cpu() for chunk in pipeline.stream(request, Inputs(image=image))], 2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("degrees", [*LAYOUTS[:8], *GUIDED_LAYOUTS], ids=str)
+def test_whole_videos_with_ranks_that_share_one_card(pool, folders, alone, astronaut, degrees):
+    """GPU: gloo stages through pinned memory. fp32 as on the CPU; bf16 rounds to 8 bits at every layer and step."""
+    folder, (reference, _) = folders["tiny-mid"], alone["tiny-mid"][1]
+    for dtype, tolerance in ((torch.float32, 1e-3), (torch.bfloat16, 0.1)):
+        results = pool.run(make_video_on_card, folder, degrees, dtype, astronaut, ranks=degrees.world, timeout=240)
+        for latents in results:
+            assert largest_error([latents], [reference]) <= tolerance
+
+
 def count_collectives(rank: int, folder: str, degrees: Degrees) -> dict:
     from helios_cp.transformer import History
     from parallel.collectives import Meter

@@ -24,15 +24,6 @@ from helios_cp.pipeline import Pipeline
 from helios_cp.run_folder import Run, RunFolder
 from helios_cp.state import ChunkState
 
-# What a run imports, so that each of the many processes only forks.
-PRELOADED = [
-    "helios_cp.generate",
-    "diffusers.models.autoencoders.autoencoder_kl_wan",
-    "diffusers.schedulers.scheduling_helios_dmd",
-    "transformers.models.auto.tokenization_auto",
-    "transformers.models.byt5.tokenization_byt5",
-    "transformers.models.umt5.modeling_umt5",
-]
 STEPS = {
     "tiny-base": {"num_inference_steps": 3},
     "tiny-mid": {"pyramid_num_inference_steps_list": (3, 1, 1)},

@@ -1,0 +1,197 @@
+"""How a forward scales over ranks of one thread each: time on 1 and 2 ranks, memory on 1, 2 and 4, and diffusers'.
+
+python -m benchmarks.scaling        some minutes on two cores
+
+The model is Helios-14B at stage 3 of 384 × 640 at a tenth of its width, tokens and text, with 10 blocks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.diffusers_parallel import REPAIRS
+from benchmarks.machine import RESULTS, write_result
+from benchmarks.scaling_ranks import Case, Times, peak_bytes, peak_bytes_of_diffusers, time_ranks
+from benchmarks.timing import Ratio, Timing, ratio
+from helios_cp.arguments import OneLineParser
+from helios_cp.config import RequestError, TransformerConfig
+from helios_cp.files import check_file_target
+from parallel.mesh import Degrees
+from tests.ranks import RankPool
+
+# Products, attention and cross-attention are in the proportions of the full model, elementwise work weighs more.
+CASE = Case(
+    TransformerConfig(num_attention_heads=4, ffn_dim=1408, text_dim=416, num_layers=10), size=(128, 192), text_tokens=51
+)
+RANKS = 2
+MEMORY_RANKS = (1, 2, 4)
+WARMUP = 2
+SECONDS_OF_TURN = 120  # a rank that takes longer for all programs once hangs
+NOTES = (
+    "Seconds of one forward, one thread a rank. Ours encodes text once per prompt and history once per chunk,",
+    "outside of it (`python -m benchmarks.forward` times those). Programs take turns; ratios are taken turn by turn.",
+    "At once: the one-rank forward on each core at the same time, without communication: the limit of this machine.",
+    "Memory: peak bytes of the tensors that a forward makes on rank 0, counted.",
+)
+
+
+@dataclass(frozen=True)
+class Speedup:
+    """How many times faster one program is than another, and the least that it should be."""
+
+    what: str
+    ratio: Ratio
+    goal: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        met = None if self.goal is None else self.ratio.median >= self.goal
+        return {**dataclasses.asdict(self.ratio), "goal": self.goal, "met": met}
+
+
+Memory = dict[str, dict[int, int]]
+"""Peak bytes by program and number of ranks."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(prog="benchmarks.scaling", description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=_at_least(2), default=11, metavar="N", help="timed turns (default: 11)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=RESULTS / "scaling.json",
+        metavar="FILE",
+        help="JSON to write (default: benchmarks/results/scaling.json)",
+    )
+    return parser
+
+
+def main(arguments: list[str] | None = None, pool: RankPool | None = None) -> int:
+    """`pool` are ranks that run already; without it they are started, and ended."""
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    try:
+        check_file_target("--output", options.output, ".json")
+    except RequestError as error:
+        parser.error(str(error))
+    console = Console()
+    with contextlib.nullcontext(pool) if pool else contextlib.closing(RankPool()) as ranks:
+        memory = measure_memory(ranks)
+        console.print(memory_table(memory))
+        load = [os.getloadavg()]
+        times = measure_times(ranks, options.repeats)
+        load.append(os.getloadavg())
+    speedups = compare(times.timings)
+    console.print(times_table(times.timings), speedups_table(speedups))
+    console.print(*NOTES, sep="\n", style="dim")
+    console.print(f"load before and after: {load[0][0]:.1f}, {load[1][0]:.1f}; one core a rank: {times.is_pinned}")
+    results = {
+        "case": dataclasses.asdict(CASE),
+        "dtype": "float32",
+        "threads a rank": 1,
+        "one core a rank": times.is_pinned,
+        "load before and after": load,
+        "notes": NOTES,
+        "repairs of diffusers": REPAIRS,
+        "times": {name: timing.to_json() for name, timing in times.timings.items()},
+        "differences": times.differences,
+        "speedups": {speedup.what: speedup.to_json() for speedup in speedups},
+        "memory": memory,
+    }
+    path = write_result(options.output.stem, results, options.output.parent)
+    console.print(f"written to {path}", style="dim", soft_wrap=True)
+    return 0
+
+
+def measure_times(pool: RankPool, repeats: int) -> Times:
+    """As rank 0 sees them; every program ends when all ranks have ended it."""
+    timeout = SECONDS_OF_TURN * (repeats + WARMUP + 2)
+    return pool.run(time_ranks, CASE, RANKS, repeats, WARMUP, ranks=RANKS, timeout=timeout)[0]
+
+
+def measure_memory(pool: RankPool) -> Memory:
+    memory: Memory = {"diffusers": {}, "ours, Ulysses": {}, "ours, ring": {}}
+    for ranks in MEMORY_RANKS:
+        options = {"ranks": ranks, "timeout": SECONDS_OF_TURN}
+        memory["diffusers"][ranks] = pool.run(peak_bytes_of_diffusers, CASE, ranks, **options)[0]
+        memory["ours, Ulysses"][ranks] = pool.run(peak_bytes, CASE, Degrees(ulysses=ranks), **options)[0]
+        memory["ours, ring"][ranks] = pool.run(peak_bytes, CASE, Degrees(ring=ranks), **options)[0]
+    return memory
+
+
+def compare(timings: dict[str, Timing]) -> list[Speedup]:
+    def faster(slow: str, fast: str) -> Ratio:
+        return ratio(timings[slow], timings[fast])
+
+    def times(factor: float, of: Ratio) -> Ratio:
+        low, high = of.quartiles
+        return Ratio(factor * of.median, (factor * low, factor * high))
+
+    ours, theirs = "ours, 1 rank", "diffusers, 1 rank"
+    ours_split, theirs_split = f"ours, Ulysses {RANKS}", f"diffusers, Ulysses {RANKS}"
+    at_once = times(RANKS, faster(ours, f"ours, {RANKS} at once"))
+    return [
+        Speedup(f"ours, Ulysses {RANKS} over 1 rank", faster(ours, ours_split), goal=1.9),
+        Speedup(f"ours, ring {RANKS} over 1 rank", faster(ours, f"ours, ring {RANKS}")),
+        Speedup(f"  limit of this machine, {RANKS} at once", at_once),
+        Speedup(f"diffusers, Ulysses {RANKS} over 1 rank", faster(theirs, theirs_split)),
+        Speedup("ours over diffusers, 1 rank", faster(theirs, ours), goal=1.0),
+        Speedup(f"ours over diffusers, Ulysses {RANKS}", faster(theirs_split, ours_split), goal=1.15),
+    ]
+
+
+def times_table(timings: dict[str, Timing]) -> Table:
+    config = CASE.config
+    title = (
+        f"{config.num_layers} blocks × {config.num_attention_heads} heads × {config.attention_head_dim}, "
+        f"{CASE.size[0]} × {CASE.size[1]}, float32, timed"
+    )
+    table = Table(title=title, title_justify="left")
+    for heading in ("", "median s", "quartiles s", "fastest s"):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    for name, timing in timings.items():
+        low, high = timing.quartiles
+        table.add_row(name, f"{timing.median:.3f}", f"{low:.3f}–{high:.3f}", f"{min(timing.seconds):.3f}")
+    return table
+
+
+def speedups_table(speedups: list[Speedup]) -> Table:
+    table = Table("", title="Times faster", title_justify="left")
+    for heading in ("median", "quartiles", "goal"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for speedup in speedups:
+        (low, high), goal = speedup.ratio.quartiles, speedup.goal
+        met = "" if goal is None else f"{goal:g} {'met' if speedup.ratio.median >= goal else 'MISSED'}"
+        table.add_row(speedup.what, f"{speedup.ratio.median:.2f}", f"{low:.2f}–{high:.2f}", met)
+    return table
+
+
+def memory_table(memory: Memory) -> Table:
+    table = Table("", title="Peak MiB that a forward makes on a rank (of one rank)", title_justify="left")
+    for ranks in MEMORY_RANKS:
+        table.add_column(f"{ranks} rank{'s' * (ranks > 1)}", justify="right", no_wrap=True)
+    for name, peaks in memory.items():
+        table.add_row(name, *(f"{peak / 2**20:.1f} ({peak / peaks[1]:.2f})" for peak in peaks.values()))
+    return table
+
+
+def _at_least(minimum: int):
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"{text}: must be a whole number, {minimum} or more")
+        return int(text)
+
+    return parse
+
+
+if __name__ == "__main__":
+    sys.exit(main())
