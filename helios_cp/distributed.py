@@ -136,7 +136,7 @@ class World:
         who = f"rank {self.ranks.rank}"
         if isinstance(error, RequestError | CheckpointError):
             lines = f"{who}: error: {error}"
-        elif _is_lost_connection(error):
+        elif is_lost_connection(error):
             lines = (
                 f"{who}: another rank does not answer: it was killed, its machine is gone, or it hangs for more than "
                 f"--timeout {self.timeout.total_seconds():g} s ({' '.join(str(error).split())[:300]})"
@@ -146,7 +146,7 @@ class World:
         print(lines, file=sys.stderr, flush=True)
 
 
-def _is_lost_connection(error: Exception) -> bool:
+def is_lost_connection(error: Exception) -> bool:
     """Whether a peer is gone or too slow; gloo says so in a plain RuntimeError."""
     text = str(error)
     return isinstance(error, dist.DistError) or (

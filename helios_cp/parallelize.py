@@ -41,6 +41,7 @@ def load_parallel(
     attention: str = "native",
     cache: Path | None = None,
     shard_weights: bool = False,
+    denoise_only: bool = False,
 ) -> ParallelPipeline:
     """Load this rank's part of a checkpoint; every rank of the mesh calls it.
 
@@ -55,8 +56,9 @@ def load_parallel(
     sequence = ShardedSequence(mesh, attention, device)
     transformer = load_transformer(checkpoint, dtype, device, narrow, mesh.world if shard_weights else None)
     transformer.sequence = sequence
-    encoder = PromptEncoder(*load_text_encoder(checkpoint, device, dtype)) if mesh.rank == 0 else None
-    vae = load_vae(checkpoint, device) if 0 in mesh.vae.ranks else None
+    encodes, decodes = mesh.rank == 0 and not denoise_only, 0 in mesh.vae.ranks and not denoise_only
+    encoder = PromptEncoder(*load_text_encoder(checkpoint, device, dtype)) if encodes else None
+    vae = load_vae(checkpoint, device) if decodes else None
     return ParallelPipeline(
         checkpoint,
         transformer,

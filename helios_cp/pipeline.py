@@ -127,6 +127,21 @@ class Pipeline:
             yield Chunk(index, latents.float(), frames, state, dict(watch.seconds))
             watch.seconds.clear()
 
+    @torch.no_grad()
+    def denoise(
+        self, request: Request, inputs: Inputs, prompts: Prompts, state: ChunkState
+    ) -> tuple[Tensor, ChunkState]:
+        """One chunk alone, as `stream` makes it: its latents `[B, C, T, h, w]` in fp32, and the next chunk's state.
+
+        `request` and `inputs` are resolved and merged, `prompts` those of `encode_prompts`.
+        """
+        watch = Stopwatch(self.device)
+        scheduler = copy.deepcopy(self.scheduler)
+        for event in self._denoise(request, inputs, prompts.at(state.index), state, scheduler, watch):
+            if not isinstance(event, Step):
+                latents, following = event
+        return latents.float(), following
+
     def encode_prompts(self, request: Request, inputs: Inputs | None = None) -> Prompts:
         """Text conditions of a resolved request."""
         inputs = inputs or Inputs()

@@ -102,7 +102,7 @@ def run_job(
     """
     stop.check()
     request = job.request
-    run_folder = _run_folder(session, job, folder)
+    run_folder = run_folder_of(session, job, folder)
     state = run_folder.state(session.device) if run_folder else None
     report.resumed_from_chunk = finished = state.index if state else 0
     latents: list[Tensor] = []
@@ -173,7 +173,8 @@ def quiet_libraries() -> None:
     diffusers.logging.set_verbosity_error()
 
 
-def _run_folder(session: Session, job: Job, folder: Path | None) -> RunFolder | None:
+def run_folder_of(session: Session, job: Job, folder: Path | None) -> RunFolder | None:
+    """The run kept in `folder`, a new one where there is none."""
     if folder is None:
         return None
     if RunFolder.is_run(folder):

@@ -12,6 +12,7 @@ import contextlib
 import io
 import math
 import os
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import BinaryIO
@@ -87,6 +88,16 @@ def encode_segment(frames: torch.Tensor, fps: float | Fraction, *, crf: int = 18
     return buffer.getvalue()
 
 
+@dataclass(frozen=True)
+class Position:
+    """How far an unfinished MP4 is: bytes of its partial file and of the header in it, frames and segments."""
+
+    size: int
+    header_size: int
+    frames: int
+    segments: int
+
+
 class Mp4Writer:
     """Write segments of `encode_segment` to an MP4 at `path`, as a context manager.
 
@@ -111,6 +122,26 @@ class Mp4Writer:
         self._file: BinaryIO | None = None
         self._header = b""
         self._closed = False
+
+    @classmethod
+    def resume(cls, path: str | os.PathLike[str], fps: float | Fraction, position: Position) -> Mp4Writer:
+        """Go on with the partial file of another writer, from a position that it had; what it wrote later is cut off.
+
+        Raises `FileNotFoundError` if there is no partial file, as after `close`.
+        """
+        writer = cls(path, fps)
+        writer.frames, writer.segments = position.frames, position.segments
+        writer._file = open(writer.partial, "r+b", buffering=0)  # noqa: SIM115
+        writer._header = writer._file.read(position.header_size)
+        writer._file.truncate(position.size)
+        writer._file.seek(position.size)
+        return writer
+
+    @property
+    def position(self) -> Position:
+        """Where `resume` could go on from now."""
+        size = 0 if self._file is None else self._file.tell()
+        return Position(size, len(self._header), self.frames, self.segments)
 
     def append(self, segment: bytes) -> None:
         """Add a segment and flush it. Raises `ValueError` when its size, rate or settings are not the first one's."""

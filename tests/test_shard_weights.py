@@ -101,6 +101,37 @@ def test_videos(pool, folders, astronaut, name, degrees):
     assert all(all(same) for same in results)
 
 
+def order_of_calls(rank: int, folder: str, degrees: Degrees, in_step: bool, image) -> list[str]:
+    """What a rank does that takes all ranks when weights are sharded. They are whole here, so that nobody waits."""
+    from helios_cp.parallelize import SplitBranches, load_parallel
+
+    mesh = Mesh.build(degrees)
+    pipeline = load_parallel(folder, mesh, dtype=torch.float32)
+    pipeline.branches = SplitBranches(mesh.cfg, in_step)
+    calls: list[str] = []
+
+    def noted(name: str, function):
+        return lambda *arguments, **options: (calls.append(name), function(*arguments, **options))[1]
+
+    pipeline.transformer.encode_text = noted("text", pipeline.transformer.encode_text)
+    pipeline.transformer.register_forward_pre_hook(lambda *_: calls.append("forward"))
+    with mock.patch.object(Group, "broadcast", noted("broadcast", Group.broadcast)):
+        prompts = (ScheduledPrompt("a fox", 1), ScheduledPrompt("an owl", 1))
+        request = Request(prompt_schedule=prompts, height=64, width=64, interpolation_steps=1, **STEPS["tiny-mid"])
+        for _ in pipeline.stream(request, Inputs(image=image)):
+            pass
+    return calls
+
+
+def test_both_branches_encode_text_in_step(pool, folders, astronaut):
+    """Where each encodes its own they differ, and would wait for each other for ever."""
+    first, second = pool.run(order_of_calls, folders["tiny-mid"], Degrees(cfg=2), True, astronaut, ranks=2)
+    assert first == second
+    assert first.count("text") == 3  # two prompts and the negative prompt
+    first, second = pool.run(order_of_calls, folders["tiny-mid"], Degrees(cfg=2), False, astronaut, ranks=2)
+    assert first != second
+
+
 @torch.no_grad()
 def run_in_any_order(rank: int, folder: str, degrees: Degrees, sharded: bool) -> list[torch.Tensor]:
     from helios_cp.transformer import History
