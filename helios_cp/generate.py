@@ -129,7 +129,7 @@ def _run(parser: OneLineParser, arguments: argparse.Namespace, cache: Path | Non
     try:
         with world.connected(decided["backend"], device):
             if session is None:
-                follow(Followed.from_json(decided, device, cache))
+                follow(Followed.from_json(decided, device, cache), world)
                 return 0
             code = run(session, world)
             if code > 1 and ranks.size > 1:

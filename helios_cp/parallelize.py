@@ -47,7 +47,7 @@ def load_parallel(
 
     The text encoder is loaded on rank 0 only, the VAE on the ranks that share it with rank 0, and of the feed-forward
     weights only this rank's slice. With `shard_weights` every rank keeps an equal share of the blocks' weights (see
-    `helios_cp.shard_weights`). A mesh of one rank gives the plain pipeline. Raises `ValueError` for `shard_weights`
+    `helios_cp.shard_weights`), and text is encoded on the CPU, as there is no room for the encoder. A mesh of one rank gives the plain pipeline. Raises `ValueError` for `shard_weights`
     where the mesh splits the feed-forward weights already, and for an `attention` engine that cannot run here.
     """
     checkpoint = model if isinstance(model, Checkpoint) else resolve(model, cache)
@@ -57,7 +57,8 @@ def load_parallel(
     transformer = load_transformer(checkpoint, dtype, device, narrow, mesh.world if shard_weights else None)
     transformer.sequence = sequence
     encodes, decodes = mesh.rank == 0 and not denoise_only, 0 in mesh.vae.ranks and not denoise_only
-    encoder = PromptEncoder(*load_text_encoder(checkpoint, device, dtype)) if encodes else None
+    text_device = torch.device("cpu") if shard_weights else device
+    encoder = PromptEncoder(*load_text_encoder(checkpoint, text_device, dtype)) if encodes else None
     vae = load_vae(checkpoint, device) if decodes else None
     return ParallelPipeline(
         checkpoint,
@@ -156,7 +157,7 @@ class BroadcastPromptEncoder:
 
     def __call__(self, prompts: Sequence[str], max_sequence_length: int, dtype: torch.dtype) -> Tensor:
         if self.encoder is not None:
-            embeds = self.encoder(prompts, max_sequence_length, dtype)
+            embeds = self.encoder(prompts, max_sequence_length, dtype).to(self.device)
         else:
             embeds = torch.empty(len(prompts), max_sequence_length, self.text_dim, dtype=dtype, device=self.device)
         return self.group.broadcast(embeds)

@@ -45,7 +45,7 @@ def run(session: Session, world: World) -> int:
             f"{session.model}: the weights are random, so the video is noise; "
             "--model BestWishYsh/Helios-Distilled gets the real ones"
         )
-    pipeline = _load(session)
+    pipeline = _load(session, world)
     reports: list[Report] = []
     try:
         with StopSignal(PATIENCE if world.ranks.size > 1 else None).installed() as stop:
@@ -77,12 +77,12 @@ def run(session: Session, world: World) -> int:
     return 1 if failed else 0
 
 
-def follow(session: Followed) -> None:
+def follow(session: Followed, world: World) -> None:
     """The part in a session of a rank other than 0: the same videos in step, and no files."""
     quiet_libraries()
     if not session.requests:
         return
-    pipeline = load_pipeline(session)
+    pipeline = load_pipeline(session, world)
     for request in session.requests:
         for _ in pipeline.stream(request, state=pipeline.share_state(request, None)):
             pass
@@ -144,26 +144,26 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _load(session: Session) -> ParallelPipeline | None:
+def _load(session: Session, world: World) -> ParallelPipeline | None:
     """The pipeline, or `None` if every chunk of every job is finished already."""
     quiet_libraries()
     if not session.for_followers()["requests"]:
         return None
     layout = f", {session.layout.degrees}" if session.layout.degrees.world > 1 else ""
     say(f"loading {session.model} as {dtype_name(session.dtype)} on {session.device}{layout}")
-    return load_pipeline(session)
+    return load_pipeline(session, world)
 
 
-def load_pipeline(session: Session | Followed) -> ParallelPipeline:
+def load_pipeline(session: Session | Followed, world: World) -> ParallelPipeline:
     """This rank's part of the session's checkpoint; every rank calls it, connected to the others."""
-    mesh = Mesh.build(session.layout.degrees)
+    mesh = Mesh.build(session.layout.degrees, timeout=world.timeout)
     return load_parallel(
         session.checkpoint,
         mesh,
         dtype=session.dtype,
         device=session.device,
         attention=session.layout.attention,
-        **({"shard_weights": True} if session.layout.shard_weights else {}),
+        shard_weights=session.layout.shard_weights,
     )
 
 

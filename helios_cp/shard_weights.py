@@ -37,7 +37,7 @@ def shard_weights(transformer: HeliosTransformer, group: Group, device: torch.de
     if group.size == 1:
         return
     # A communicator of their own, as gathers under way would hold up the exchanges of attention in the world's.
-    process_group = dist.new_group(list(group.ranks))
+    process_group = dist.new_group(list(group.ranks), timeout=group.timeout)
     mesh = DeviceMesh.from_group(process_group, device.type)
     text_units, block_units = _units(transformer)
     for unit in (*text_units, *block_units):  # inner ones first

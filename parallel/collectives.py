@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from itertools import accumulate
 from typing import Any
 
@@ -60,7 +61,8 @@ class Group:
     """Ranks that communicate, as an object that is passed to whatever needs it.
 
     `ranks` are global ranks; `rank` is this rank's index among them. `process_group` is None for a group of one.
-    `stage` sends even host tensors through a staging buffer, as gloo does with CUDA tensors.
+    `stage` sends even host tensors through a staging buffer, as gloo does with CUDA tensors. `timeout` is how long its
+    process group waits, for those that make further groups of the same ranks.
     """
 
     process_group: dist.ProcessGroup | None
@@ -68,6 +70,7 @@ class Group:
     rank: int = 0
     meter: Meter | None = None
     stage: bool = False
+    timeout: timedelta | None = None
 
     def __post_init__(self) -> None:
         if self.process_group is None and len(self.ranks) > 1:

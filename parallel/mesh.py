@@ -194,7 +194,7 @@ class Mesh:
         for axis in AXES:
             members, own = position(degrees, axis, rank)
             if len(members) == 1:
-                groups[axis] = Group(None, members, own, meter)
+                groups[axis] = Group(None, members, own, meter, timeout=timeout)
                 continue
             for ranks in axis_groups(degrees, axis):
                 # Axes that coincide share one group; every rank sees the same ones coincide, so the order of
@@ -202,5 +202,5 @@ class Mesh:
                 if ranks not in made:
                     whole = len(ranks) == world_size
                     made[ranks] = dist.group.WORLD if whole else dist.new_group(list(ranks), timeout=timeout)
-            groups[axis] = Group(made[members], members, own, meter)
+            groups[axis] = Group(made[members], members, own, meter, timeout=timeout)
         return cls(degrees, rank, **groups)
