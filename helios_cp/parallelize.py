@@ -47,8 +47,9 @@ def load_parallel(
 
     The text encoder is loaded on rank 0 only, the VAE on the ranks that share it with rank 0, and of the feed-forward
     weights only this rank's slice. With `shard_weights` every rank keeps an equal share of the blocks' weights (see
-    `helios_cp.shard_weights`), and text is encoded on the CPU, as there is no room for the encoder. A mesh of one rank gives the plain pipeline. Raises `ValueError` for `shard_weights`
-    where the mesh splits the feed-forward weights already, and for an `attention` engine that cannot run here.
+    `helios_cp.shard_weights`), and text is encoded on the CPU, as there is no room for the encoder. A mesh of one rank
+    gives the plain pipeline. Raises `ValueError` for `shard_weights` where the mesh splits the feed-forward weights
+    already, and for an `attention` engine that cannot run here.
     """
     checkpoint = model if isinstance(model, Checkpoint) else resolve(model, cache)
     device = torch.device(device)
