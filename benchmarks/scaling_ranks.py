@@ -8,13 +8,17 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
+import statistics
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
+from diffusers import HeliosTransformer3DModel
 from torch import Tensor
 
+from benchmarks.counting import count
 from benchmarks.diffusers_parallel import enable_ulysses
 from benchmarks.memory import LiveMemory
 from benchmarks.models import Inputs, build_pair, encode_history, run_ours, run_theirs
@@ -41,9 +45,14 @@ class Case:
 
 @dataclass(frozen=True)
 class Times:
-    """Of one rank, by program, with what the outputs differ by from diffusers' on one rank, in units of their range."""
+    """Of one rank, by program.
+
+    `cpu_seconds` are medians of what the rank's process computed for, waiting aside, which a busy machine disturbs
+    less; `differences` those of the output from diffusers' on one rank, in units of its range.
+    """
 
     timings: dict[str, Timing]
+    cpu_seconds: dict[str, float]
     differences: dict[str, float]
     is_pinned: bool
 
@@ -51,12 +60,21 @@ class Times:
 Program = Callable[[], Tensor | None]
 
 
-def build(case: Case):
+def build(case: Case, device: torch.device = CPU) -> tuple[HeliosTransformer3DModel, HeliosTransformer, Inputs]:
     """The same models and inputs on every rank."""
     torch.manual_seed(0)
-    theirs, ours = build_pair(case.config, CPU, torch.float32)
-    inputs = Inputs.random(case.config, case.size, case.stage, CPU, torch.float32)
+    theirs, ours = build_pair(case.config, device, torch.float32)
+    inputs = Inputs.random(case.config, case.size, case.stage, device, torch.float32)
     return theirs, ours, replace(inputs, text=inputs.text[:, : case.text_tokens])
+
+
+@torch.inference_mode()
+def count_flops(case: Case) -> dict[str, int]:
+    """FLOPs of one forward on one rank, by program."""
+    theirs, ours, inputs = build(case, torch.device("meta"))
+    run = sequence_program(ours, inputs, WholeSequence())
+    run()  # fills the tables
+    return {"diffusers": count(run_theirs, theirs, inputs).flops, "ours": count(run).flops}
 
 
 @torch.inference_mode()
@@ -83,10 +101,13 @@ def time_ranks(rank: int, case: Case, ranks: int, repeats: int, warmup: int) -> 
     wrong = {name: difference for name, difference in differences.items() if not difference <= TOLERANCE}
     if wrong:
         raise RuntimeError(f"rank {rank}: outputs differ from diffusers' on one rank by {wrong} of their range")
+    cpu: dict[str, list[float]] = {name: [] for name in programs}
+    in_step = {name: _in_step(program, cpu[name]) for name, program in programs.items()}
     with pinned(rank, ranks) as is_pinned:
         dist.barrier()
-        timings = interleave({name: _in_step(program) for name, program in programs.items()}, repeats, CPU, warmup)
-    return Times(timings, differences, is_pinned)
+        timings = interleave(in_step, repeats, CPU, warmup)
+    cpu_seconds = {name: statistics.median(seconds[warmup:]) for name, seconds in cpu.items()}
+    return Times(timings, cpu_seconds, differences, is_pinned)
 
 
 @torch.no_grad()
@@ -135,9 +156,11 @@ def pinned(rank: int, ranks: int) -> Iterator[bool]:
         os.sched_setaffinity(0, cores)
 
 
-def _in_step(program: Program) -> Callable[[], None]:
+def _in_step(program: Program, cpu_seconds: list[float]) -> Callable[[], None]:
     def run() -> None:
+        start = time.process_time()
         program()
+        cpu_seconds.append(time.process_time() - start)
         dist.barrier()
 
     return run

@@ -100,7 +100,10 @@ class _Video:
 
 
 class Schedule:
-    """The plan of all videos and workers. Videos and workers are known by keys of the caller's choice."""
+    """The plan of all videos and workers. Videos and workers are known by keys of the caller's choice.
+
+    `handed_out` counts the tasks of each stage, those that came to nothing too.
+    """
 
     def __init__(self, limits: Limits | None = None) -> None:
         self.limits = limits or Limits()
@@ -111,6 +114,7 @@ class Schedule:
         self._running: dict[int, Task] = {}
         self._ended: deque[int] = deque()
         self._tasks = 0
+        self.handed_out: Counter[Stage] = Counter()
 
     # Workers
 
@@ -149,6 +153,10 @@ class Schedule:
 
     def status(self, key: int) -> Status:
         return self._videos[key].status
+
+    def ready(self, key: int) -> int:
+        """How many chunks of a video are ready for delivery, in order, those before `Course.first` included."""
+        return self._videos[key].ready
 
     def delivered(self, key: int) -> int:
         """How many chunks of a video have been delivered, those before `Course.first` included."""
@@ -240,6 +248,10 @@ class Schedule:
             self.fail(task.video)
         return True
 
+    def tasks(self) -> list[Task]:
+        """All tasks in hand."""
+        return list(self._running.values())
+
     def queue(self) -> dict[str, int]:
         """How many chunks or videos wait for each stage, and how many tasks are in hand."""
         active = [video for video in self._videos.values() if video.status is Status.RUNNING]
@@ -295,6 +307,7 @@ class Schedule:
 
     def _hand_out(self, key: int, video: _Video, stage: Stage, unit: int, worker: str) -> Task:
         self._tasks += 1
+        self.handed_out[stage] += 1
         task = Task(self._tasks, key, stage, unit, video.prompt, worker)
         if stage is Stage.DECODE:
             video.to_decode.remove(unit)

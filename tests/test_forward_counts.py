@@ -31,7 +31,7 @@ CONFIG = TransformerConfig()
 NOISY = {1: 540, 2: 2160, 3: 8640}
 HISTORY = {"short": 1920, "mid": 240, "long": 240}
 PATCH_VOLUME = {"short": 4, "mid": 32, "long": 256}
-MOST_OF_DIFFUSERS_BYTES = 0.5
+MOST_OF_DIFFUSERS_BYTES = 0.37
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,112 @@
+"""Command line: videos made on a Ray cluster, with the flags of `helios_cp.generate`.
+
+python -m launchers.generate --groups 2 --decoders 2 --prompt-file prompts.txt --output videos
+ray job submit --working-dir . -- python -m launchers.generate --address auto --ulysses 4 --prompt … --output fox.mp4
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from pathlib import Path
+
+from helios_cp.arguments import OneLineParser, number, whole_number
+from helios_cp.config import RequestError
+from helios_cp.generate import build_parser as build_single_parser
+
+PROGRAM = "launchers.generate"
+
+
+def build_parser() -> OneLineParser:
+    """The parser of `helios_cp.generate` with the flags of a cluster beside its own."""
+    parser = build_single_parser()
+    parser.prog = PROGRAM
+    parser.usage = "python -m launchers.generate [--address auto] --prompt TEXT [--output FILE] [flag ...]"
+    parser.description = "Generate videos with Helios on a Ray cluster, denoising, decoding and writing side by side."
+    cluster = parser.add_argument_group("cluster")
+    cluster.add_argument(
+        "--address",
+        default="local",
+        metavar="WHERE",
+        help="local: an instance of this call's own; auto: the cluster that this machine belongs to; or HOST:PORT "
+        "(default: local)",
+    )
+    cluster.add_argument(
+        "--groups", type=whole_number, default=1, metavar="G", help="groups of ranks that denoise (default: 1)"
+    )
+    cluster.add_argument(
+        "--decoders",
+        type=whole_number,
+        default=1,
+        metavar="D",
+        help="workers that decode; with 0 each group decodes on its first card, beside denoising (default: 1)",
+    )
+    cluster.add_argument(
+        "--spread", action="store_true", default=False, help="put each part of the ring on a node of its own"
+    )
+    cluster.add_argument(
+        "--gpus",
+        type=number,
+        nargs=3,
+        metavar=("RANK", "DECODER", "TEXT"),
+        help="cards of each rank, each decoder and the text encoder (default: 1 0.5 0.5 on CUDA)",
+    )
+    cluster.add_argument(
+        "--undelivered",
+        type=whole_number,
+        default=3,
+        metavar="N",
+        help="chunks of a video that may lie between denoising and its file (default: 3)",
+    )
+    cluster.add_argument(
+        "--wait",
+        type=number,
+        default=20.0,
+        metavar="SECONDS",
+        help="how long to wait for nodes with what is needed; more where nodes come on demand (default: 20)",
+    )
+    cluster.add_argument("--timeline", type=Path, metavar="FILE", help="also draw who worked when, as PNG")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit codes: those of `helios_cp.generate`."""
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    cache = os.environ.get("HELIOS_CP_CACHE")
+    try:
+        check_cluster_flags(arguments)
+    except RequestError as error:
+        parser.error(str(error))
+    # Imported here so that --help and misspelt flags need not wait for torch.
+    from launchers.runner import run
+
+    return run(parser, arguments, Path(cache) if cache else None)
+
+
+def check_cluster_flags(arguments: argparse.Namespace) -> None:
+    """Raises `RequestError`."""
+    for name, least in (("groups", 1), ("decoders", 0), ("undelivered", 1), ("wait", 0)):
+        value = getattr(arguments, name)
+        if not (math.isfinite(value) and value >= least):
+            raise RequestError(f"--{name} {value:g}: at least {least} is allowed")
+    gpus = getattr(arguments, "gpus", [])
+    if not all(math.isfinite(share) and share >= 0 for share in gpus):
+        given = " ".join(f"{share:g}" for share in gpus)
+        raise RequestError(f"--gpus {given}: three numbers of at least 0 are allowed")
+    for name in ("cfg_parallel", "ring", "ulysses"):
+        if getattr(arguments, name, 1) < 1:
+            raise RequestError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: at least 1 is allowed")
+    if getattr(arguments, "vae_parallel", 1) != 1:
+        raise RequestError(
+            f"--vae-parallel {arguments.vae_parallel}: here one worker decodes a chunk, beside denoising; use more "
+            "--decoders"
+        )
+    if hasattr(arguments, "timeline") and arguments.timeline.suffix.lower() != ".png":
+        raise RequestError(f"--timeline {arguments.timeline}: allowed is a name that ends in .png")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

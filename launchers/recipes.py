@@ -1,0 +1,77 @@
+"""Which workers a pipeline has, and what each asks of the cluster."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from helios_cp.config import RequestError
+from launchers.actors import DenoiserRank, Loading, TextEncoder, VaeDecoder, VideoWriter
+from launchers.cluster import Needs
+from launchers.schedule import Stage
+from launchers.workers import Recipe
+
+DECODER_CAPACITY = {Stage.DECODE: 1, Stage.START: 1}
+WRITER_CAPACITY = 4
+
+
+@dataclass(frozen=True)
+class Resources:
+    """GPUs of each rank, each decoder and the text encoder; a CPU each beside them."""
+
+    rank_gpus: float = 0.0
+    decoder_gpus: float = 0.0
+    text_gpus: float = 0.0
+
+    @classmethod
+    def of(cls, device: str) -> Resources:
+        """A card for each rank; the text encoder shares one with a decoder."""
+        return cls(1.0, 0.5, 0.5) if device == "cuda" else cls()
+
+
+def recipes(
+    loading: Loading, groups: int, decoders: int, resources: Resources, spread: bool, driver_node: str
+) -> list[Recipe]:
+    """Text encoder, denoiser groups, decoders and writer. Raises `RequestError` for what no pipeline can have."""
+    if groups < 1:
+        raise RequestError(f"--groups {groups}: at least 1 is allowed")
+    if decoders < 0:
+        raise RequestError(f"--decoders {decoders}: 0 or more are allowed; with 0 each group decodes its own chunks")
+    if loading.layout.degrees.vae > 1:
+        raise RequestError(
+            f"--vae-parallel {loading.layout.degrees.vae}: here a chunk is decoded by one worker beside denoising; use "
+            "more --decoders"
+        )
+    text = Recipe(
+        "text",
+        ((TextEncoder, (loading,), 0),),
+        Needs((bundle(1, resources.text_gpus),)),
+        {Stage.TEXT: 1},
+    )
+    found = [text]
+    found += [_group(f"group-{index}", loading, decoders == 0, resources, spread) for index in range(groups)]
+    for index in range(decoders):
+        needs = Needs((bundle(1, resources.decoder_gpus),))
+        found.append(Recipe(f"decoder-{index}", ((VaeDecoder, (loading,), 0),), needs, DECODER_CAPACITY))
+    writer = Recipe(
+        "writer", ((VideoWriter, (), 0),), Needs((bundle(0, 0),)), {Stage.WRITE: WRITER_CAPACITY}, node=driver_node
+    )
+    return [*found, writer]
+
+
+def _group(name: str, loading: Loading, decodes: bool, resources: Resources, spread: bool) -> Recipe:
+    degrees = loading.layout.degrees
+    ring = degrees.ring if spread else 1
+    per_bundle = degrees.world // ring
+    whole = bundle(per_bundle, per_bundle * resources.rank_gpus)
+    places = [rank // degrees.ulysses % degrees.ring if spread else 0 for rank in range(degrees.world)]
+    return Recipe(
+        name,
+        tuple((DenoiserRank, (loading, rank, decodes), place) for rank, place in enumerate(places)),
+        Needs((whole,) * ring, "STRICT_SPREAD" if ring > 1 else "STRICT_PACK"),
+        {Stage.DENOISE: 1, **(DECODER_CAPACITY if decodes else {})},
+        threads={"decode": 1} if decodes else None,
+    )
+
+
+def bundle(cpus: float, gpus: float) -> dict[str, float]:
+    return {name: amount for name, amount in (("CPU", cpus), ("GPU", gpus)) if amount}

@@ -1,0 +1,91 @@
+"""Command line: what the pipelines of a Ray cluster are doing.
+
+python -m launchers.status [--address auto] [--watch]
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from helios_cp.arguments import OneLineParser, number
+
+PROGRAM = "launchers.status"
+
+
+def build_parser() -> OneLineParser:
+    parser = OneLineParser(
+        prog=PROGRAM,
+        usage="python -m launchers.status [--address auto] [--watch SECONDS]",
+        description="Show the pipelines of a Ray cluster: workers, where they are, what waits, chunks a second.",
+    )
+    parser.add_argument("--address", default="auto", metavar="WHERE", help="auto or HOST:PORT (default: auto)")
+    parser.add_argument("--watch", type=number, metavar="SECONDS", help="show it again every so many seconds")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit codes: 0, 1 if there is no cluster or no pipeline."""
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    if arguments.address == "local":
+        parser.error("--address local: a new instance has no pipelines; allowed are auto and HOST:PORT")
+    from launchers.cluster import ClusterError, connected
+
+    try:
+        with connected(arguments.address, cpus=0):
+            while True:
+                found = read_boards()
+                if not found:
+                    print(f"{PROGRAM}: no pipeline runs on this cluster", file=sys.stderr)
+                    return 1
+                print("\n\n".join(show(status) for status in found), flush=True)
+                if arguments.watch is None:
+                    return 0
+                time.sleep(arguments.watch)
+                print()
+    except ClusterError as error:
+        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def read_boards() -> list[dict[str, Any]]:
+    """What each pipeline of the cluster last said of itself."""
+    import ray
+    from ray.exceptions import RayError
+
+    from launchers.pipeline import NAMESPACE
+
+    found = []
+    for actor in ray.util.list_named_actors(all_namespaces=True):
+        if actor["namespace"] != NAMESPACE or not actor["name"].startswith("status-"):
+            continue
+        try:
+            status = ray.get(ray.get_actor(actor["name"], NAMESPACE).read.remote(), timeout=10)
+        except (RayError, ValueError):  # it ended meanwhile
+            continue
+        if status:
+            found.append(status)
+    return found
+
+
+def show(status: dict[str, Any]) -> str:
+    """A status for a reader."""
+    lines = [f"{status['model']}, {time.time() - status['time']:.0f} s ago"]
+    for worker in status["workers"]:
+        doing = ", ".join(worker["in hand"]) or ("idle" if worker["state"] == "ready" else worker["state"])
+        lines.append(f"  {worker['name']:<12} {doing}")
+        lines += [f"  {'':<12} {place}" for place in worker["places"]]
+    waiting = ", ".join(f"{name} {count}" for name, count in status["queue"].items())
+    lines.append(f"  queue        {waiting}")
+    lines += [f"  video {key:<6} {progress}" for key, progress in status["videos"].items()]
+    share = "nothing decoded yet" if status["overlap"] is None else f"{status['overlap']:.0%} beside denoising"
+    lines.append(f"  rate         {status['chunks per second']:.2f} chunks a second; decoding and writing: {share}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

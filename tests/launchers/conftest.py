@@ -1,0 +1,86 @@
+"""A Ray cluster of two nodes on this machine that the tests of this folder share, and requests small enough for it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+from dataclasses import replace
+
+import av
+import pytest
+import ray
+import torch
+from ray.cluster_utils import Cluster
+
+from helios_cp.config import Request
+from helios_cp.pipeline import Pipeline
+
+SMALL = Request(
+    prompt=("a fox",), height=64, width=64, num_frames=99, pyramid_num_inference_steps_list=(1, 1, 1), seed=(7,)
+)
+STORE_BYTES = 200 * 2**20
+QUICK = ["--height", "64", "--width", "64", "--pyramid-steps", "1", "1", "1"]
+
+
+@pytest.fixture(scope="session")
+def cluster(cache):
+    """Nodes of 8 and 4 logical CPUs, whatever the machine has. "head" is a resource of the first alone."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("OMP_NUM_THREADS", "1")
+    patch.setenv("HELIOS_CP_CACHE", str(cache))
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # short: Ray's sockets lie in it
+    patch.setenv("RAY_TMPDIR", folder)
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    store = {"object_store_memory": STORE_BYTES}
+    head = {"num_cpus": 8, "resources": {"head": 8}, "include_dashboard": False, **store}
+    # A busy machine must not look like a dead one, and a dead one should not take the default 15 s to notice.
+    system = {"health_check_period_ms": 1000, "health_check_failure_threshold": 8, "health_check_timeout_ms": 5000}
+    cluster = Cluster(initialize_head=True, head_node_args={**head, "_system_config": system})
+    cluster.add_node(num_cpus=4, **store)
+    ray.init(cluster.address, log_to_driver=False, logging_level="error")
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
+    patch.undo()
+
+
+@pytest.fixture(scope="session")
+def model(presets) -> str:
+    return str(presets["tiny-distilled"])
+
+
+@pytest.fixture(scope="session")
+def alone(model):
+    """Runs a request in one process, without Ray; latents `[B, C, T, h, w]`, computed once a request."""
+    pipeline = Pipeline.from_pretrained(model, dtype=torch.float32)
+    kept = {}
+
+    def latents(request: Request):
+        if request not in kept:
+            with torch.no_grad():
+                chunks = [chunk.latents for chunk in pipeline.stream(request, output_type="latent")]
+            kept[request] = torch.cat(chunks, dim=2).numpy()
+        return kept[request]
+
+    latents.pipeline = pipeline
+    return latents
+
+
+def small(**changes) -> Request:
+    return replace(SMALL, **changes)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def frames_in(path) -> int:
+    with av.open(str(path)) as container:
+        return sum(1 for _ in container.decode(video=0))

@@ -1,0 +1,212 @@
+"""Ray, the shared cluster: whole videos against one process without Ray.
+
+Equality is exact wherever one rank denoises: the same code computes the same numbers, in other processes. Several ranks
+are held to what `helios_cp` promises of them, which its own tests derive: 1e-4 of the output's range.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import time
+from concurrent.futures import CancelledError
+
+import numpy as np
+import pytest
+import ray
+import torch
+
+from helios_cp.config import RequestError, ScheduledPrompt
+from helios_cp.layout import Layout
+from launchers.arrays import Array
+from launchers.pipeline import ChunkPipeline, PipelineError
+from launchers.schedule import Limits
+from parallel.mesh import Degrees
+from tests.launchers.conftest import frames_in, small
+
+PATIENCE = 300
+"""Seconds for what takes a few on a quiet machine."""
+
+
+@pytest.fixture(scope="module")
+def pipeline(cluster, model):
+    with ChunkPipeline(model, groups=2, decoders=2, limits=Limits(undelivered=2, active=3)) as pipeline:
+        pipeline.wait_until_ready()
+        yield pipeline
+
+
+def test_several_videos_are_those_of_one_process(pipeline, alone, tmp_path):
+    requests = [small(seed=(seed,)) for seed in range(4)]
+    handles = [
+        pipeline.submit(request, output=[tmp_path / f"{index}.mp4"], keep_latents=True)
+        for index, request in enumerate(requests)
+    ]
+    for index, (handle, request) in enumerate(zip(handles, requests, strict=True)):
+        result = handle.result(timeout=PATIENCE)
+        assert result.chunks == 3 and np.array_equal(result.latents, alone(request))
+        assert frames_in(tmp_path / f"{index}.mp4") == 99
+    assert {event.worker for event in pipeline.events if event.stage == "denoise"} == {"group-0", "group-1"}
+
+
+def test_chunks_of_a_stream(pipeline, alone):
+    """A batch with a prompt each: latents and frames come in order, and the pipeline does not run far ahead."""
+    request = small(prompt=("a fox", "an owl"), num_frames=5 * 33)
+    expected = list(alone.pipeline.stream(request))
+    handle = pipeline.submit(request)
+    for chunk, other in zip(handle, expected, strict=True):
+        assert chunk.index == other.index
+        assert np.array_equal(chunk.latents, other.latents.numpy())
+        assert np.array_equal(chunk.frames, other.frames.numpy())
+        made = sum(event.video == handle.key and event.stage == "denoise" for event in pipeline.events)
+        assert made <= chunk.index + 2, "undelivered=2 holds the denoiser back"
+    assert handle.result().chunks == 5
+
+
+def test_start_from_a_picture(pipeline, alone, astronaut, tmp_path):
+    astronaut.save(tmp_path / "a.png")
+    request = small(image=str(tmp_path / "a.png"), num_frames=66)
+    result = pipeline.submit(request, decode=False, keep_latents=True).result()
+    assert np.array_equal(result.latents, alone(request))
+
+
+def test_a_prompt_schedule(pipeline, alone):
+    schedule = (ScheduledPrompt("a fox", 2), ScheduledPrompt("an owl", 2))
+    request = small(prompt=(), prompt_schedule=schedule, interpolation_steps=2)
+    result = pipeline.submit(request, decode=False, keep_latents=True).result()
+    assert np.array_equal(result.latents, alone(request))
+
+
+def test_update_prompt(pipeline, alone):
+    """Against one process that goes on from the state of the chunk before with the other prompt."""
+    request, other = small(num_frames=4 * 33), small(num_frames=4 * 33, prompt=("an owl",))
+    handle = pipeline.submit(request, decode=False)
+    found = []
+    for chunk in handle:
+        found.append(chunk.latents.copy())
+        if chunk.index == 0:
+            handle.update_prompt("an owl")
+    with torch.no_grad():
+        first = list(alone.pipeline.stream(request, output_type="latent"))
+    changes = [k for k in range(4) if not np.array_equal(found[k], first[k].latents.numpy())]
+    assert changes and changes == list(range(changes[0], 4)), "from one chunk on"
+    assert 1 <= changes[0] <= 3, "the first chunk was there already; two more may have been under way"
+    rest = alone.pipeline.stream(other, state=first[changes[0] - 1].state, output_type="latent")
+    for index, chunk in zip(range(changes[0], 4), rest, strict=True):
+        assert np.array_equal(found[index], chunk.latents.numpy())
+    with pytest.raises(RequestError, match="white space"):
+        handle.update_prompt(" ")
+
+
+def test_cancel(pipeline, alone, tmp_path):
+    """The finished chunks can be played, the video after it is not disturbed, and nothing of it is kept."""
+    request = small(num_frames=1000 * 33)
+    handle = pipeline.submit(request, output=[tmp_path / "long.mp4"], stream=True)
+    for chunk in handle:
+        if chunk.index == 1:
+            handle.cancel()
+            break
+    with pytest.raises(CancelledError):
+        handle.result(timeout=PATIENCE)
+    assert 2 * 33 <= frames_in(tmp_path / "long.mp4") <= 5 * 33
+    assert not list(tmp_path.glob(".*")), "no partial file is left"
+    result = pipeline.submit(small(), decode=False, keep_latents=True).result()
+    assert np.array_equal(result.latents, alone(small()))
+    assert pipeline.status()["videos"] == {} and pipeline.status()["queue"]["in hand"] == 0
+
+
+def test_a_video_that_fails_ends_alone(pipeline, alone, tmp_path):
+    """Its picture is gone when its turn comes."""
+    bad = pipeline.submit(small(image=str(tmp_path / "no.png")), decode=False)
+    good = pipeline.submit(small(), decode=False, keep_latents=True)
+    with pytest.raises(FileNotFoundError):
+        bad.result()
+    assert np.array_equal(good.result().latents, alone(small()))
+
+
+def test_payloads_hold_no_torch_objects(pipeline):
+    """Every answer goes through the object store as arrays: serialised with torch out of reach, nothing is missed."""
+
+    class WithoutTorch(pickle.Pickler):
+        def reducer_override(self, thing):
+            assert not type(thing).__module__.startswith("torch"), thing
+            return NotImplemented
+
+    handle = pipeline.submit(small(num_frames=33))
+    chunk = next(iter(handle))
+    WithoutTorch(io.BytesIO(), protocol=5, buffer_callback=lambda buffer: None).dump((chunk.latents, chunk.frames))
+    assert not chunk.latents.flags.writeable and not chunk.latents.flags.owndata, "a view of shared memory"
+    assert not chunk.frames.flags.writeable and not chunk.frames.flags.owndata
+    handle.result()
+
+
+def test_refusals(pipeline, tmp_path):
+    with pytest.raises(RequestError, match="--height 65"):
+        pipeline.submit(small(height=65))
+    with pytest.raises(RequestError, match="2 outputs for 1 video"):
+        pipeline.submit(small(), output=[tmp_path / "a.mp4", tmp_path / "b.mp4"])
+    with pytest.raises(ValueError, match="stream=True"):
+        handle = pipeline.submit(small(num_frames=33), output=[tmp_path / "a.mp4"])
+        next(iter(handle))
+    handle.result(timeout=PATIENCE)
+
+
+@pytest.fixture(scope="module")
+def ranks_alone(cluster, model, pipeline):
+    """A group of two ranks on a node each, which decodes beside denoising."""
+    layout = Layout(Degrees(ring=2))
+    with ChunkPipeline(model, groups=1, decoders=0, layout=layout, spread=True) as pipeline:
+        pipeline.wait_until_ready()
+        yield pipeline
+
+
+def test_a_group_spread_over_nodes_that_decodes_its_own(ranks_alone, alone, tmp_path):
+    request = small()
+    result = ranks_alone.submit(request, output=[tmp_path / "a.mp4"], keep_latents=True).result(PATIENCE)
+    expected = alone(request)
+    assert np.abs(result.latents - expected).max() <= 1e-4 * (expected.max() - expected.min())
+    assert frames_in(tmp_path / "a.mp4") == 99
+    assert {event.worker for event in ranks_alone.events if event.stage == "decode"} == {"group-0"}
+    assert len({place.node for place in ranks_alone.workers["group-0"].places}) == 2
+
+
+def test_missing_resources_are_named(cluster, model):
+    """Within 30 s by default; here in one."""
+    with ChunkPipeline(model, groups=1, layout=Layout(Degrees(ulysses=4, ring=3)), patience=1) as pipeline:
+        handle = pipeline.submit(small())
+        with pytest.raises(PipelineError, match="group-0 needs 12 CPU on one node") as caught:
+            pipeline.wait_until_ready()
+        assert "no node has 12 CPU at all" in str(caught.value) and "of 8 CPU free" in str(caught.value)
+        with pytest.raises(PipelineError, match="group-0 needs 12 CPU"):
+            handle.result()
+
+
+def test_closing_ends_all_processes(cluster, model):
+    with ChunkPipeline(model, decoders=1) as pipeline:
+        pipeline.wait_until_ready()
+        pids = [place.pid for worker in pipeline.workers.values() for place in worker.places]
+        handle = pipeline.submit(small(num_frames=1000 * 33))
+        next(iter(handle))
+    with pytest.raises(CancelledError):
+        handle.result()
+    assert len(pids) == 4 and os.getpid() not in pids
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and any(_runs_actor(pid) for pid in pids):
+        time.sleep(0.1)
+    assert not any(_runs_actor(pid) for pid in pids)
+    assert ray.is_initialized()
+
+
+def _runs_actor(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/cmdline") as file:
+            return "ray::" in file.read()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_bf16_travels_unchanged():
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.uint8):
+        tensor = torch.randn(3, 5).mul(100).to(dtype)
+        back = Array.of(tensor).tensor()
+        assert back.dtype == dtype and torch.equal(back, tensor)
