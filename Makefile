@@ -1,4 +1,5 @@
 # make demo   set up .venv and generate a video on the embedded tiny model
+# make demo-ray   the same on a Ray cluster of two nodes on this machine, two videos at once
 # make test   set up .venv, lint, and run the tests
 
 PYTHON ?= python3
@@ -6,11 +7,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint format clean
+.PHONY: demo demo-ray test lint format clean
 
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,cluster]'
 	touch $@
 
 demo: $(INSTALLED)
@@ -19,6 +20,9 @@ demo: $(INSTALLED)
 		--model tiny-distilled --prompt "a red fox running through fresh snow" \
 		--height 128 --width 192 --num-frames 99 \
 		--output outputs/demo.mp4 --report outputs/demo.json
+
+demo-ray: $(INSTALLED)
+	$(BIN)/python -m launchers.demo --output outputs/demo-ray
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

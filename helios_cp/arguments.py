@@ -168,6 +168,11 @@ def add_request_arguments(parser: argparse.ArgumentParser) -> None:
 def add_layout_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of a layout. Flags that the user leaves out are absent from the namespace."""
     layout = parser.add_argument_group("layout of the ranks (cfg-parallel · ring · ulysses = number of ranks)")
+    layout.add_argument(
+        "--layout",
+        choices=("auto",),
+        help="auto: what is modelled as fastest here and fits in memory, see helios_cp.plan; flags given are kept",
+    )
     layout.add_argument("--ulysses", type=whole_number, metavar="U", help="share the sequence, tokens against heads")
     layout.add_argument("--ring", type=whole_number, metavar="R", help="share the sequence, keys and values passed on")
     layout.add_argument(

@@ -132,6 +132,11 @@ class Checkpoint:
     def is_distilled(self) -> bool:
         return self.variant == "distilled"
 
+    @property
+    def stages(self) -> int:
+        """Stages that the scheduler is made for. Raises `RequestError` where its file cannot be read."""
+        return _read_json(self.folder, "scheduler/scheduler_config.json").get("stages", 3)
+
     @classmethod
     def read(cls, folder: Path) -> Checkpoint:
         """Raises `RequestError` when the folder is no Helios checkpoint, or a part of it is missing."""
@@ -364,7 +369,7 @@ class Request:
     def _check_steps(self, checkpoint: Checkpoint) -> None:
         if checkpoint.is_pyramid:
             steps = self.pyramid_num_inference_steps_list or ()
-            stages = _read_json(checkpoint.folder, "scheduler/scheduler_config.json").get("stages", 3)
+            stages = checkpoint.stages
             if len(steps) != stages or min(steps, default=0) < 1:
                 raise RequestError(
                     f"--pyramid-steps {' '.join(map(str, steps))}: {stages} numbers of at least 1 are allowed, one a "

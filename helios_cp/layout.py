@@ -45,11 +45,19 @@ def choose_layout(
     """The layout of the flags given, or a sound default for `world_size` ranks. Raises `RequestError`.
 
     By default guidance is split first where it is on, then the sequence by Ulysses; a degree that is given is kept and
-    the others follow from it.
+    the others follow from it. With `--layout auto` they are what `helios_cp.plan` models as fastest here, in memory's
+    bounds.
     """
     given = {name: getattr(arguments, flag) for flag, name in DEGREES.items() if hasattr(arguments, flag)}
     attention = getattr(arguments, "attention", "native")
     shard_weights = getattr(arguments, "shard_weights", False)
+    if getattr(arguments, "layout", None) == "auto":
+        from helios_cp.plan import choose  # which needs this module
+
+        kept = {**given, **({"shard_weights": shard_weights} if hasattr(arguments, "shard_weights") else {})}
+        planned = choose(checkpoint, requests, dtype, world_size, device.type, kept)
+        given = {name: getattr(planned.degrees, name) for name in DEGREES.values()}
+        shard_weights = planned.shard_weights
     guidance = any(SamplingPlan.of(request, checkpoint).is_guided for request in requests)
     limits = {
         "guidance": guidance,

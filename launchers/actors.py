@@ -10,6 +10,7 @@ import contextlib
 import os
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -142,7 +143,15 @@ def own_place() -> Place:
     return Place(socket.gethostname(), ray.get_runtime_context().get_node_id(), os.getpid())
 
 
-class TextEncoder:
+class Watched:
+    """An actor whose end is seen at once, even when it has nothing to do: `watch` fails with it."""
+
+    def watch(self) -> None:
+        """Never returns; runs in a thread of its own."""
+        threading.Event().wait()
+
+
+class TextEncoder(Watched):
     """Prompts to embeddings."""
 
     def __init__(self, loading: Loading) -> None:
@@ -210,7 +219,7 @@ class Decoder:
         return Denoised(StateArrays.of(state), clock.span())
 
 
-class VaeDecoder:
+class VaeDecoder(Watched):
     """Latents to frames and MP4 segments. Keeps nothing from one chunk to the next."""
 
     def __init__(self, loading: Loading) -> None:
@@ -227,7 +236,7 @@ class VaeDecoder:
         return self.decoder.start(request, media)
 
 
-class DenoiserRank:
+class DenoiserRank(Watched):
     """One rank of a denoiser group. Every rank gets the same calls; rank 0 answers with the result.
 
     With `decodes`, rank 0 has a VAE too, for calls from a second thread.
@@ -325,7 +334,7 @@ class DenoiserRank:
         return dist.TCPStore(host, port, is_master=self.rank == 0, wait_for_workers=False, timeout=timeout)
 
 
-class VideoWriter:
+class VideoWriter(Watched):
     """Writes chunks in order into MP4s and run folders. It runs on the driver's node, where the files belong.
 
     A lost writer loses nothing: every call says how far the files were, and what lies beyond is cut off.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import socket
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +15,9 @@ import ray
 
 OBJECT_STORE_BYTES = 512 * 2**20
 """Of a private instance. A chunk is some megabytes, and only a few are under way."""
+
+
+KNOCK_SECONDS = 10.0
 
 
 class ClusterError(RuntimeError):
@@ -38,6 +43,7 @@ def connected(address: str, *, cpus: float, gpus: float = 0) -> Iterator[None]:
             "_temp_dir": folder,
         }
     try:
+        _knock(os.environ.get("RAY_ADDRESS", "") if address == "auto" else address)
         try:
             ray.init(address, **options)
         except (ConnectionError, ValueError, RuntimeError) as error:
@@ -51,6 +57,20 @@ def connected(address: str, *, cpus: float, gpus: float = 0) -> Iterator[None]:
         ray.shutdown()
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _knock(address: str) -> None:
+    """Raises `ClusterError` if nothing listens at HOST:PORT. Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=KNOCK_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise ClusterError(
+            f"--address {address}: no Ray cluster answers there ({error}); start one with `ray start --head`, or use "
+            "--address local"
+        ) from None
 
 
 @dataclass(frozen=True)

@@ -78,8 +78,10 @@ class VideoHandle:
                 if not self._chunks:
                     break
                 chunk = self._chunks.popleft()
-            yield chunk
-            self._pipeline.taken(self.key)
+            try:
+                yield chunk
+            finally:  # whoever leaves the loop has had the chunk too
+                self._pipeline.taken(self.key)
         if self._error is not None:
             raise self._error
 

@@ -166,6 +166,8 @@ class ChunkPipeline:
         """
         request, inputs = Inputs().merged(request)
         request = request.resolve(self.checkpoint)
+        if folder is not None:
+            folder = RunFolder(folder.path.absolute(), folder.run)  # the writer works in another folder
         stream = not output if stream is None else stream
         self._check(request, output, folder, decode)
         state = folder.state(torch.device("cpu")) if folder is not None else None
@@ -430,10 +432,12 @@ class ChunkPipeline:
 
     # Workers
 
-    def _tell(self, worker: Worker, event: str, value: Any) -> None:
-        self._queue.put(functools.partial(self._told, worker, event, value))
+    def _tell(self, worker: Worker, life: int, event: str, value: Any) -> None:
+        self._queue.put(functools.partial(self._told, worker, life, event, value))
 
-    def _told(self, worker: Worker, event: str, value: Any) -> None:
+    def _told(self, worker: Worker, life: int, event: str, value: Any) -> None:
+        if life != worker.life:
+            return
         if event == "ready":
             worker.is_ready = True
             self.schedule.restore(worker.name)

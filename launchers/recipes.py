@@ -69,7 +69,7 @@ def _group(name: str, loading: Loading, decodes: bool, resources: Resources, spr
         tuple((DenoiserRank, (loading, rank, decodes), place) for rank, place in enumerate(places)),
         Needs((whole,) * ring, "STRICT_SPREAD" if ring > 1 else "STRICT_PACK"),
         {Stage.DENOISE: 1, **(DECODER_CAPACITY if decodes else {})},
-        threads={"decode": 1} if decodes else None,
+        threads={"decode": 1} if decodes else {},
     )
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -62,7 +63,8 @@ class Recipe:
     """How a worker is made.
 
     `actors`: class, arguments and index of the bundle of each; the first answers for all. `capacity`: see `Schedule`.
-    `node`: the only node it may run on, in place of a placement group. `threads`: concurrency groups of its actors.
+    `node`: the only node it may run on, in place of a placement group. `threads`: concurrency groups of its actors,
+    beside that of `Watched.watch`.
     """
 
     name: str
@@ -70,36 +72,37 @@ class Recipe:
     needs: Needs
     capacity: Mapping[Stage, int]
     node: str | None = None
-    threads: Mapping[str, int] | None = None
+    threads: Mapping[str, int] = field(default_factory=dict)
 
 
 class Worker:
     """One worker, of one actor or a gang that lives and dies together.
 
-    `tell(worker, event, value)` is called from threads of its own: "ready" with the `Place`s, "unplaced" with what is
-    missing, "lost" and "broken" with an error, when a start failed by death or by itself.
+    `tell(worker, life, event, value)` is called from threads of its own: "ready" with the `Place`s, "unplaced" with
+    what is missing, "lost" and "broken" with an error, when it died or when its start failed by itself. `life` counts
+    the starts; news of an earlier one than the `life` of now are of no use.
     """
 
-    def __init__(self, recipe: Recipe, tell: Callable[[Worker, str, Any], None], patience: float) -> None:
+    def __init__(self, recipe: Recipe, tell: Callable[[Worker, int, str, Any], None], patience: float) -> None:
         self.recipe = recipe
         self.name = recipe.name
         self.patience = patience
         self.places: list[Place] = []
         self.is_ready = False
         self.deaths = 0
+        self.life = 0
         self._tell = tell
-        self._life = 0
         self._actors: list[Any] = []
         self._group: Any = None
 
     def start(self) -> None:
         """Reserve, create and load in the background."""
-        self._life += 1
-        threading.Thread(target=self._start, args=(self._life,), name=f"start {self.name}", daemon=True).start()
+        self.life += 1
+        threading.Thread(target=self._start, args=(self.life,), name=f"start {self.name}", daemon=True).start()
 
     def stop(self) -> None:
         """Kill the actors and give back what was reserved. Calls under way fail."""
-        self._life += 1
+        self.life += 1
         self.is_ready = False
         self.places = []
         with contextlib.suppress(Exception):  # the cluster itself may be gone
@@ -137,7 +140,7 @@ class Worker:
         try:
             group = self._reserve(life)
             actors = self._create(group)
-            if self._life != life:
+            if self.life != life:
                 for actor in actors:
                     ray.kill(actor)
                 return
@@ -148,12 +151,19 @@ class Worker:
         except _GivenUpError:
             return
         except Exception as error:
-            if self._life == life:
+            if self.life == life:
                 fault = fault_of(error)
-                self._tell(self, "lost" if isinstance(fault, WorkerLostError | PayloadLostError) else "broken", fault)
+                is_lost = isinstance(fault, WorkerLostError | PayloadLostError)
+                self._tell(self, life, "lost" if is_lost else "broken", fault)
             return
-        if self._life == life:
-            self._tell(self, "ready", self.places)
+        if self.life == life:
+            self._tell(self, life, "ready", self.places)
+            for actor in actors:
+                watch = actor.watch.options(concurrency_group="watch").remote()
+                watch.future().add_done_callback(functools.partial(self._died, life))
+
+    def _died(self, life: int, future: Any) -> None:
+        self._tell(self, life, "lost", fault_of(future.exception()))
 
     def _reserve(self, life: int) -> Any:
         if self.recipe.node is not None:
@@ -162,10 +172,10 @@ class Worker:
         group = placement_group([dict(bundle) for bundle in needs.bundles], strategy=needs.strategy)
         self._group = group
         waited = group.wait(self.patience if life == 1 else max(self.patience, RESTART_PATIENCE))
-        if not waited and self._life == life:
-            self._tell(self, "unplaced", shortage(self.name, needs))
+        if not waited and self.life == life:
+            self._tell(self, life, "unplaced", shortage(self.name, needs))
         while not waited:
-            if self._life != life:
+            if self.life != life:
                 remove_placement_group(group)
                 raise _GivenUpError
             waited = group.wait(POLL)
@@ -185,9 +195,8 @@ class Worker:
                 options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(self.recipe.node, soft=False)
             else:
                 options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group, bundle)
-            threads = {"concurrency_groups": dict(self.recipe.threads)} if self.recipe.threads else {}
-            made = ray.remote(**threads)(kind) if threads else ray.remote(kind)
-            actors.append(made.options(**options).remote(*arguments))
+            threads = {"watch": 1, **self.recipe.threads}
+            actors.append(ray.remote(concurrency_groups=threads)(kind).options(**options).remote(*arguments))
         return actors
 
 

@@ -139,7 +139,7 @@ def check_videos(results, references) -> None:
 
 @pytest.mark.parametrize("degrees", LAYOUTS, ids=str)
 def test_whole_videos(pool, folders, alone, astronaut, degrees):
-    names = ["tiny-mid", "tiny-distilled"]
+    names = list(STEPS)
     results = pool.run(make_videos, folders, degrees, astronaut, names, ranks=degrees.world, timeout=240)
     check_videos(results, [video for name in names for video in alone[name]])
 

@@ -1,0 +1,331 @@
+"""What one forward of the transformer asks of one rank: products, attention, memory passes, kernels and messages.
+
+Everything is integer arithmetic on the config and on the cut of the sequence that the engine itself makes; no model is
+built. `itemsize` is bytes an element of the model's dtype. The tests hold FLOPs and messages to what is counted in
+running code exactly, memory passes to within the few rows that do not grow with the tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from helios_cp.config import TransformerConfig
+from parallel.mesh import Degrees
+from parallel.segments import SegmentPlan, split
+from parallel.tensor import shard_sizes
+
+FP32 = 4
+LSE_BYTES = 54  # of a query's scores in one merge: log-add, difference, exponential, mask and weight
+
+
+@dataclass(frozen=True)
+class Product:
+    """`times` matrix products `[rows, inner] · [inner, columns]`, each with its own weights."""
+
+    rows: int
+    inner: int
+    columns: int
+    times: int = 1
+    in_fp32: bool = False
+
+    @property
+    def flops(self) -> int:
+        """A multiply-add is two."""
+        return 2 * self.rows * self.inner * self.columns * self.times
+
+    def moved_bytes(self, itemsize: int) -> int:
+        """Input, weights and bias read once, output written once."""
+        elements = self.rows * self.inner + (self.inner + 1) * self.columns + self.rows * self.columns
+        return elements * (FP32 if self.in_fp32 else itemsize) * self.times
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """`times` calls of `heads` heads, `queries` × `keys` each."""
+
+    queries: int
+    keys: int
+    heads: int
+    head_dim: int
+    times: int = 1
+
+    @property
+    def flops(self) -> int:
+        return 4 * self.queries * self.keys * self.heads * self.head_dim * self.times
+
+    def moved_bytes(self, itemsize: int) -> int:
+        return 2 * (self.queries + self.keys) * self.heads * self.head_dim * itemsize * self.times
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Collectives that a rank takes part in, and the bytes that it sends to other ranks in them."""
+
+    calls: int = 0
+    sent_bytes: int = 0
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(self.calls + other.calls, self.sent_bytes + other.sent_bytes)
+
+
+@dataclass(frozen=True)
+class ForwardCost:
+    """One forward on one rank. `traffic` is by the axis of the mesh that it crosses."""
+
+    products: tuple[Product, ...]
+    attentions: tuple[AttentionCall, ...]
+    elementwise_bytes: int
+    kernels: int
+    traffic: Mapping[str, Traffic]
+
+    @property
+    def flops(self) -> int:
+        return sum(part.flops for part in (*self.products, *self.attentions))
+
+    def matrix_bytes(self, itemsize: int) -> int:
+        """Bytes that products and attention read and write."""
+        return sum(part.moved_bytes(itemsize) for part in (*self.products, *self.attentions))
+
+    @property
+    def total_traffic(self) -> Traffic:
+        return sum(self.traffic.values(), Traffic())
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one rank of the sequence group holds: its tokens, and those it meets in its collectives.
+
+    `all_noisy` are the noisy tokens of all ranks, whose latents each has before and after. `row_*` are of its Ulysses
+    group together, `gathered_*` of the ranks that share a feed-forward layer. `blocks` are the keys that it has at the
+    steps of the ring, as (tokens, steps), and `passed_tokens` those that it passes on. `heads` are its own in
+    attention, `hidden` its own features of a feed-forward layer.
+    """
+
+    history: int
+    noisy: int
+    all_noisy: int
+    row_tokens: int
+    row_noisy: int
+    blocks: tuple[tuple[int, int], ...]
+    passed_tokens: int
+    gathered_tokens: int
+    gathered_noisy: int
+    heads: int
+    hidden: int
+
+    @property
+    def tokens(self) -> int:
+        return self.history + self.noisy
+
+
+@functools.lru_cache(maxsize=1024)
+def shares(config: TransformerConfig, lengths: tuple[int, ...], degrees: Degrees) -> tuple[Share, ...]:
+    """What each rank of a sequence group holds, by the plans with which the engine cuts sequence, heads and layers."""
+    every, last = _local_lengths(lengths, degrees.sequence)
+    rows = range(0, degrees.sequence, degrees.ulysses)
+    row_tokens = [sum(every[first : first + degrees.ulysses]) for first in rows]
+    row_noisy = [sum(last[first : first + degrees.ulysses]) for first in rows]
+    blocks = tuple(sorted(Counter(row_tokens).items()))
+    heads = split(config.num_attention_heads, degrees.ulysses)
+    hidden = shard_sizes(config.ffn_dim, degrees.ffn_tp)
+    groups = range(0, degrees.sequence, degrees.ffn_tp)
+    gathered = [sum(every[first : first + degrees.ffn_tp]) for first in groups]
+    gathered_noisy = [sum(last[first : first + degrees.ffn_tp]) for first in groups]
+    found = []
+    for rank in range(degrees.sequence):
+        row, own = divmod(rank, degrees.ulysses)
+        group, part = divmod(rank, degrees.ffn_tp)
+        found.append(
+            Share(
+                history=every[rank] - last[rank],
+                noisy=last[rank],
+                all_noisy=lengths[-1],
+                row_tokens=row_tokens[row],
+                row_noisy=row_noisy[row],
+                blocks=blocks,
+                passed_tokens=sum(row_tokens) - row_tokens[(row + 1) % degrees.ring],  # the last goes no further
+                gathered_tokens=gathered[group],
+                gathered_noisy=gathered_noisy[group],
+                heads=heads[own],
+                hidden=hidden[part],
+            )
+        )
+    return tuple(found)
+
+
+def whole(config: TransformerConfig, lengths: tuple[int, ...]) -> Share:
+    """The share of a rank that is alone."""
+    return shares(config, lengths, Degrees())[0]
+
+
+@functools.lru_cache(maxsize=1024)
+def _local_lengths(lengths: tuple[int, ...], ranks: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """All tokens, and the noisy ones, of each rank."""
+    plan = SegmentPlan(lengths, ranks)
+    return plan.local_lengths, plan.only(len(lengths) - 1).local_lengths
+
+
+@functools.lru_cache(maxsize=4096)
+def forward_cost(
+    config: TransformerConfig, own: Share, degrees: Degrees, text_tokens: int, itemsize: int
+) -> ForwardCost:
+    """One forward of one sample, with text and history encoded before."""
+    return ForwardCost(
+        products=tuple(_products(config, own)),
+        attentions=tuple(_attentions(config, own, text_tokens)),
+        elementwise_bytes=_elementwise_bytes(config, own, degrees, itemsize),
+        kernels=_kernels(config, own, degrees, itemsize),
+        traffic=forward_traffic(config, own, degrees, itemsize),
+    )
+
+
+def _products(config: TransformerConfig, own: Share) -> Iterator[Product]:
+    dim, inner, patch = config.dim, config.num_layers - 1, math.prod(config.patch_size)
+    # The timestep's embedding keeps its weights in fp32.
+    yield from (Product(1, config.freq_dim, dim, in_fp32=True), Product(1, dim, dim, in_fp32=True))
+    yield Product(1, dim, 6 * dim)
+    yield Product(own.noisy, config.in_channels * patch, dim)
+    asking = own.noisy if config.guidance_cross_attn else own.tokens
+    yield from (Product(own.tokens, dim, 3 * dim, inner), Product(own.tokens, dim, dim, inner))
+    yield Product(asking, dim, dim, 2 * inner)
+    yield from _feed_forward(own.gathered_tokens, dim, own.hidden, inner)
+    # History tokens of the last block are keys only.
+    yield from (Product(own.noisy, dim, dim, 4), Product(own.tokens, dim, 2 * dim))
+    yield from _feed_forward(own.gathered_noisy, dim, own.hidden, 1)
+    yield Product(own.noisy, dim, config.out_channels * patch)
+
+
+def _feed_forward(tokens: int, dim: int, hidden: int, times: int) -> tuple[Product, Product]:
+    return Product(tokens, dim, hidden, times), Product(tokens, hidden, dim, times)
+
+
+def _attentions(config: TransformerConfig, own: Share, text_tokens: int) -> Iterator[AttentionCall]:
+    inner, head_dim = config.num_layers - 1, config.attention_head_dim
+    asking = own.noisy if config.guidance_cross_attn else own.tokens
+    for block, steps in own.blocks:
+        yield AttentionCall(own.row_tokens, block, own.heads, head_dim, inner * steps)
+        yield AttentionCall(own.row_noisy, block, own.heads, head_dim, steps)
+    for queries, times in ((asking, inner), (own.noisy, 1)):
+        yield AttentionCall(queries, text_tokens, config.num_attention_heads, head_dim, times)
+
+
+def _elementwise_bytes(config: TransformerConfig, own: Share, degrees: Degrees, itemsize: int) -> int:
+    """Bytes read and written by all that is neither a product nor attention, in eager PyTorch."""
+    asking = own.noisy if config.guidance_cross_attn else own.tokens
+    inner = config.num_layers - 1
+    block = functools.partial(_block_bytes, config, own, degrees, itemsize)
+    blocks = inner * block(own.tokens, own.row_tokens, asking, own.gathered_tokens)
+    blocks += block(own.noisy, own.row_noisy, own.noisy, own.gathered_noisy)
+    joined = own.tokens * (2 * itemsize * config.dim + 2 * FP32 * config.attention_head_dim)  # with the rotary table
+    ends = (
+        config.in_channels + (2 if degrees.sequence > 1 else 1) * config.out_channels
+    )  # patches, cut, joined, put back
+    joined += own.all_noisy * 2 * itemsize * ends * math.prod(config.patch_size)
+    return blocks + joined + own.noisy * _modulated_norm(config.dim, itemsize)
+
+
+def _block_bytes(
+    config: TransformerConfig,
+    own: Share,
+    degrees: Degrees,
+    itemsize: int,
+    queries: int,
+    row_queries: int,
+    asking: int,
+    fed: int,
+) -> int:
+    dim, cast = config.dim, _cast(itemsize)
+    norms = (own.tokens + queries) * _modulated_norm(dim, itemsize)
+    if config.cross_attn_norm:
+        norms += asking * (dim * (2 * cast + 2 * FP32) + 2 * FP32)
+    norms += (queries + own.tokens + asking) * 2 * itemsize * dim  # RMSNorms of q, k and the cross-attention's q
+    rotated = (queries + own.tokens) * (dim * (2 * cast + 2 * FP32) + FP32 * config.attention_head_dim)
+    amplified = own.history * 2 * itemsize * dim if config.is_amplify_history else 0
+    added = (2 * queries + asking) * 3 * itemsize * dim
+    activated = fed * 2 * itemsize * own.hidden
+    exchanged = 0
+    width = own.heads * config.attention_head_dim
+    if degrees.ulysses > 1:  # packed and put in order, on the way in and out
+        exchanged += 2 * itemsize * dim * (2 * queries + 2 * own.tokens)
+        exchanged += 2 * itemsize * width * (2 * row_queries + 2 * own.row_tokens)
+    if degrees.ring > 1:  # keys and values stacked, partial results merged in fp32
+        exchanged += 4 * itemsize * width * own.row_tokens
+        exchanged += row_queries * width * ((degrees.ring - 1) * (cast + 3 * FP32) + 2 * cast)
+        exchanged += row_queries * own.heads * (degrees.ring - 1) * LSE_BYTES
+    if degrees.ffn_tp > 1:  # gathered, then summed in fp32, with a bias
+        exchanged += fed * 2 * itemsize * dim
+        exchanged += queries * dim * (2 * cast + (degrees.ffn_tp - 1) * (2 * FP32 + itemsize) + 2 * FP32)
+    return norms + rotated + amplified + added + activated + exchanged
+
+
+def _modulated_norm(dim: int, itemsize: int) -> int:
+    """Bytes a token: cast to fp32, LayerNorm with its mean and deviation, copied into place."""
+    return dim * (_cast(itemsize) + 2 * FP32 + FP32 + itemsize) + 2 * FP32
+
+
+def _cast(itemsize: int) -> int:
+    """Bytes an element for a cast to or from fp32, which there is none of in fp32."""
+    return itemsize + FP32 if itemsize < FP32 else 0
+
+
+def _kernels(config: TransformerConfig, own: Share, degrees: Degrees, itemsize: int) -> int:
+    """Kernels of a forward in eager PyTorch, products and attention included, messages not.
+
+    Casts are kernels of their own below fp32, and history tokens are normed, scaled and added to apart from noisy ones.
+    """
+    casts, history = itemsize < FP32, own.history > 0
+    block = 24 + 6 * casts + (6 + 2 * casts) * history
+    block += (1 + 2 * casts) * config.cross_attn_norm + 4 * (history and config.is_amplify_history)
+    uneven_heads = config.num_attention_heads % degrees.ulysses > 0
+    block += (3 * (1 + uneven_heads) + 5) * (degrees.ulysses > 1)
+    block += (1 + (7 + casts) * (degrees.ring - 1) + 2 * casts) * (degrees.ring > 1)
+    block += (1 + degrees.ffn_tp + 2 * casts) * (degrees.ffn_tp > 1)
+    pruned = 1 - (4 + casts) * history
+    return config.num_layers * block + pruned + 25 + 4 * casts + (degrees.sequence > 1)
+
+
+def forward_traffic(config: TransformerConfig, own: Share, degrees: Degrees, itemsize: int) -> dict[str, Traffic]:
+    """Messages of one forward of one sample, by axis; what guidance exchanges after it is `guidance_traffic`."""
+    dim, layers, inner = config.dim, config.num_layers, config.num_layers - 1
+    others, width = config.num_attention_heads - own.heads, own.heads * config.attention_head_dim
+    asked = inner * own.tokens + own.noisy  # queries of all blocks
+    row_asked = inner * own.row_tokens + own.row_noisy
+    ulysses = (asked + 2 * layers * own.tokens) * others * config.attention_head_dim + (row_asked - asked) * width
+    fed = inner * own.gathered_tokens + own.gathered_noisy
+    feed_forward = asked * dim * (degrees.ffn_tp - 1) + (fed - asked) * dim
+    velocity = own.noisy * config.out_channels * math.prod(config.patch_size)
+    found = {
+        "ulysses": (2 * layers, ulysses) if degrees.ulysses > 1 else None,
+        "ring": (layers * (degrees.ring - 1), 2 * layers * own.passed_tokens * width) if degrees.ring > 1 else None,
+        "ffn_tp": (2 * layers, feed_forward) if degrees.ffn_tp > 1 else None,
+        "sequence": (1, velocity * (degrees.sequence - 1)) if degrees.sequence > 1 else None,
+    }
+    return {axis: Traffic(each[0], each[1] * itemsize) for axis, each in found.items() if each is not None}
+
+
+def guidance_traffic(config: TransformerConfig, noisy_tokens: int, itemsize: int) -> Traffic:
+    """The velocity of one sample that each branch of guidance sends to the other in a step."""
+    return Traffic(1, noisy_tokens * config.out_channels * math.prod(config.patch_size) * itemsize)
+
+
+def repeated_flops(config: TransformerConfig, lengths: tuple[int, ...], text_tokens: int) -> int:
+    """FLOPs of diffusers' forward of one sample, which does again in each step what the engine does once.
+
+    These are the embeddings of text, history and t = 0, cross-attention keys and values, and the last block's history.
+    """
+    alone = whole(config, lengths)
+    dim, noisy, history = config.dim, alone.noisy, alone.history
+    text = 2 * text_tokens * (config.text_dim * dim + dim * dim) + config.num_layers * 4 * text_tokens * dim * dim
+    patch = config.in_channels * math.prod(config.patch_size)
+    pools = (4, 2, 1)  # long, mid, short
+    patches = sum(2 * dim * patch * pool**3 * count for pool, count in zip(pools, lengths[:-1], strict=True))
+    zero_timestep = 2 * (config.freq_dim * dim + dim * dim + 6 * dim * dim)
+    last = history * (4 * dim * dim + 4 * dim * config.ffn_dim) + 4 * history * (history + noisy) * dim
+    if not config.guidance_cross_attn:
+        last += history * 4 * dim * (dim + text_tokens)
+    ours = forward_cost(config, alone, Degrees(), text_tokens, FP32).flops
+    return ours + text + patches + last + (zero_timestep if config.zero_history_timestep else 0)

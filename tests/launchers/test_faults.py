@@ -1,0 +1,149 @@
+"""Ray, the shared cluster: processes killed by SIGKILL and a node removed, while several videos are under way.
+
+Equality is exact: a group of one rank computes what one process computes, and work done twice comes out the same.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+
+import numpy as np
+import pytest
+from ray.util.placement_group import placement_group, remove_placement_group
+
+from helios_cp.layout import Layout
+from launchers.pipeline import ChunkPipeline, PipelineError
+from launchers.schedule import Limits, Stage
+from parallel.mesh import Degrees
+from tests.launchers.conftest import frames_in, small
+
+KILLS = 30
+PATIENCE = 400
+"""Seconds for what takes some on a quiet machine."""
+
+REQUESTS = [small(seed=(seed,), num_frames=5 * 33) for seed in range(3)]
+
+
+class Videos:
+    """Keeps a few videos under way, and checks each that ends."""
+
+    def __init__(self, pipeline, expected, folder) -> None:
+        self.pipeline = pipeline
+        self.expected = expected
+        self.folder = folder
+        self.handles = []
+        self.checked = 0
+
+    def keep_under_way(self, count: int) -> None:
+        while sum(not handle.is_done for handle, _, _ in self.handles) < count:
+            number = len(self.handles)
+            request = REQUESTS[number % len(REQUESTS)]
+            path = self.folder / f"{number}.mp4"
+            handle = self.pipeline.submit(request, output=[path], keep_latents=True)
+            self.handles.append((handle, request, path))
+
+    def check_all(self) -> None:
+        for handle, request, path in self.handles:
+            result = handle.result(timeout=PATIENCE)
+            assert np.array_equal(result.latents, self.expected(request)), path.name
+            assert frames_in(path) == 5 * 33, "every frame once"
+        assert not list(self.folder.glob(".*")), "no partial file is left"
+
+
+def victims(pipeline: ChunkPipeline, kind: str) -> list[int]:
+    """Processes of a random ready worker of a kind: one of them for "rank", all for "group"; none if none is ready."""
+    name = "group" if kind == "rank" else kind
+    workers = [worker for worker in pipeline.workers.values() if worker.name.startswith(name) and worker.is_ready]
+    pids = [place.pid for place in random.choice(workers).places] if workers else []
+    return pids if kind == "group" else random.sample(pids, min(len(pids), 1))
+
+
+def kill(pid: int) -> bool:
+    """Whether there was such a process."""
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_thirty_kills(cluster, model, alone, tmp_path):
+    """Decoders, ranks, whole groups, the writer and the text encoder, at random moments."""
+    random.seed(5)
+    limits = Limits(active=4, attempts=10**6)
+    with ChunkPipeline(
+        model, groups=2, decoders=2, layout=Layout(Degrees(ulysses=2)), limits=limits, timeout=60
+    ) as pipeline:
+        pipeline.wait_until_ready()
+        undisturbed = {}
+        for request in REQUESTS:
+            undisturbed[request] = pipeline.submit(request, decode=False, keep_latents=True).result().latents
+            reference = alone(request)
+            assert np.abs(undisturbed[request] - reference).max() <= 1e-4 * (reference.max() - reference.min())
+
+        before = pipeline.schedule.handed_out.copy()
+        videos = Videos(pipeline, undisturbed.__getitem__, tmp_path)
+        kills = dict.fromkeys(("decoder", "rank", "group", "writer", "text"), 0)
+        deadline = time.monotonic() + PATIENCE
+        while sum(kills.values()) < KILLS:
+            assert time.monotonic() < deadline, kills
+            videos.keep_under_way(3)
+            time.sleep(random.uniform(0.05, 0.3))
+            kind = min(kills, key=lambda kind: kills[kind] + random.random())
+            pids = victims(pipeline, kind)
+            kills[kind] += any([kill(pid) for pid in pids])
+        videos.check_all()
+
+        handed_out = pipeline.schedule.handed_out - before
+        chunks = 5 * len(videos.handles)
+        assert chunks <= handed_out[Stage.DENOISE] <= chunks + kills["rank"] + kills["group"], "only what was in hand"
+        assert chunks <= handed_out[Stage.DECODE] <= chunks + kills["decoder"]
+        assert chunks <= handed_out[Stage.WRITE] <= chunks + 4 * kills["writer"]
+
+
+def test_a_node_goes(cluster, model, alone, tmp_path):
+    """The first node is full when the pipeline starts, so most of it lands on the one that then goes."""
+    full = placement_group([{"CPU": 6, "head": 1}], strategy="STRICT_PACK")
+    assert full.wait(PATIENCE)
+    node = cluster.add_node(num_cpus=8, object_store_memory=200 * 2**20)
+    with ChunkPipeline(model, groups=2, decoders=2, patience=60) as pipeline:
+        pipeline.wait_until_ready()
+        remove_placement_group(full)
+        gone = [w.name for w in pipeline.workers.values() if any(p.node == node.node_id for p in w.places)]
+        assert gone, {w.name: w.places for w in pipeline.workers.values()}
+        videos = Videos(pipeline, alone, tmp_path)
+        videos.keep_under_way(3)
+        while not any(event.stage == "write" for event in list(pipeline.events)):
+            time.sleep(0.01)
+        cluster.remove_node(node, allow_graceful=False)
+        videos.keep_under_way(4)
+        videos.check_all()
+        assert not any(
+            place.node == node.node_id for w in pipeline.workers.values() for place in w.places if w.is_ready
+        )
+
+
+def test_work_that_kills_its_workers_is_given_up(cluster, model):
+    """After so many attempts its video fails and says so; the chunk takes long enough to be hit every time."""
+    with ChunkPipeline(model, decoders=0, limits=Limits(attempts=2)) as pipeline:
+        pipeline.wait_until_ready()
+        slow = small(height=256, width=256, pyramid_num_inference_steps_list=(200, 200, 200))
+        handle = pipeline.submit(slow, decode=False)
+        killed = set()
+        deadline = time.monotonic() + PATIENCE
+        while not handle.is_done and time.monotonic() < deadline:
+            time.sleep(0.1)
+            group = pipeline.workers["group-0"]
+            if group.is_ready and group.places[0].pid not in killed and "denoise" in in_hand(pipeline):
+                killed.add(group.places[0].pid)
+                assert kill(group.places[0].pid)
+        with pytest.raises(PipelineError, match="died 2 times"):
+            handle.result()
+        assert len(killed) == 2
+
+
+def in_hand(pipeline: ChunkPipeline) -> str:
+    return " ".join(task for worker in pipeline.status()["workers"] for task in worker["in hand"])
