@@ -2,7 +2,7 @@
 
 python -m benchmarks.scaling        some minutes on two cores
 
-The model has a fifth of the width of Helios-14B and a quarter of its tokens at stage 3 of 384 × 640: noisy, history
+The model has a fifth of the width of Helios-14B and about a quarter of its tokens at stage 3 of 384 × 640: noisy, history
 and text. Bytes per FLOP grow as the model shrinks, so that scaling is harder here than at full size.
 """
 
@@ -36,7 +36,7 @@ CASE = Case(
 RANKS = 2
 MEMORY_RANKS = (1, 2, 4)
 WARMUP = 2
-SECONDS_OF_TURN = 120  # a rank that takes longer for all programs once hangs
+SECONDS_OF_TURN = 300  # a rank that takes longer for all programs once hangs
 NOTES = (
     "Seconds of one forward, one thread a rank. Ours encodes text once per prompt and history once per chunk,",
     "outside of it (`python -m benchmarks.forward` times those). Programs take turns; ratios are taken turn by turn.",
@@ -115,7 +115,7 @@ def main(arguments: list[str] | None = None, pool: RankPool | None = None) -> in
         "CPU seconds": times.cpu_seconds,
         "FLOPs": flops,
         "differences": times.differences,
-        "speedups": {speedup.what: speedup.to_json() for speedup in speedups},
+        "speedups": {speedup.what.strip(): speedup.to_json() for speedup in speedups},
         "memory": memory,
     }
     path = write_result(options.output.stem, results, options.output.parent)
