@@ -124,21 +124,27 @@ def name_of(degrees: Degrees) -> str:
 def counts_table(counts: Counts) -> Table:
     title = f"One forward of Helios-14B at {SIZE[0]} × {SIZE[1]}, {dtype_name(DTYPE)}: MB that a rank sends, counted"
     table = Table(title=title, title_justify="left")
-    for heading in ("", *(f"stage {stage}" for stage in STAGES), "of diffusers", "calls"):
-        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    table.add_column("ranks: layout", no_wrap=True)
+    for heading in (*(f"stage {stage}" for stage in STAGES), "of diffusers", "calls"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for ranks, plans in counts.items():
         theirs = plans["diffusers"][STAGE_OF_GOALS]
         for name, stages in plans.items():
             last = stages[STAGE_OF_GOALS]
             table.add_row(
-                f"{ranks} ranks: {name}",
-                *("fails" if isinstance(count, str) else f"{count.mean_bytes / 1e6:.1f}" for count in stages.values()),
+                f"{ranks}: {name}",
+                *("fails" if isinstance(count, str) else _megabytes(count) for count in stages.values()),
                 "" if "CFG" in name or last is theirs else f"1/{theirs.mean_bytes / last.mean_bytes:.2f}",
                 str(last.calls),
                 style="dim" if last is theirs else "",
             )
         table.add_section()
     return table
+
+
+def _megabytes(count: Count) -> str:
+    megabytes = count.mean_bytes / 1e6
+    return f"{megabytes:.1f}" if megabytes < 10 else f"{megabytes:.0f}"
 
 
 def unlike_predicted(counts: Counts) -> list[str]:

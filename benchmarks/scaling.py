@@ -2,8 +2,8 @@
 
 python -m benchmarks.scaling        some minutes on two cores
 
-The model has a fifth of the width of Helios-14B and about a quarter of its tokens at stage 3 of 384 × 640: noisy, history
-and text. Bytes per FLOP grow as the model shrinks, so that scaling is harder here than at full size.
+The model has a fifth of the width of Helios-14B, and of its tokens at stage 3 of 384 × 640 (noisy, history and text)
+about a quarter. Bytes per FLOP grow as the model shrinks, so that scaling is harder here than at full size.
 """
 
 from __future__ import annotations

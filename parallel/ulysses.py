@@ -62,6 +62,7 @@ class UlyssesAttention:
             [batch * tokens * count * dim for count in heads],
             [batch * (q + 2 * k) * own * dim for q, k in zip(self.query_lengths, self.key_lengths, strict=True)],
         )
+        del sent  # as large as all that this rank holds of q, k and v
         shapes = [
             (batch, length, own, dim)
             for q, k in zip(self.query_lengths, self.key_lengths, strict=True)
@@ -80,6 +81,7 @@ class UlyssesAttention:
             [batch * length * own * dim for length in self.query_lengths],
             [batch * local * count * dim for count in heads],
         )
+        del sent
         return torch.cat(pieces(received, [(batch, local, count, dim) for count in heads]), dim=2)
 
 
