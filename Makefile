@@ -1,13 +1,14 @@
 # make demo   set up .venv and generate a video on the embedded tiny model
 # make demo-ray   the same on a Ray cluster of two nodes on this machine, two videos at once
 # make test   set up .venv, lint, and run the tests
+# make test-ray   the tests that start Ray clusters, which take longer
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo demo-ray test lint format clean
+.PHONY: demo demo-ray test test-ray lint format clean
 
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -29,7 +30,10 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not ray"
+
+test-ray: $(INSTALLED)
+	$(BIN)/python -m pytest -m ray
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

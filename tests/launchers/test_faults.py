@@ -20,6 +20,8 @@ from launchers.schedule import Limits, Stage
 from parallel.mesh import Degrees
 from tests.launchers.conftest import frames_in, small
 
+pytestmark = pytest.mark.ray
+
 KILLS = 30
 PATIENCE = 400
 """Seconds for what takes some on a quiet machine."""

@@ -19,6 +19,8 @@ from helios_cp.generate import main as generate_alone
 from launchers.generate import build_parser, main
 from tests.launchers.conftest import QUICK, frames_in
 
+pytestmark = pytest.mark.ray
+
 ROOT = Path(__file__).parents[2]
 PATIENCE = 300
 """Seconds for what takes some on a quiet machine."""

@@ -16,6 +16,8 @@ import pytest
 
 from tests.launchers.conftest import QUICK, frames_in
 
+pytestmark = pytest.mark.ray
+
 ROOT = Path(__file__).parents[2]
 RAY = Path(sys.executable).with_name("ray")
 PATIENCE = 300

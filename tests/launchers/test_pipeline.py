@@ -25,6 +25,8 @@ from launchers.schedule import Limits
 from parallel.mesh import Degrees
 from tests.launchers.conftest import frames_in, small
 
+pytestmark = pytest.mark.ray
+
 PATIENCE = 300
 """Seconds for what takes a few on a quiet machine."""
 
