@@ -8,21 +8,11 @@ import torch
 
 from benchmarks.models import HISTORY_INDICES, NOISY_INDICES, STAGES
 from helios_cp.config import VAE_SPATIAL, TransformerConfig
+from helios_cp.cost import Traffic
 from parallel.mesh import Degrees
 
 DTYPE = torch.bfloat16
 AXES = ("cfg", "sequence", "ring", "ulysses", "ffn_tp")
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """Collectives of one rank, and the bytes that it sends to others in them."""
-
-    calls: int = 0
-    sent_bytes: int = 0
-
-    def __add__(self, other: Traffic) -> Traffic:
-        return Traffic(self.calls + other.calls, self.sent_bytes + other.sent_bytes)
 
 
 ByAxis = dict[str, Traffic]

@@ -111,7 +111,8 @@ def alone(pool, folders, astronaut):
 
 @pytest.fixture(scope="module")
 def forwards_alone(pool, folders):
-    return pool.run(run_forwards, folders["tiny-distilled"], Degrees(), ranks=1)[0]
+    """The forwards of one rank, by checkpoint."""
+    return {name: pool.run(run_forwards, folders[name], Degrees(), ranks=1)[0] for name in STEPS}
 
 
 def largest_error(results, references) -> float:
@@ -123,8 +124,9 @@ def largest_error(results, references) -> float:
 
 @pytest.mark.parametrize("degrees", LAYOUTS, ids=str)
 def test_one_forward(pool, folders, forwards_alone, degrees):
-    for outputs in pool.run(run_forwards, folders["tiny-distilled"], degrees, ranks=degrees.world):
-        assert largest_error(outputs, forwards_alone) <= 1e-5
+    for name in STEPS:
+        for outputs in pool.run(run_forwards, folders[name], degrees, ranks=degrees.world):
+            assert largest_error(outputs, forwards_alone[name]) <= 1e-5
 
 
 def check_videos(results, references) -> None:
@@ -154,7 +156,7 @@ def test_whole_videos_with_split_guidance(pool, folders, alone, astronaut, degre
 def test_a_broken_merge_shows(pool, folders, forwards_alone):
     """Partial outputs averaged in place of weighted by their log-sum-exp."""
     outputs = pool.run(run_forwards, folders["tiny-distilled"], Degrees(ring=2), True, ranks=2)[0]
-    assert largest_error(outputs, forwards_alone) > 1e-3
+    assert largest_error(outputs, forwards_alone["tiny-distilled"]) > 1e-3
 
 
 @torch.no_grad()
