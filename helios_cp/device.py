@@ -31,6 +31,11 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return getattr(torch, name)
 
 
+def capability(device: torch.device) -> tuple[int, int] | None:
+    """The compute capability of a CUDA card; `None` for any other device."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 

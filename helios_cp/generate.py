@@ -21,6 +21,7 @@ from helios_cp.arguments import (
     whole_number,
 )
 from helios_cp.config import RequestError
+from helios_cp.execution import add_execution_arguments
 from helios_cp.jobs import INTERPOLATE_TIME
 
 PROGRAM = "helios_cp.generate"
@@ -55,6 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_model_arguments(parser)
     add_request_arguments(parser)
     add_layout_arguments(parser)
+    add_execution_arguments(parser)
     files = parser.add_argument_group("many videos")
     files.add_argument(
         "--prompt-file",

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from helios_cp.conditioning import Inputs, initial_state, pixels_to_encode
 from helios_cp.config import Checkpoint, Request
+from helios_cp.execution import Execution, apply
 from helios_cp.layers import FeedForward, TokenOperations, gelu_tanh
 from helios_cp.pipeline import Branches, Pipeline, Prompts
 from helios_cp.split_vae import split_decode, split_encode
@@ -42,6 +43,7 @@ def load_parallel(
     cache: Path | None = None,
     shard_weights: bool = False,
     denoise_only: bool = False,
+    execution: Execution | None = None,
 ) -> ParallelPipeline:
     """Load this rank's part of a checkpoint; every rank of the mesh calls it.
 
@@ -61,15 +63,18 @@ def load_parallel(
     text_device = torch.device("cpu") if shard_weights else device
     encoder = PromptEncoder(*load_text_encoder(checkpoint, text_device, dtype)) if encodes else None
     vae = load_vae(checkpoint, device) if decodes else None
-    return ParallelPipeline(
+    pipeline = ParallelPipeline(
         checkpoint,
         transformer,
         BroadcastPromptEncoder(encoder, mesh.world, checkpoint.transformer.text_dim, device),
         SplitCodec(vae, mesh.vae),
         load_scheduler(checkpoint),
         SplitBranches(mesh.cfg, in_step=shard_weights) if mesh.cfg.size > 1 else Branches(),
+        device,
         mesh=mesh,
     )
+    apply(pipeline, execution or Execution())
+    return pipeline
 
 
 class ShardedSequence:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from helios_cp.conditioning import Inputs, initial_state, pixels_to_encode
 from helios_cp.config import Checkpoint, Request, RequestError
+from helios_cp.execution import Execution, apply
 from helios_cp.noise import normal
 from helios_cp.sampling import SamplingPlan, Step, denoise
 from helios_cp.schedule import PromptBlend, prompt_blend
@@ -43,7 +44,8 @@ class Pipeline:
     """A loaded checkpoint that turns requests into videos, one chunk at a time.
 
     `prompt_encoder`, `codec`, `branches` and the transformer's `sequence` are what `helios_cp.parallelize` exchanges to
-    spread the work over ranks; every rank then runs `stream` with the same request.
+    spread the work over ranks; every rank then runs `stream` with the same request. `device` is where the work is done,
+    by default where the transformer is.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class Pipeline:
         codec: Codec,
         scheduler,
         branches: Branches | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.transformer = transformer
@@ -61,6 +64,7 @@ class Pipeline:
         self.codec = codec
         self.scheduler = scheduler
         self.branches = branches or Branches()
+        self.device = device or transformer.device
 
     @classmethod
     def from_pretrained(
@@ -70,20 +74,20 @@ class Pipeline:
         dtype: torch.dtype = torch.bfloat16,
         device: str | torch.device = "cpu",
         cache: Path | None = None,
+        execution: Execution | None = None,
     ) -> Pipeline:
         """Load a preset, a folder in the diffusers layout or a hub id onto one device; the VAE stays in fp32."""
         checkpoint = model if isinstance(model, Checkpoint) else resolve(model, cache)
-        return cls(
+        pipeline = cls(
             checkpoint,
             load_transformer(checkpoint, dtype, device),
             PromptEncoder(*load_text_encoder(checkpoint, device, dtype)),
             Codec(load_vae(checkpoint, device)),
             load_scheduler(checkpoint),
+            device=torch.device(device),
         )
-
-    @property
-    def device(self) -> torch.device:
-        return self.transformer.device
+        apply(pipeline, execution or Execution())
+        return pipeline
 
     @torch.no_grad()
     def stream(

@@ -13,6 +13,7 @@ import transformers
 import helios_cp
 from helios_cp.config import Checkpoint, Request
 from helios_cp.device import dtype_name, peak_memory
+from helios_cp.execution import Execution
 from helios_cp.layout import Layout
 
 
@@ -27,6 +28,7 @@ class Report:
         dtype: torch.dtype,
         device: torch.device,
         output: list[str],
+        execution: Execution | None = None,
     ) -> None:
         self.request = request
         self.checkpoint = checkpoint
@@ -34,6 +36,7 @@ class Report:
         self.dtype = dtype
         self.device = device
         self.output = output
+        self.execution = execution or Execution()
         self.resumed_from_chunk = 0
         self.error: str | None = None
         self.chunks: list[dict[str, Any]] = []
@@ -83,6 +86,7 @@ class Report:
             "dtype": dtype_name(self.dtype),
             "device": device_name(self.device),
             "layout": {"ranks": self.layout.degrees.world, **self.layout.to_json()},
+            "execution": self.execution.to_json(),
             "seed": list(self.request.seeds),
             "request": self.request.to_json(),
             "output": self.output,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from helios_cp.config import Request, RequestError
+from helios_cp.execution import Execution
 from helios_cp.files import write_bytes, write_json, write_tensors
 from helios_cp.pipeline import Chunk
 from helios_cp.state import ChunkState
@@ -31,12 +32,13 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Run:
-    """What decides every bit of a video: the resolved request, the checkpoint and the dtype; and where it goes."""
+    """What decides every bit of a video: the resolved request, the checkpoint, dtype and execution; and its files."""
 
     request: Request
     model: str
     dtype: str
     output: tuple[str, ...]
+    execution: Execution = field(default_factory=Execution)
 
 
 class RunFolder:
@@ -69,6 +71,7 @@ class RunFolder:
         except OSError as error:
             raise RequestError(f"--checkpoint-dir {path}: the folder cannot be made: {error.strerror}") from None
         values = {"format": FORMAT, "model": run.model, "dtype": run.dtype, "output": run.output}
+        values["execution"] = run.execution.to_json()
         write_json(path / "run.json", {**values, "request": run.request.to_json()})
         return cls(path, run)
 
@@ -83,7 +86,8 @@ class RunFolder:
                 )
             output = tuple(values["output"])
             check_types(Run, {"model": values["model"], "dtype": values["dtype"], "output": output})
-            run = Run(Request.from_json(values["request"]), values["model"], values["dtype"], output)
+            execution = Execution.from_json(values.get("execution", {}))
+            run = Run(Request.from_json(values["request"]), values["model"], values["dtype"], output, execution)
             if len(output) != run.request.batch_size:
                 raise ValueError(f"{len(output)} outputs for {run.request.batch_size} video(s)")
         except (FileNotFoundError, NotADirectoryError):

@@ -52,7 +52,15 @@ def run(session: Session, world: World) -> int:
             for job, folder in zip(session.jobs, session.run_folders, strict=True):
                 output = [str(path) for path in job.output]
                 reports.append(
-                    Report(job.request, session.checkpoint, session.layout, session.dtype, session.device, output)
+                    Report(
+                        job.request,
+                        session.checkpoint,
+                        session.layout,
+                        session.dtype,
+                        session.device,
+                        output,
+                        session.execution,
+                    )
                 )
                 try:
                     run_job(pipeline, session, job, folder, stop, reports[-1])
@@ -164,6 +172,7 @@ def load_pipeline(session: Session | Followed, world: World) -> ParallelPipeline
         device=session.device,
         attention=session.layout.attention,
         shard_weights=session.layout.shard_weights,
+        execution=session.execution,
     )
 
 
@@ -180,7 +189,8 @@ def run_folder_of(session: Session, job: Job, folder: Path | None) -> RunFolder 
     if RunFolder.is_run(folder):
         return RunFolder.open(folder)
     output = tuple(str(path.absolute()) for path in job.output)
-    return RunFolder.create(folder, Run(job.request, session.model, dtype_name(session.dtype), output))
+    run = Run(job.request, session.model, dtype_name(session.dtype), output, session.execution)
+    return RunFolder.create(folder, run)
 
 
 def _on_step(progress: ProgressReporter, stop: StopSignal) -> Callable[[Step], None]:

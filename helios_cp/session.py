@@ -13,8 +13,9 @@ import torch
 
 from helios_cp.arguments import absolute_media, as_typed, flag_of, given_fields
 from helios_cp.config import Checkpoint, Request, RequestError
-from helios_cp.device import dtype_name, pick_device, pick_dtype
+from helios_cp.device import capability, dtype_name, pick_device, pick_dtype
 from helios_cp.distributed import Ranks, device_of_rank, pick_backend
+from helios_cp.execution import Execution
 from helios_cp.files import check_file_target, check_folder_target
 from helios_cp.jobs import INTERPOLATE_TIME, Job, read_prompt_file, single_job
 from helios_cp.layout import Layout, choose_layout
@@ -40,6 +41,7 @@ class Session:
     dtype: torch.dtype
     layout: Layout
     backend: str
+    execution: Execution
     jobs: tuple[Job, ...]
     skipped: tuple[Path, ...]
     run_folders: tuple[Path | None, ...]
@@ -62,6 +64,7 @@ class Session:
             "dtype": dtype_name(self.dtype),
             "layout": self.layout.to_json(),
             "backend": self.backend,
+            "execution": self.execution.to_json(),
             "requests": unfinished,
         }
 
@@ -75,6 +78,7 @@ class Followed:
     dtype: torch.dtype
     layout: Layout
     backend: str
+    execution: Execution
     requests: tuple[Request, ...]
 
     @classmethod
@@ -85,6 +89,7 @@ class Followed:
             dtype=pick_dtype(values["dtype"], device),
             layout=Layout.from_json(values["layout"]),
             backend=values["backend"],
+            execution=Execution.from_json(values["execution"]),
             requests=tuple(Request.from_json(request) for request in values["requests"]),
         )
 
@@ -105,8 +110,10 @@ def check(arguments: argparse.Namespace, cache: Path | None, ranks: Ranks | None
     device = device_of_rank(pick_device(arguments.device), ranks)
     backend = pick_backend(options.get("backend"), device, ranks)
     dtype = pick_dtype(options.get("dtype", saved.dtype if saved else "auto"), device)
+    execution = Execution.of(arguments, saved.execution if saved else None)
     if saved is not None:
-        check_same_run(saved, Run(replace(saved.request, **given), model, dtype_name(dtype), ()), resume)
+        asked = Run(replace(saved.request, **given), model, dtype_name(dtype), (), execution)
+        check_same_run(saved, asked, resume)
 
     jobs = _jobs(options, given, saved)
     for job in jobs:
@@ -125,11 +132,12 @@ def check(arguments: argparse.Namespace, cache: Path | None, ranks: Ranks | None
         _check_run_folder(each, resume is not None)
 
     checkpoint = resolve(model, cache)
+    execution.check(device=device.type, capability=capability(device), is_distilled=checkpoint.is_distilled)
     waiting = [Job(job.request.resolve(checkpoint), job.output) for job in waiting]
     skipped = [Job(job.request.resolve(checkpoint), job.output) for job in skipped]
     for job, each in zip(waiting, folders, strict=True):
         if resume is not None and RunFolder.is_run(each):
-            check_same_run(RunFolder.open(each).run, Run(job.request, model, dtype_name(dtype), ()), each)
+            check_same_run(RunFolder.open(each).run, Run(job.request, model, dtype_name(dtype), (), execution), each)
     requests = [job.request for job in (*waiting, *skipped)]
     layout = choose_layout(arguments, checkpoint, requests, ranks.size, device, dtype)
     return Session(
@@ -139,6 +147,7 @@ def check(arguments: argparse.Namespace, cache: Path | None, ranks: Ranks | None
         dtype=dtype,
         layout=layout,
         backend=backend,
+        execution=execution,
         jobs=tuple(waiting),
         skipped=tuple(job.output[0] for job in skipped),
         run_folders=tuple(folders),
@@ -160,6 +169,8 @@ def check_same_run(saved: Run, asked: Run, folder: Path) -> None:
     fields = [("--model", saved.model, asked.model), ("--dtype", saved.dtype, asked.dtype)]
     for name in Request.__dataclass_fields__:
         fields.append((flag_of(name), getattr(saved.request, name), getattr(asked.request, name)))
+    before, now = saved.execution.bits(), asked.execution.bits()
+    fields += [("--" + name.replace("_", "-"), before[name], now[name]) for name in before]
     for flag, before, now in fields:
         if before != now:
             raise RequestError(

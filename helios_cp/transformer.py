@@ -7,6 +7,7 @@ once per chunk. The model knows nothing of ranks: attention and the sharding of 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from helios_cp.config import TransformerConfig
-from helios_cp.layers import Block, PatchEmbedding, gelu_tanh, modulated_norm
+from helios_cp.layers import Block, PatchEmbedding, TokenOperations, gelu_tanh, modulated_norm
 from helios_cp.rope import RotaryTables, pad_to_multiple
 from helios_cp.sequence import Sequence, WholeSequence
 
@@ -55,6 +56,42 @@ class HistoryCondition:
     lengths: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class BlockInputs:
+    """What the blocks of one forward take beside the residual stream; see `Block.forward`.
+
+    `keys_values` has a pair for each block; `inner` are the operations of all blocks but the last, which takes `last`.
+    """
+
+    modulation: Tensor
+    keys_values: tuple[tuple[Tensor, Tensor], ...]
+    rotary: Tensor
+    history: int
+    inner: TokenOperations
+    last: TokenOperations
+
+    def run(self, blocks: Iterable[Block], states: Tensor, first: int = 0) -> Tensor:
+        """Call consecutive blocks, of which the first is number `first` of the model.
+
+        The model's last block returns its noisy tokens alone.
+        """
+        for index, block in enumerate(blocks, first):
+            prunes = index + 1 == len(self.keys_values)
+            operations = self.last if prunes else self.inner
+            pair = self.keys_values[index]
+            states = block(states, self.modulation, pair, self.rotary, self.history, operations, prune_history=prunes)
+        return states
+
+
+Body = Callable[[nn.ModuleList, Tensor, BlockInputs], Tensor]
+"""From the residual stream `[B, S, dim]` that enters the blocks to that of the noisy tokens that leaves them."""
+
+
+def run_blocks(blocks: nn.ModuleList, states: Tensor, inputs: BlockInputs) -> Tensor:
+    """The body of every forward that skips nothing."""
+    return inputs.run(blocks, states)
+
+
 class HeliosTransformer(nn.Module):
     """`HeliosTransformer3DModel` with the same parameter names and none of the repeated work."""
 
@@ -64,6 +101,7 @@ class HeliosTransformer(nn.Module):
         dim = config.dim
         self.rotary = RotaryTables(config.rope_dim, config.rope_theta)
         self.sequence: Sequence = WholeSequence()
+        self.body: Body = run_blocks
         self._zero_timestep: tuple[Tensor, Tensor] | None = None
 
         self.patch_embedding = PatchEmbedding(config.in_channels, dim, config.patch_size)
@@ -174,12 +212,9 @@ class HeliosTransformer(nn.Module):
         temb, modulation = self.condition_embedder(timestep)
         modulation = torch.stack([self._history_modulation(modulation), modulation], 1).float()  # [R, 2, 6, dim]
         inner, last = self.sequence.operations((*lengths, noisy))
-        *blocks, last_block = zip(self.blocks, text.keys_values, strict=True)
-        for block, keys_values in blocks:
-            states = block(states, modulation, keys_values, rotary, history_tokens, inner)
-        block, keys_values = last_block
-        states = block(states, modulation, keys_values, rotary, history_tokens, last, prune_history=True)
-
+        states = self.body(
+            self.blocks, states, BlockInputs(modulation, text.keys_values, rotary, history_tokens, inner, last)
+        )
         out = self.proj_out(self.norm_out(states, temb))
         return self._unpatchify(self.sequence.gather(out, 1, noisy, before), grid)
 
