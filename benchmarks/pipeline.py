@@ -22,13 +22,18 @@ from helios_cp.config import Request
 from launchers.cluster import connected
 from launchers.pipeline import ChunkPipeline
 from launchers.schedule import Limits
-from launchers.timeline import Event, draw, overlap
+from launchers.timeline import Event, draw_runs, overlap
 
 MODEL = "tiny-distilled"
 CALIBRATIONS = 3
 """Trials by which the number of steps is found."""
 
+STAGES = ("denoise", "decode", "write")
+
 CHUNKS = 24
+SAMPLE_EVERY = 5
+"""Requests between two looks at the processes' memory."""
+
 WARM_UP = 4
 """Chunks at either end that are left out of the steady state."""
 
@@ -62,8 +67,25 @@ def make_request(steps: int, chunks: int) -> Request:
     )
 
 
+def hand_over_seconds(events: list[Event], stages: tuple[str, ...]) -> list[float]:
+    """Of each chunk, what passed between the end of a stage and the beginning of the next, over the way to the chunk
+    after: serialising, the object store, the schedule, the call."""
+    spans = {(event.stage, event.chunk): event for event in events}
+    chunks = sorted(chunk for stage, chunk in spans if stage == stages[0])
+    found = []
+    for chunk, following in pairwise(chunks):
+        way = [spans[stage, chunk] for stage in stages] + [spans[stages[0], following]]
+        found.append(sum(later.begin - earlier.end for earlier, later in pairwise(way)))
+    return found
+
+
+def quartiles(values: list[float]) -> dict[str, float]:
+    lower, median, upper = statistics.quantiles(values, n=4)
+    return {"median_seconds": median, "lower_quartile": lower, "upper_quartile": upper}
+
+
 def measure_overlap(folder: Path, picture: Path) -> dict[str, Any]:
-    """Pipelined and serial seconds a chunk in one run, and the picture of the pipelined one."""
+    """Pipelined and serial seconds a chunk in one run, and the picture of both."""
     with ChunkPipeline(MODEL, limits=Limits(undelivered=3)) as pipeline:
         pipeline.wait_until_ready()
         steps = 2
@@ -73,37 +95,37 @@ def measure_overlap(folder: Path, picture: Path) -> dict[str, Any]:
             steps = max(1, round(steps * stage_seconds(events, "decode") / stage_seconds(events, "denoise")))
         request = make_request(steps, CHUNKS)
         pipelined = run_video(pipeline, request, folder)
-        draw(pipelined, picture)
     with ChunkPipeline(MODEL, limits=Limits(undelivered=1)) as pipeline:
         pipeline.wait_until_ready()
-        run_video(pipeline, trial, folder)
+        run_video(pipeline, make_request(steps, 2), folder)
         serial = run_video(pipeline, request, folder)
-    denoise, decode = stage_seconds(pipelined, "denoise"), stage_seconds(pipelined, "decode")
+    draw_runs({"pipelined": pipelined, "one chunk after the other": serial}, picture)
+    stages = {stage: stage_seconds(serial, stage) for stage in STAGES}
     steady = steady_seconds(pipelined)
     return {
         "steps": steps,
-        "denoise_seconds": denoise,
-        "decode_seconds": decode,
+        "chunks": CHUNKS,
+        "seconds_beside_each_other": {stage: stage_seconds(pipelined, stage) for stage in STAGES},
+        "seconds_alone": stages,
         "pipelined_seconds": steady,
-        "pipelined_to_slower_stage": steady / max(denoise, decode),
+        "pipelined_to_slower_stage": steady / max(stages.values()),
         "overlap": overlap(pipelined),
         "serial_seconds": steady_seconds(serial),
-        "serial_denoise_seconds": stage_seconds(serial, "denoise"),
-        "serial_decode_seconds": stage_seconds(serial, "decode"),
+        "serial_to_sum_of_stages": steady_seconds(serial) / sum(stages.values()),
+        "serial_overlap": overlap(serial),
+        "serial_three_hand_overs": quartiles(hand_over_seconds(serial, STAGES)),
     }
 
 
 def measure_overhead() -> dict[str, float]:
-    """Time between the end of one chunk's denoising and the beginning of the next, in one video of latents only."""
+    """What Ray adds to a chunk: between the end of its denoising and the beginning of the next one's, where the group
+    has nothing else to do; in a video of latents only, for with decoding beside it the cores are not free for Ray."""
     request = Request(
         prompt=("a fox",), height=64, width=64, num_frames=33 * 200, pyramid_num_inference_steps_list=(1, 1, 1)
     )
     with ChunkPipeline(MODEL) as pipeline:
         pipeline.wait_until_ready()
-        events = [event for event in run_video(pipeline, request, None) if event.stage == "denoise"]
-    gaps = [later.begin - earlier.end for earlier, later in pairwise(events)]
-    quartiles = statistics.quantiles(gaps, n=4)
-    return {"median_seconds": quartiles[1], "lower_quartile": quartiles[0], "upper_quartile": quartiles[2]}
+        return quartiles(hand_over_seconds(run_video(pipeline, request, None), ("denoise",)))
 
 
 def private_bytes(pid: int) -> int:
@@ -113,22 +135,37 @@ def private_bytes(pid: int) -> int:
 
 
 def measure_memory(requests: int, folder: Path) -> dict[str, Any]:
-    """Private bytes of the driver and each worker, at the quarters of many short videos, a tenth of them cancelled."""
+    """Private bytes of the driver and each worker over many short videos, a tenth of them cancelled.
+
+    malloc returns memory in steps of some 30 MB now and then, so the level is told by medians: of the last half against
+    the quarter before it. What comes before that is warming up.
+    """
     request = Request(prompt=("a fox",), height=64, width=64, num_frames=33, pyramid_num_inference_steps_list=(1, 1, 1))
     with ChunkPipeline(MODEL) as pipeline:
         pipeline.wait_until_ready()
         pids = {"driver": os.getpid()} | {name: worker.places[0].pid for name, worker in pipeline.workers.items()}
-        samples = []
+        samples: dict[str, list[int]] = {name: [] for name in pids}
         for number in range(requests + 1):
-            if number % (requests // 4) == 0:
-                samples.append({name: private_bytes(pid) for name, pid in pids.items()})
+            if number % SAMPLE_EVERY == 0:
+                for name, pid in pids.items():
+                    samples[name].append(private_bytes(pid))
             handle = pipeline.submit(request, output=[folder / "short.mp4"])
             if number % 10 == 9:
                 handle.cancel()
                 continue
             handle.result()
-    growth = {name: samples[-1][name] / samples[1][name] - 1 for name in pids}
-    return {"requests": requests, "private_bytes_at_quarters": samples, "growth_after_first_quarter": growth}
+    return {
+        "requests": requests,
+        "sampled_every": SAMPLE_EVERY,
+        "private_bytes": samples,
+        "growth": {name: growth(values) for name, values in samples.items()},
+    }
+
+
+def growth(values: list[int]) -> float:
+    """Of the level, as a share, from the second quarter to the last half."""
+    quarter = len(values) // 4
+    return statistics.median(values[2 * quarter :]) / statistics.median(values[quarter : 2 * quarter]) - 1
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -146,13 +183,14 @@ def main(argv: list[str] | None = None) -> int:
         results["load_after"] = os.getloadavg()[0]
     path = write_result("pipeline", results, arguments.output)
     found = results["overlap"]
+    alone = found["seconds_alone"]
     print(
-        f"denoise {found['denoise_seconds']:.3f} s, decode {found['decode_seconds']:.3f} s; pipelined "
-        f"{found['pipelined_seconds']:.3f} s a chunk, {found['pipelined_to_slower_stage']:.2f} of the slower stage; "
-        f"serial {found['serial_seconds']:.3f} s\n"
+        f"alone: {', '.join(f'{stage} {seconds:.3f} s' for stage, seconds in alone.items())} a chunk\n"
+        f"pipelined {found['pipelined_seconds']:.3f} s a chunk, {found['pipelined_to_slower_stage']:.2f} of the slower "
+        f"stage; serial {found['serial_seconds']:.3f} s, {found['serial_to_sum_of_stages']:.2f} of the sum\n"
         f"Ray adds {1000 * results['overhead']['median_seconds']:.1f} ms a chunk\n"
-        f"memory after {arguments.requests} requests against after {arguments.requests // 4}: "
-        + ", ".join(f"{name} {100 * g:+.1f} %" for name, g in results["memory"]["growth_after_first_quarter"].items())
+        f"memory over {arguments.requests} requests, second quarter to last half: "
+        + ", ".join(f"{name} {100 * grown:+.1f} %" for name, grown in results["memory"]["growth"].items())
     )
     print(path)
     return 0

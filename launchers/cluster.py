@@ -86,6 +86,12 @@ class Needs:
         return f"{len(self.bundles)} nodes with {_amounts(self.bundles[0])} each"
 
 
+def nodes_free() -> list[dict[str, float]]:
+    """What each node that is alive has free."""
+    free = ray._private.state.available_resources_per_node()
+    return [free.get(node["NodeID"], {}) for node in ray.nodes() if node["Alive"]]
+
+
 def add(bundles: Sequence[Mapping[str, float]]) -> dict[str, float]:
     total: dict[str, float] = defaultdict(float)
     for bundle in bundles:

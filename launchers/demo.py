@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         cluster.add_node(num_cpus=NODES[1], **store)
         workers = ["--groups", "2", "--decoders", "2", "--wait", "60"]
-        request = ["--height", "128", "--width", "192", "--num-frames", "264"]
+        request = ["--height", "128", "--width", "192", "--num-frames", "264", "--pyramid-steps", "8", "8", "8"]
         files = ["--prompt-file", str(prompts), "--output", str(output), "--timeline", str(output / "timeline.png")]
         code = generate(["--address", cluster.address, *workers, *request, *files])
     finally:

@@ -37,6 +37,13 @@ def build_parser() -> OneLineParser:
         "--groups", type=whole_number, default=1, metavar="G", help="groups of ranks that denoise (default: 1)"
     )
     cluster.add_argument(
+        "--ranks",
+        type=whole_number,
+        metavar="R",
+        help="ranks of each group; degrees left out follow from it (default: the product of the degrees given; with "
+        "--layout auto as many as are modelled as fastest, of those that have room beside decoders and text encoder)",
+    )
+    cluster.add_argument(
         "--decoders",
         type=whole_number,
         default=1,
@@ -63,9 +70,9 @@ def build_parser() -> OneLineParser:
     cluster.add_argument(
         "--wait",
         type=number,
-        default=20.0,
+        default=15.0,
         metavar="SECONDS",
-        help="how long to wait for nodes with what is needed; more where nodes come on demand (default: 20)",
+        help="how long to wait for nodes with what is needed; more where nodes come on demand (default: 15)",
     )
     cluster.add_argument("--timeline", type=Path, metavar="FILE", help="also draw who worked when, as PNG")
     return parser
@@ -96,7 +103,7 @@ def check_cluster_flags(arguments: argparse.Namespace) -> None:
     if not all(math.isfinite(share) and share >= 0 for share in gpus):
         given = " ".join(f"{share:g}" for share in gpus)
         raise RequestError(f"--gpus {given}: three numbers of at least 0 are allowed")
-    for name in ("cfg_parallel", "ring", "ulysses"):
+    for name in ("ranks", "cfg_parallel", "ring", "ulysses"):
         if getattr(arguments, name, 1) < 1:
             raise RequestError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: at least 1 is allowed")
     if getattr(arguments, "vae_parallel", 1) != 1:

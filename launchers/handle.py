@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from helios_cp.config import RequestError
-from launchers.actors import Span
+from launchers.messages import Span
 
 if TYPE_CHECKING:
     from launchers.pipeline import ChunkPipeline

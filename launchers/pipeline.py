@@ -24,13 +24,16 @@ import torch
 
 from helios_cp.conditioning import Inputs
 from helios_cp.config import Request, RequestError
+from helios_cp.execution import Execution
 from helios_cp.layout import Layout
 from helios_cp.run_folder import RunFolder
 from helios_cp.sampling import SamplingPlan
 from helios_cp.weights import CheckpointError, resolve
-from launchers.actors import ChunkJob, Denoised, Loading, Span, StatusBoard, Target, Written
 from launchers.arrays import StateArrays
+from launchers.board import StatusBoard
 from launchers.handle import VideoChunk, VideoHandle
+from launchers.loading import Loading
+from launchers.messages import ChunkJob, Denoised, Span, Target, Written
 from launchers.recipes import Resources, recipes
 from launchers.schedule import Course, Limits, Schedule, Stage, Status, Task
 from launchers.timeline import Event, overlap
@@ -96,6 +99,7 @@ class ChunkPipeline:
         groups: int = 1,
         decoders: int = 1,
         layout: Layout | None = None,
+        execution: Execution | None = None,
         dtype: str = "auto",
         device: str = "cpu",
         backend: str | None = None,
@@ -104,12 +108,12 @@ class ChunkPipeline:
         limits: Limits | None = None,
         resources: Resources | None = None,
         spread: bool = False,
-        patience: float = 20.0,
+        patience: float = 15.0,
     ) -> None:
         self.checkpoint = resolve(model, cache)
         layout = layout or Layout()
         backend = backend or ("nccl" if device == "cuda" else "gloo")
-        loading = Loading(model, dtype, device, backend, layout, timeout, cache)
+        loading = Loading(model, dtype, device, backend, layout, timeout, cache, execution or Execution())
         self.schedule = Schedule(limits or Limits(active=2 * groups))
         self.events: deque[Event] = deque(maxlen=MAX_EVENTS)
         self._queue: queue.Queue[Callable[[], None]] = queue.Queue()

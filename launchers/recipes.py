@@ -5,10 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from helios_cp.config import RequestError
-from launchers.actors import DenoiserRank, Loading, TextEncoder, VaeDecoder, VideoWriter
+from helios_cp.device import dtype_name
 from launchers.cluster import Needs
+from launchers.decoder import VaeDecoder
+from launchers.denoiser import DenoiserRank
+from launchers.loading import Loading
 from launchers.schedule import Stage
+from launchers.text_encoder import TextEncoder
 from launchers.workers import Recipe
+from launchers.writer import VideoWriter
 
 DECODER_CAPACITY = {Stage.DECODE: 1, Stage.START: 1}
 WRITER_CAPACITY = 4
@@ -28,6 +33,12 @@ class Resources:
         return cls(1.0, 0.5, 0.5) if device == "cuda" else cls()
 
 
+def text_gpus(shard_weights: bool, resources: Resources) -> float:
+    """GPUs of the text encoder. Beside sharded weights it is on the CPU, as in `helios_cp.parallelize.load_parallel`:
+    the same prompt gives the same bits in both."""
+    return 0.0 if shard_weights else resources.text_gpus
+
+
 def recipes(
     loading: Loading, groups: int, decoders: int, resources: Resources, spread: bool, driver_node: str
 ) -> list[Recipe]:
@@ -41,10 +52,12 @@ def recipes(
             f"--vae-parallel {loading.layout.degrees.vae}: here a chunk is decoded by one worker beside denoising; use "
             "more --decoders"
         )
+    gpus = text_gpus(loading.layout.shard_weights, resources)
+    device, dtype = loading.device if gpus else "cpu", dtype_name(loading.torch_dtype())
     text = Recipe(
         "text",
-        ((TextEncoder, (loading,), 0),),
-        Needs((bundle(1, resources.text_gpus),)),
+        ((TextEncoder, (loading.model, device, dtype, loading.cache), 0),),
+        Needs((bundle(1, gpus),)),
         {Stage.TEXT: 1},
     )
     found = [text]

@@ -23,10 +23,11 @@ from helios_cp.runner import quiet_libraries, run_folder_of, run_job, say
 from helios_cp.session import Session, check
 from helios_cp.stopping import Stopped, StopSignal
 from helios_cp.weights import CheckpointError
+from launchers.automatic import take_best_layout
 from launchers.cluster import ClusterError, connected
 from launchers.handle import VideoChunk, VideoHandle
 from launchers.pipeline import ChunkPipeline, PipelineError
-from launchers.recipes import Resources
+from launchers.recipes import Resources, text_gpus
 from launchers.schedule import Limits
 from launchers.timeline import draw
 
@@ -37,21 +38,23 @@ POLL = 0.2
 def run(parser: OneLineParser, arguments: argparse.Namespace, cache: Path | None) -> int:
     """Returns the exit code."""
     quiet_libraries()
-    ranks = math.prod(getattr(arguments, name, 1) for name in ("cfg_parallel", "ring", "ulysses"))
-    cpus = arguments.groups * ranks + arguments.decoders + 1
     try:
         with ExitStack() as stack:
             if arguments.address != "local":
-                stack.enter_context(connected(arguments.address, cpus=cpus))
-            device = pick_cluster_device(arguments)
+                stack.enter_context(connected(arguments.address, cpus=0))
             try:
+                device = pick_cluster_device(arguments)
+                resources = Resources(*arguments.gpus) if hasattr(arguments, "gpus") else Resources.of(device)
+                if getattr(arguments, "layout", None) == "auto":
+                    take_best_layout(arguments, cache, device, resources)
+                ranks = ranks_of_group(arguments)
                 session = check_session(arguments, cache, ranks, device)
             except RequestError as error:
                 parser.error(str(error))
-            resources = Resources(*arguments.gpus) if hasattr(arguments, "gpus") else Resources.of(device)
             if arguments.address == "local" and session.jobs:
-                gpus = arguments.groups * ranks * resources.rank_gpus + resources.text_gpus
-                gpus += arguments.decoders * resources.decoder_gpus
+                cpus = arguments.groups * ranks + arguments.decoders + 1
+                gpus = arguments.groups * ranks * resources.rank_gpus + arguments.decoders * resources.decoder_gpus
+                gpus += text_gpus(session.layout.shard_weights, resources)
                 stack.enter_context(connected("local", cpus=cpus, gpus=gpus))
             return _generate(session, arguments, device, resources, cache)
     except (ClusterError, PipelineError, CheckpointError, RequestError, OSError) as error:
@@ -60,6 +63,12 @@ def run(parser: OneLineParser, arguments: argparse.Namespace, cache: Path | None
     except KeyboardInterrupt:
         say("stopped before the first chunk; nothing was written")
         return 130
+
+
+def ranks_of_group(arguments: argparse.Namespace) -> int:
+    """`--ranks`, or the product of the degrees given."""
+    degrees = (getattr(arguments, name, 1) for name in ("cfg_parallel", "ring", "ulysses"))
+    return getattr(arguments, "ranks", math.prod(degrees))
 
 
 def pick_cluster_device(arguments: argparse.Namespace) -> str:
@@ -106,6 +115,7 @@ def _generate(
             groups=arguments.groups,
             decoders=arguments.decoders,
             layout=session.layout,
+            execution=session.execution,
             dtype=dtype_name(session.dtype),
             device=device,
             backend=getattr(arguments, "backend", None),
@@ -148,7 +158,9 @@ class _Video:
         self.session = session
         self.job = job
         output = [str(path) for path in job.output]
-        self.report = Report(job.request, session.checkpoint, session.layout, session.dtype, session.device, output)
+        self.report = Report(
+            job.request, session.checkpoint, session.layout, session.dtype, session.device, output, session.execution
+        )
         self.folder = run_folder_of(session, job, folder)
         self.begin = perf_counter()
         finished = self.folder.finished_chunks() if self.folder else 0

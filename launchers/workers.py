@@ -15,8 +15,8 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from helios_cp.distributed import is_lost_connection
-from launchers.actors import Place
 from launchers.cluster import Needs, shortage
+from launchers.messages import Place
 from launchers.schedule import Stage
 
 RESTART_PATIENCE = 90.0

@@ -37,6 +37,8 @@ def cluster(cache):
     head = {"num_cpus": 8, "resources": {"head": 8}, "include_dashboard": False, **store}
     # A busy machine must not look like a dead one, and a dead one should not take the default 15 s to notice.
     system = {"health_check_period_ms": 1000, "health_check_failure_threshold": 8, "health_check_timeout_ms": 5000}
+    # Ray would start a process for each logical CPU in advance; here there are more of these than cores.
+    system |= {"enable_worker_prestart": False, "prestart_worker_first_driver": False}
     cluster = Cluster(initialize_head=True, head_node_args={**head, "_system_config": system})
     cluster.add_node(num_cpus=4, **store)
     ray.init(cluster.address, log_to_driver=False, logging_level="error")

@@ -22,7 +22,9 @@ from tests.launchers.conftest import frames_in, small
 
 pytestmark = pytest.mark.ray
 
-KILLS = 30
+KILLS = {"decoder": 7, "rank": 4, "group": 4, "writer": 8, "text": 7}
+"""Thirty; a group takes longest to start again."""
+
 PATIENCE = 400
 """Seconds for what takes some on a quiet machine."""
 
@@ -88,22 +90,21 @@ def test_thirty_kills(cluster, model, alone, tmp_path):
 
         before = pipeline.schedule.handed_out.copy()
         videos = Videos(pipeline, undisturbed.__getitem__, tmp_path)
-        kills = dict.fromkeys(("decoder", "rank", "group", "writer", "text"), 0)
+        left = dict(KILLS)
         deadline = time.monotonic() + PATIENCE
-        while sum(kills.values()) < KILLS:
-            assert time.monotonic() < deadline, kills
+        while sum(left.values()):
+            assert time.monotonic() < deadline, left
             videos.keep_under_way(3)
             time.sleep(random.uniform(0.05, 0.3))
-            kind = min(kills, key=lambda kind: kills[kind] + random.random())
-            pids = victims(pipeline, kind)
-            kills[kind] += any([kill(pid) for pid in pids])
+            kind = max(left, key=lambda kind: left[kind] / KILLS[kind] + random.random() / 4)
+            left[kind] -= left[kind] > 0 and any([kill(pid) for pid in victims(pipeline, kind)])
         videos.check_all()
 
         handed_out = pipeline.schedule.handed_out - before
         chunks = 5 * len(videos.handles)
-        assert chunks <= handed_out[Stage.DENOISE] <= chunks + kills["rank"] + kills["group"], "only what was in hand"
-        assert chunks <= handed_out[Stage.DECODE] <= chunks + kills["decoder"]
-        assert chunks <= handed_out[Stage.WRITE] <= chunks + 4 * kills["writer"]
+        assert chunks <= handed_out[Stage.DENOISE] <= chunks + KILLS["rank"] + KILLS["group"], "only what was in hand"
+        assert chunks <= handed_out[Stage.DECODE] <= chunks + KILLS["decoder"]
+        assert chunks <= handed_out[Stage.WRITE] <= chunks + 4 * KILLS["writer"]
 
 
 def test_a_node_goes(cluster, model, alone, tmp_path):

@@ -16,7 +16,9 @@ import ray
 from safetensors.torch import load_file
 
 from helios_cp.generate import main as generate_alone
+from launchers.automatic import most_ranks
 from launchers.generate import build_parser, main
+from launchers.recipes import Resources
 from tests.launchers.conftest import QUICK, frames_in
 
 pytestmark = pytest.mark.ray
@@ -46,14 +48,19 @@ def run(*arguments: str, **more: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_local_makes_what_one_process_makes_and_joins_no_cluster(folder, cluster):
-    """With two ranks, as torchrun makes it, is in `test_pipeline`; here files, bit for bit, and a trap."""
-    assert generate_alone([*QUICK, "--prompt", "a fox", "--num-frames", "66", "--save-latents", "a.safetensors"]) == 0
+def test_local_makes_what_torchrun_makes_and_joins_no_cluster(folder, cluster):
+    """Two ranks in the same layout: latents, frames and files bit for bit. One rank is in `test_a_killed_driver`."""
+    request = ["--num-frames", "66", "--ulysses", "2"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "helios_cp.generate"]
+    files = ["--output", "a.mp4", "--save-latents", "a.safetensors"]
+    alone = [*torchrun, *QUICK, "--prompt", "a fox", *request, "--vae-parallel", "1", *files]
+    subprocess.run(alone, env=environment(), capture_output=True, check=True, timeout=PATIENCE)
     files = ["--output", "b.mp4", "--save-latents", "b.safetensors", "--report", "b.json", "--timeline", "b.png"]
-    done = run("--address", "local", "--num-frames", "66", *files, RAY_ADDRESS=cluster.address)
+    done = run("--address", "local", *request, *files, RAY_ADDRESS=cluster.address)
     assert done.returncode == 0, done.stderr
-    assert Path("b.safetensors").read_bytes() == Path("a.safetensors").read_bytes()
-    assert Path("b.mp4").read_bytes() == Path("out.mp4").read_bytes()
+    latents, others = (load_file(f"{name}.safetensors")["latents"] for name in "ab")
+    assert latents.shape == others.shape == (1, 16, 18, 8, 8) and latents.equal(others)
+    assert frames_in(Path("b.mp4")) == 66 and Path("b.mp4").read_bytes() == Path("a.mp4").read_bytes()
     report = json.loads(Path("b.json").read_text())
     assert (
         report["complete"] and report["frames"] == 66 and {"denoise", "decode", "write"} <= set(report["stage_seconds"])
@@ -105,12 +112,23 @@ def test_a_killed_driver_is_resumed(folder, cluster):
 
 
 def test_missing_resources_are_told_within_thirty_seconds(folder, cluster):
-    start = time.monotonic()
-    done = run("--address", cluster.address, "--groups", "30", "--num-frames", "33")
-    assert done.returncode == 1
-    last = done.stderr.splitlines()[-1]
-    assert "needs 1 CPU on one node" in last and "CPU free" in last and "fewer --groups" in last, done.stderr
-    print(f"told after {time.monotonic() - start:.0f} s")
+    """From when it looks for workers, with no `--wait` given; what is missing, and what each node has."""
+    arguments = ["--address", cluster.address, "--ulysses", "4", "--ring", "3", "--height", "128", "--width", "128"]
+    with subprocess.Popen(command(*arguments), env=environment(), stderr=subprocess.PIPE, text=True) as process:
+        lines = [(time.monotonic(), line) for line in process.stderr]
+    assert process.returncode == 1
+    loading = next(when for when, line in lines if line.startswith("loading"))
+    told, last = lines[-1]
+    assert "group-0 needs 12 CPU on one node" in last and "no node has 12 CPU at all" in last, lines
+    assert " of 8 CPU free" in last and " of 4 CPU free" in last and "fewer --groups" in last
+    assert told - loading < 30
+
+
+def test_layout_auto_sees_what_the_cluster_has_free(cluster):
+    arguments = build_parser().parse_args(["--layout", "auto", "--address", cluster.address, "--decoders", "3"])
+    assert most_ranks(arguments, "cpu", Resources()) == 8, "the other node has room for decoders and text encoder"
+    arguments.decoders = 4
+    assert most_ranks(arguments, "cpu", Resources()) == 7
 
 
 def test_no_cluster_is_told(folder):
@@ -124,6 +142,9 @@ def test_no_cluster_is_told(folder):
 
 REFUSED = {
     "no group": ["--groups", "0"],
+    "no rank": ["--ranks", "0"],
+    "ranks that are not those of the layout": ["--ulysses", "2", "--ranks", "3"],
+    "a layout for an unknown number of ranks": ["--layout", "auto", "--spread"],
     "less than no decoder": ["--decoders", "-1"],
     "a split VAE": ["--vae-parallel", "2"],
     "more ranks than heads": ["--ulysses", "5"],

@@ -153,39 +153,17 @@ def test_refusals(pipeline, tmp_path):
     handle.result(timeout=PATIENCE)
 
 
-@pytest.fixture(scope="module")
-def ranks_alone(cluster, model, pipeline):
-    """A group of two ranks on a node each, which decodes beside denoising."""
+def test_a_group_spread_over_nodes_that_decodes_its_own(cluster, model, alone, tmp_path):
+    """Two ranks on a node each; in the end closing the pipeline ends all its processes."""
+    request, expected = small(), alone(small())
     layout = Layout(Degrees(ring=2))
     with ChunkPipeline(model, groups=1, decoders=0, layout=layout, spread=True) as pipeline:
-        pipeline.wait_until_ready()
-        yield pipeline
+        result = pipeline.submit(request, output=[tmp_path / "a.mp4"], keep_latents=True).result(PATIENCE)
+        assert np.abs(result.latents - expected).max() <= 1e-4 * (expected.max() - expected.min())
+        assert frames_in(tmp_path / "a.mp4") == 99
+        assert {event.worker for event in pipeline.events if event.stage == "decode"} == {"group-0"}
+        assert len({place.node for place in pipeline.workers["group-0"].places}) == 2
 
-
-def test_a_group_spread_over_nodes_that_decodes_its_own(ranks_alone, alone, tmp_path):
-    request = small()
-    result = ranks_alone.submit(request, output=[tmp_path / "a.mp4"], keep_latents=True).result(PATIENCE)
-    expected = alone(request)
-    assert np.abs(result.latents - expected).max() <= 1e-4 * (expected.max() - expected.min())
-    assert frames_in(tmp_path / "a.mp4") == 99
-    assert {event.worker for event in ranks_alone.events if event.stage == "decode"} == {"group-0"}
-    assert len({place.node for place in ranks_alone.workers["group-0"].places}) == 2
-
-
-def test_missing_resources_are_named(cluster, model):
-    """Within 30 s by default; here in one."""
-    with ChunkPipeline(model, groups=1, layout=Layout(Degrees(ulysses=4, ring=3)), patience=1) as pipeline:
-        handle = pipeline.submit(small())
-        with pytest.raises(PipelineError, match="group-0 needs 12 CPU on one node") as caught:
-            pipeline.wait_until_ready()
-        assert "no node has 12 CPU at all" in str(caught.value) and "of 8 CPU free" in str(caught.value)
-        with pytest.raises(PipelineError, match="group-0 needs 12 CPU"):
-            handle.result()
-
-
-def test_closing_ends_all_processes(cluster, model):
-    with ChunkPipeline(model, decoders=1) as pipeline:
-        pipeline.wait_until_ready()
         pids = [place.pid for worker in pipeline.workers.values() for place in worker.places]
         handle = pipeline.submit(small(num_frames=1000 * 33))
         next(iter(handle))
@@ -205,6 +183,17 @@ def _runs_actor(pid: int) -> bool:
             return "ray::" in file.read()
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def test_missing_resources_are_named(cluster, model):
+    """Within 30 s by default; here in one."""
+    with ChunkPipeline(model, groups=1, layout=Layout(Degrees(ulysses=4, ring=3)), patience=1) as pipeline:
+        handle = pipeline.submit(small())
+        with pytest.raises(PipelineError, match="group-0 needs 12 CPU on one node") as caught:
+            pipeline.wait_until_ready()
+        assert "no node has 12 CPU at all" in str(caught.value) and "of 8 CPU free" in str(caught.value)
+        with pytest.raises(PipelineError, match="group-0 needs 12 CPU"):
+            handle.result()
 
 
 def test_bf16_travels_unchanged():

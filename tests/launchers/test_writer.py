@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from helios_cp.video import Mp4Writer, encode_segment
-from launchers.actors import Decoded, Span, Target, VideoWriter
+from launchers.messages import Decoded, Span, Target
 from launchers.timeline import Event, busy, draw, overlap, union
+from launchers.writer import VideoWriter
 
 CHUNKS = 3
 
