@@ -214,7 +214,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the transformer and text encoder (default: auto, float32 on a CPU and bfloat16 elsewhere)",
     )
     model.add_argument(
-        "--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1, … (default: auto, the best present)"
+        "--device",
+        default="auto",
+        metavar="NAME",
+        help="cpu, cuda, mps, xpu, npu, or one card such as cuda:1 (default: auto, the best present)",
     )
 
 

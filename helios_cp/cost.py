@@ -19,6 +19,10 @@ from parallel.segments import SegmentPlan, split
 from parallel.tensor import shard_sizes
 
 FP32 = 4
+PASSES = ("copy", "norm", "rotation", "activation")
+"""Kinds of passes over memory. Copies stand for all that is as simple: sums, casts, joins. A GPU waits for the memory
+in each of them; a CPU computes the others more slowly than it reads."""
+
 LSE_BYTES = 54  # of a query's scores in one merge: log-add, difference, exponential, mask and weight
 
 
@@ -74,13 +78,17 @@ class Traffic:
 
 @dataclass(frozen=True)
 class ForwardCost:
-    """One forward on one rank. `traffic` is by the axis of the mesh that it crosses."""
+    """One forward on one rank. `passes` are bytes by kind, `traffic` is by the axis of the mesh that it crosses."""
 
     products: tuple[Product, ...]
     attentions: tuple[AttentionCall, ...]
-    elementwise_bytes: int
+    passes: Mapping[str, int]
     kernels: int
     traffic: Mapping[str, Traffic]
+
+    @property
+    def elementwise_bytes(self) -> int:
+        return sum(self.passes.values())
 
     @property
     def flops(self) -> int:
@@ -177,7 +185,7 @@ def forward_cost(
     return ForwardCost(
         products=tuple(_products(config, own)),
         attentions=tuple(_attentions(config, own, text_tokens)),
-        elementwise_bytes=_elementwise_bytes(config, own, degrees, itemsize),
+        passes=_passes(config, own, degrees, itemsize),
         kernels=_kernels(config, own, degrees, itemsize),
         traffic=forward_traffic(config, own, degrees, itemsize),
     )
@@ -213,22 +221,23 @@ def _attentions(config: TransformerConfig, own: Share, text_tokens: int) -> Iter
         yield AttentionCall(queries, text_tokens, config.num_attention_heads, head_dim, times)
 
 
-def _elementwise_bytes(config: TransformerConfig, own: Share, degrees: Degrees, itemsize: int) -> int:
-    """Bytes read and written by all that is neither a product nor attention, in eager PyTorch."""
+def _passes(config: TransformerConfig, own: Share, degrees: Degrees, itemsize: int) -> Counter[str]:
+    """Bytes read and written by all that is neither a product nor attention, in eager PyTorch, by kind of `PASSES`."""
     asking = own.noisy if config.guidance_cross_attn else own.tokens
-    inner = config.num_layers - 1
-    block = functools.partial(_block_bytes, config, own, degrees, itemsize)
-    blocks = inner * block(own.tokens, own.row_tokens, asking, own.gathered_tokens)
-    blocks += block(own.noisy, own.row_noisy, own.noisy, own.gathered_noisy)
+    block = functools.partial(_block_passes, config, own, degrees, itemsize)
+    inner = block(own.tokens, own.row_tokens, asking, own.gathered_tokens)
+    last = block(own.noisy, own.row_noisy, own.noisy, own.gathered_noisy)
+    total = Counter({kind: (config.num_layers - 1) * inner[kind] + last[kind] for kind in PASSES})
     joined = own.tokens * (2 * itemsize * config.dim + 2 * FP32 * config.attention_head_dim)  # with the rotary table
-    ends = (
-        config.in_channels + (2 if degrees.sequence > 1 else 1) * config.out_channels
-    )  # patches, cut, joined, put back
+    # patches, cut, joined, put back
+    ends = config.in_channels + (2 if degrees.sequence > 1 else 1) * config.out_channels
     joined += own.all_noisy * 2 * itemsize * ends * math.prod(config.patch_size)
-    return blocks + joined + own.noisy * _modulated_norm(config.dim, itemsize)
+    total["copy"] += joined + own.noisy * config.dim * (_cast(itemsize) + FP32 + itemsize)
+    total["norm"] += own.noisy * _norm(config.dim)
+    return total
 
 
-def _block_bytes(
+def _block_passes(
     config: TransformerConfig,
     own: Share,
     degrees: Degrees,
@@ -237,34 +246,35 @@ def _block_bytes(
     row_queries: int,
     asking: int,
     fed: int,
-) -> int:
+) -> dict[str, int]:
     dim, cast = config.dim, _cast(itemsize)
-    norms = (own.tokens + queries) * _modulated_norm(dim, itemsize)
+    normed = own.tokens + queries
+    norms = normed * _norm(dim) + (normed + asking) * 2 * itemsize * dim  # RMSNorms of q, k and cross-attention's q
+    copies = normed * dim * (cast + FP32 + itemsize)  # cast to fp32 before LayerNorm, copied into place after
     if config.cross_attn_norm:
-        norms += asking * (dim * (2 * cast + 2 * FP32) + 2 * FP32)
-    norms += (queries + own.tokens + asking) * 2 * itemsize * dim  # RMSNorms of q, k and the cross-attention's q
-    rotated = (queries + own.tokens) * (dim * (2 * cast + 2 * FP32) + FP32 * config.attention_head_dim)
-    amplified = own.history * 2 * itemsize * dim if config.is_amplify_history else 0
-    added = (2 * queries + asking) * 3 * itemsize * dim
-    activated = fed * 2 * itemsize * own.hidden
-    exchanged = 0
+        norms += asking * _norm(dim)
+        copies += asking * dim * 2 * cast
+    rotated = normed * (dim * 2 * FP32 + FP32 * config.attention_head_dim)
+    copies += normed * dim * 2 * cast
+    copies += own.history * 2 * itemsize * dim if config.is_amplify_history else 0
+    copies += (2 * queries + asking) * 3 * itemsize * dim
     width = own.heads * config.attention_head_dim
     if degrees.ulysses > 1:  # packed and put in order, on the way in and out
-        exchanged += 2 * itemsize * dim * (2 * queries + 2 * own.tokens)
-        exchanged += 2 * itemsize * width * (2 * row_queries + 2 * own.row_tokens)
+        copies += 2 * itemsize * dim * (2 * queries + 2 * own.tokens)
+        copies += 2 * itemsize * width * (2 * row_queries + 2 * own.row_tokens)
     if degrees.ring > 1:  # keys and values stacked, partial results merged in fp32
-        exchanged += 4 * itemsize * width * own.row_tokens
-        exchanged += row_queries * width * ((degrees.ring - 1) * (cast + 3 * FP32) + 2 * cast)
-        exchanged += row_queries * own.heads * (degrees.ring - 1) * LSE_BYTES
+        copies += 4 * itemsize * width * own.row_tokens
+        copies += row_queries * width * ((degrees.ring - 1) * (cast + 3 * FP32) + 2 * cast)
+        copies += row_queries * own.heads * (degrees.ring - 1) * LSE_BYTES
     if degrees.ffn_tp > 1:  # gathered, then summed in fp32, with a bias
-        exchanged += fed * 2 * itemsize * dim
-        exchanged += queries * dim * (2 * cast + (degrees.ffn_tp - 1) * (2 * FP32 + itemsize) + 2 * FP32)
-    return norms + rotated + amplified + added + activated + exchanged
+        copies += fed * 2 * itemsize * dim
+        copies += queries * dim * (2 * cast + (degrees.ffn_tp - 1) * (2 * FP32 + itemsize) + 2 * FP32)
+    return {"copy": copies, "norm": norms, "rotation": rotated, "activation": fed * 2 * itemsize * own.hidden}
 
 
-def _modulated_norm(dim: int, itemsize: int) -> int:
-    """Bytes a token: cast to fp32, LayerNorm with its mean and deviation, copied into place."""
-    return dim * (_cast(itemsize) + 2 * FP32 + FP32 + itemsize) + 2 * FP32
+def _norm(dim: int) -> int:
+    """Bytes a token for LayerNorm in fp32 with its mean and deviation."""
+    return 2 * FP32 * dim + 2 * FP32
 
 
 def _cast(itemsize: int) -> int:

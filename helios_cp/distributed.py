@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from helios_cp.config import RequestError
+from helios_cp.device import TESTED, card_count, card_of_rank, make_current
 from helios_cp.weights import CheckpointError
 
 
@@ -48,21 +49,23 @@ class Ranks:
 
 def device_of_rank(device: torch.device, ranks: Ranks) -> torch.device:
     """One card a rank, in turn, where no card is named."""
-    if device.type != "cuda" or device.index is not None:
-        return device
-    return torch.device("cuda", ranks.local_rank % torch.cuda.device_count())
+    return card_of_rank(device, ranks.local_rank)
 
 
 def pick_backend(name: str | None, device: torch.device, ranks: Ranks) -> str:
     """NCCL for CUDA and gloo elsewhere, or the one named. Raises `RequestError` where it cannot run."""
+    if ranks.size > 1 and device.type not in TESTED:
+        raise RequestError(
+            f"--device {device.type}: one process only; {ranks.size} ranks run on {' and '.join(TESTED)}"
+        )
     backend = name or ("nccl" if device.type == "cuda" else "gloo")
     if backend == "nccl":
         if device.type != "cuda":
             raise RequestError(f"--backend nccl: it needs CUDA devices, this is {device.type}; use gloo")
-        if ranks.local_size > torch.cuda.device_count():
+        if ranks.local_size > card_count(device):
             raise RequestError(
-                f"--backend nccl: {ranks.local_size} ranks share {torch.cuda.device_count()} card(s), and it needs one "
-                "each; use --backend gloo"
+                f"--backend nccl: {ranks.local_size} ranks share {card_count(device)} card(s), and it needs one each; "
+                "use --backend gloo"
             )
     return backend
 
@@ -109,8 +112,7 @@ class World:
         if self._store is None:
             yield
             return
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
+        make_current(device)
         store = dist.PrefixStore("helios_cp/group", self._store)
         dist.init_process_group(
             backend, store=store, rank=self.ranks.rank, world_size=self.ranks.size, timeout=self.timeout

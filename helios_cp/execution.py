@@ -16,6 +16,8 @@ from helios_cp.config import DTYPES, RequestError
 from helios_cp.typed import check_types
 
 if TYPE_CHECKING:
+    import torch
+
     from helios_cp.pipeline import Pipeline
 
 QUANTIZATIONS = ("fp8", "int8", "int4")
@@ -40,6 +42,10 @@ class Adapter:
         if not math.isfinite(value):
             raise RequestError(f"--lora {text}: a finite weight is allowed after the colon")
         return cls(str(Path(path if colon else text).absolute()), value)
+
+    def __str__(self) -> str:
+        """As `parse` reads it."""
+        return f"{self.path}:{self.weight:g}"
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,10 @@ class Execution:
                 raise RequestError(f"{flag} {value}: allowed are {', '.join(filter(None, allowed))}")
         if self.compile_cache is not None and not self.compile:
             raise RequestError(f"--compile-cache {self.compile_cache}: only allowed beside --compile")
+        if self.compile_cache is not None:
+            from helios_cp.files import check_folder_target
+
+            check_folder_target("--compile-cache", self.compile_cache)
         if self.cuda_graphs:
             self._check_graphs(device)
         if self.quantize == "fp8" and device == "cuda" and capability is not None and capability < (9, 0):
@@ -104,6 +114,23 @@ class Execution:
             if not Path(adapter.path).exists():
                 raise RequestError(f"--lora {adapter.path}: there is no such file or folder")
 
+    def check_layout(self, shard_weights: bool) -> None:
+        """Raises `RequestError` for what does not go with weights that are sharded over the ranks."""
+        if shard_weights and self.offload != "none":
+            raise RequestError(
+                f"--shard-weights with --offload {self.offload}: give one of the two; --offload needs least of the "
+                "card, --shard-weights little of the host"
+            )
+        if shard_weights and self.quantize is not None:
+            raise RequestError(
+                f"--shard-weights with --quantize {self.quantize}: give one of the two, as sharded weights are "
+                "gathered in the dtype of the model; with --layout auto add --no-shard-weights"
+            )
+
+    def home(self, device: str | torch.device) -> str | torch.device:
+        """Where weights are loaded that are to work on `device`."""
+        return device if self.offload == "none" else "cpu"
+
     def _check_graphs(self, device: str) -> None:
         if device != "cuda":
             raise RequestError(f"--cuda-graphs: not on {device}; only --device cuda has them")
@@ -117,10 +144,25 @@ class Execution:
                 f"--cuda-graphs with --block-cache {self.block_cache:g}: give one of the two; a graph skips no block"
             )
 
+    def check_graphs(self, backend: str, ranks: int, shard_weights: bool) -> None:
+        """Raises `RequestError` where a graph cannot hold what this layout does in a forward."""
+        if not self.cuda_graphs:
+            return
+        if ranks > 1 and backend == "gloo":
+            raise RequestError(
+                "--cuda-graphs with --backend gloo: give --backend nccl; a graph cannot hold messages that the host "
+                "sends"
+            )
+        if shard_weights:
+            raise RequestError(
+                "--cuda-graphs with --shard-weights: give one of the two; a graph needs its weights in one place on "
+                "the card"
+            )
+
     def bits(self) -> dict[str, Any]:
         """What decides bits of the video, by flag: a resumed run must not change it."""
         free = ("compile_cache", "offload", "cuda_graphs")
-        return {name: value for name, value in self.to_json().items() if name not in free}
+        return {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in free}
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary of plain JSON values; `from_json` reads it back to an equal execution."""
@@ -164,12 +206,13 @@ def add_execution_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--vae-channels-last",
         action=argparse.BooleanOptionalAction,
-        help="memory format of the VAE's convolutions (default: off)",
+        help="lay the VAE's convolutions out channel by channel, as tensor cores read them (default: off)",
     )
     add(
         "--tf32",
         action=argparse.BooleanOptionalAction,
-        help="let convolutions in float32 run on TF32 tensor cores, as diffusers does (default: on)",
+        help="let the VAE's convolutions in float32 run on TF32 tensor cores, as diffusers does; matrix products never "
+        "do (default: on)",
     )
     add(
         "--offload",
@@ -187,4 +230,34 @@ def add_execution_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def apply(pipeline: Pipeline, execution: Execution) -> None:
-    """Prepare a loaded pipeline, in the one order that works: adapt, quantise, offload, cache, compile, capture."""
+    """Prepare a loaded pipeline, in the one order that works: adapt, quantise, cache, offload, compile, capture.
+
+    A transformer that was loaded adapted and quantised is so already.
+    """
+    if execution.lora:
+        from helios_cp.transformer_weights import set_adapters
+
+        set_adapters(pipeline, execution.lora)
+    if execution.quantize is not None:
+        from helios_cp.quantize import quantize_blocks
+
+        quantize_blocks(pipeline.transformer, execution.quantize)
+    from helios_cp.vae import prepare_codec
+
+    prepare_codec(pipeline.codec, execution)
+    if execution.block_cache is not None:
+        from helios_cp.block_cache import cache_blocks
+
+        pipeline.block_cache = cache_blocks(pipeline.transformer, execution.block_cache, pipeline.total)
+    if execution.offload != "none":
+        from helios_cp.offload import offload
+
+        pipeline.card = offload(pipeline, execution.offload)
+    if execution.compile:
+        from helios_cp.compilation import compile_pipeline
+
+        compile_pipeline(pipeline, execution.compile_cache)
+    if execution.cuda_graphs:
+        from helios_cp.graphs import capture_forwards
+
+        capture_forwards(pipeline)

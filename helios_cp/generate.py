@@ -86,6 +86,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.is_quiet = os.environ.get("RANK", "0") != "0"
     arguments = parser.parse_args(argv)
     cache = os.environ.get("HELIOS_CP_CACHE")
+    if getattr(arguments, "offload", "none") != "none":
+        # Read when torch is imported: what one part of the model frees in pieces then serves the next as a whole.
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     try:
         return _run(parser, arguments, Path(cache) if cache else None)
     except KeyboardInterrupt:

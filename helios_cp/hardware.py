@@ -11,14 +11,28 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from helios_cp.config import RequestError
+from helios_cp.cost import PASSES
 from helios_cp.typed import check_types
 
 TERA, GIGA, MICRO = 1e12, 1e9, 1e-6
+SHARES = {
+    "matmul_shares": "rows",
+    "matmul_fp32_shares": "rows",
+    "attention_shares": "tokens",
+    "vae_shares": "channels",
+}
+"""Fields of pairs, and what the first of a pair is."""
+
+MOST_SHARE = 1.5
+"""Of a full rate, which is that of large sizes; middle ones may be a little faster."""
+
+MEASUREMENTS = "calibration"
+"""The key of a profile's file under which a calibration keeps what it measured; no part of the profile."""
 
 
 @dataclass(frozen=True)
@@ -26,10 +40,13 @@ class Hardware:
     """One kind of machine. Rates in FLOP/s and bytes/s, latencies in seconds.
 
     `matmul_*`: products of many rows, by dtype. `matmul_shares`: (rows, share of that rate) for fewer, interpolated in
-    the logarithm of the rows; small products are bound by memory besides. `attention_*`: likewise, attention.
-    `vae_flops`: the VAE's decoding in fp32 as a whole, its memory passes included. `kernel_seconds`: of launching one
-    kernel, beside computing where `launches_overlap`. `node_*`: messages within a node, of one rank. `network_*`:
-    between nodes. `memory_bytes`: what a rank may use. `sources`: where each number comes from.
+    the logarithm of the rows; `matmul_fp32_shares` where they differ in fp32. Small products are bound by memory
+    besides. `attention_*`: likewise, attention, with shares by the geometric mean of queries and keys. `vae_flops`: the
+    VAE's decoding in fp32 as a whole, its memory passes included, with shares by its channels. `memory_bandwidth`: of
+    copies and sums; `pass_shares`: (kind, share of it) of other passes over memory, see `helios_cp.cost.PASSES`.
+    `kernel_seconds`: of launching one kernel, beside computing where `launches_overlap`. `node_*`: messages within a
+    node, of one rank. `network_*`: between nodes. `overlap`: the share of a message's time that can pass beside
+    computing. `memory_bytes`: what a rank may use. `sources`: where each number comes from.
     """
 
     name: str
@@ -49,44 +66,70 @@ class Hardware:
     network_latency: float
     gpus_per_node: int = 8
     launches_overlap: bool = True
+    overlap: float = 1.0
     matmul_shares: tuple[tuple[int, float], ...] = ()
+    matmul_fp32_shares: tuple[tuple[int, float], ...] = ()
+    attention_shares: tuple[tuple[int, float], ...] = ()
+    vae_shares: tuple[tuple[int, float], ...] = ()
+    pass_shares: tuple[tuple[str, float], ...] = ()
     sources: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.type in ("float", "int") and not (math.isfinite(value) and value > 0):
+            if field.name == "overlap":
+                if not 0 <= value <= 1:
+                    raise ValueError(f"overlap {value:g}: a share from 0 to 1 is allowed")
+            elif field.type in ("float", "int") and not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{field.name} {value:g}: a finite number above 0 is allowed")
-        rows = [row for row, _ in self.matmul_shares]
-        if rows != sorted(set(rows)) or any(row < 1 or not 0 < share <= 1.5 for row, share in self.matmul_shares):
-            raise ValueError(
-                f"matmul_shares {self.matmul_shares}: allowed are pairs of rows, increasing from 1, and a share of "
-                "the full rate above 0 and up to 1.5"
-            )
+        for name, what in SHARES.items():
+            pairs = getattr(self, name)
+            sizes = [size for size, _ in pairs]
+            if sizes != sorted(set(sizes)) or any(size < 1 or not 0 < share <= MOST_SHARE for size, share in pairs):
+                raise ValueError(
+                    f"{name} {pairs}: allowed are pairs of {what}, increasing from 1, and a share of the full rate "
+                    f"above 0 and up to {MOST_SHARE:g}"
+                )
+        for kind, share in self.pass_shares:
+            if kind not in PASSES or not (math.isfinite(share) and share > 0):
+                raise ValueError(
+                    f"pass_shares {kind} {share:g}: allowed are {', '.join(PASSES)}, each with a finite share above 0"
+                )
 
     def matmul_rate(self, rows: int, itemsize: int) -> float:
         """FLOP/s of a product of `rows` rows, memory aside."""
-        full = self.matmul_flops if itemsize < 4 else self.matmul_fp32_flops
-        return full * _interpolate(self.matmul_shares, rows)
+        if itemsize < 4:
+            return self.matmul_flops * _interpolate(self.matmul_shares, rows)
+        return self.matmul_fp32_flops * _interpolate(self.matmul_fp32_shares or self.matmul_shares, rows)
 
-    def attention_rate(self, itemsize: int) -> float:
-        return self.attention_flops if itemsize < 4 else self.attention_fp32_flops
+    def attention_rate(self, queries: int, keys: int, itemsize: int) -> float:
+        """FLOP/s of attention, memory aside."""
+        full = self.attention_flops if itemsize < 4 else self.attention_fp32_flops
+        return full * _interpolate(self.attention_shares, math.sqrt(queries * keys))
+
+    def vae_rate(self, channels: int) -> float:
+        """FLOP/s of the part of the VAE's decoder that is so many channels wide."""
+        return self.vae_flops * _interpolate(self.vae_shares, channels)
+
+    def pass_bandwidth(self, kind: str) -> float:
+        """Bytes/s of the passes over memory of a kind."""
+        return self.memory_bandwidth * dict(self.pass_shares).get(kind, 1.0)
 
     def to_json(self) -> dict[str, Any]:
         """What `read_profile` reads back."""
-        return {**asdict(self), "sources": dict(self.sources)}
+        return {**asdict(self), "sources": dict(self.sources), "pass_shares": dict(self.pass_shares)}
 
 
-def _interpolate(points: tuple[tuple[int, float], ...], rows: int) -> float:
-    if not points or rows < 1:
+def _interpolate(points: tuple[tuple[int, float], ...], size: float) -> float:
+    if not points or size < 1:
         return 1.0
-    place = bisect.bisect_left(points, (rows, 0.0))
+    place = bisect.bisect_left(points, (size, 0.0))
     if place == 0:
         return points[0][1]
     if place == len(points):
         return points[-1][1]
     (low, before), (high, after) = points[place - 1], points[place]
-    part = math.log(rows / low) / math.log(high / low)
+    part = math.log(size / low) / math.log(high / low)
     return before + part * (after - before)
 
 
@@ -122,6 +165,7 @@ H100 = Hardware(
         ("network_bandwidth", "assumed: 85 % of InfiniBand's 50 GB/s for each GPU"),
         ("network_latency", "assumed: one NCCL call"),
         ("gpus_per_node", "DGX H100"),
+        ("overlap", "assumed: NCCL beside computing"),
     ),
 )
 
@@ -168,6 +212,7 @@ A100 = replace(
         ("network_bandwidth", "assumed: 85 % of InfiniBand's 25 GB/s for each GPU"),
         ("network_latency", "assumed: one NCCL call"),
         ("gpus_per_node", "DGX A100"),
+        ("overlap", "assumed: NCCL beside computing"),
     ),
 )
 
@@ -203,6 +248,7 @@ RTX4090 = replace(
         ("network_bandwidth", "assumed: 85 % of 25 Gb/s Ethernet for each GPU"),
         ("network_latency", "assumed: one NCCL call"),
         ("gpus_per_node", "assumed"),
+        ("overlap", "assumed: NCCL beside computing"),
     ),
 )
 
@@ -224,12 +270,14 @@ CPU = Hardware(
     network_latency=400 * MICRO,
     gpus_per_node=64,
     launches_overlap=False,
+    overlap=0.0,
     sources=tuple(
         (name, "assumed: one core with AVX-512 or two AVX2 units, gloo over loopback; calibrate for any other figure")
         for name in (
             *("peak_flops", "peak_vae_flops", "matmul_flops", "matmul_fp32_flops", "attention_flops"),
             *("attention_fp32_flops", "vae_flops", "memory_bandwidth", "memory_bytes", "kernel_seconds"),
             *("node_bandwidth", "node_latency", "network_bandwidth", "network_latency", "gpus_per_node"),
+            "overlap",
         )
     ),
 )
@@ -247,7 +295,7 @@ def find_hardware(name: str) -> Hardware:
 
 
 def read_profile(path: Path) -> Hardware:
-    """A profile as `Hardware.to_json` writes it: every field without a default must be there. Raises `RequestError`."""
+    """A profile as `Hardware.to_json` writes it; numbers without a default must be there. Raises `RequestError`."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -262,13 +310,17 @@ def read_profile(path: Path) -> Hardware:
 def _from_json(values: Any) -> Hardware:
     if not isinstance(values, dict):
         raise TypeError("it does not hold a JSON object")
-    values = dict(values)
-    sources, shares = values.pop("sources", {}), values.pop("matmul_shares", [])
-    if not isinstance(sources, dict) or not all(isinstance(text, str) for text in sources.values()):
-        raise TypeError("sources: an object of texts is allowed")
-    if not isinstance(shares, list) or not all(isinstance(pair, list) for pair in shares):
-        raise TypeError("matmul_shares: a list of pairs is allowed")
-    values |= {"sources": tuple(sources.items()), "matmul_shares": tuple(map(tuple, shares))}
+    values = {name: value for name, value in values.items() if name != MEASUREMENTS}
+    for name, of in (("sources", "texts"), ("pass_shares", "shares")):
+        pairs = values.get(name, {})
+        if not isinstance(pairs, dict):
+            raise TypeError(f"{name}: an object of {of} is allowed")
+        values[name] = tuple(pairs.items())
+    for name in SHARES:
+        pairs = values.get(name, [])
+        if not isinstance(pairs, list) or not all(isinstance(pair, list) for pair in pairs):
+            raise TypeError(f"{name}: a list of pairs is allowed")
+        values[name] = tuple(map(tuple, pairs))
     check_types(Hardware, values)
     missing = [name for name in ("name", *_required()) if name not in values]
     if missing:
@@ -277,7 +329,7 @@ def _from_json(values: Any) -> Hardware:
 
 
 def _required() -> list[str]:
-    return [field.name for field in fields(Hardware) if field.type == "float"]
+    return [field.name for field in fields(Hardware) if field.type == "float" and field.default is MISSING]
 
 
 def detect_hardware(device_type: str, ranks: int = 1) -> Hardware:

@@ -108,6 +108,10 @@ def modulated_norm(states: Tensor, shift: Tensor, scale: Tensor, history: int, e
     `[R, 2, D]`, where R is 1, or B if samples differ. One row a kind is enough: the affine part of a LayerNorm is the
     same computation.
     """
+    if torch.compiler.is_compiling():
+        normed = F.layer_norm(states.float(), states.shape[-1:], eps=eps)
+        length = states.shape[1]
+        return (normed * _per_token(scale, length, history) + _per_token(shift, length, history)).to(states.dtype)
     out = torch.empty_like(states)
     for samples, tokens, row, kind in _parts(shift, states.shape[1], history):
         weight, bias = scale[row, kind], shift[row, kind]
@@ -115,13 +119,33 @@ def modulated_norm(states: Tensor, shift: Tensor, scale: Tensor, history: int, e
     return out
 
 
-def gated_add_(states: Tensor, update: Tensor, gate: Tensor, history: int) -> None:
-    """`states += update · gate` in place; arguments as in `modulated_norm`.
+def gated_add_(states: Tensor, update: Tensor, gate: Tensor, history: int) -> Tensor:
+    """`states + update · gate`, written over `states` unless it is compiled; arguments as in `modulated_norm`.
 
     The fp32 gate promotes the computation to fp32, so that it is rounded once, to the dtype of `states`.
     """
+    if torch.compiler.is_compiling():
+        return (states + update * _per_token(gate, states.shape[1], history)).to(states.dtype)
     for samples, tokens, row, kind in _parts(gate, states.shape[1], history):
         states[samples, tokens].addcmul_(update[samples, tokens], gate[row, kind])
+    return states
+
+
+def add_to_last_(states: Tensor, update: Tensor) -> Tensor:
+    """Add `update` `[B, N, D]` to the last N tokens of `states` `[B, S, D]`, in place unless it is compiled."""
+    before = states.shape[1] - update.shape[1]
+    if torch.compiler.is_compiling():
+        return states + F.pad(update, (0, 0, before, 0))
+    states[:, before:].add_(update)
+    return states
+
+
+def _per_token(rows: Tensor, length: int, history: int) -> Tensor:
+    """Rows `[R, 2, D]` as a selection `[R, length, D]` that a compiler computes where it is read, and never stores."""
+    if not 0 < history < length:
+        return rows[:, :1] if history else rows[:, 1:]
+    is_history = torch.arange(length, device=rows.device).unsqueeze(-1) < history
+    return torch.where(is_history, rows[:, :1], rows[:, 1:])
 
 
 def _parts(rows: Tensor, length: int, history: int) -> list[tuple[slice, slice, int, int]]:
@@ -157,7 +181,7 @@ class SelfAttention(nn.Module):
     ) -> Tensor:
         """`[B, S, dim]` to the same, or to the tokens after the first `history` if `prune_history`.
 
-        `rotary` is the complex table `[S, D/2]`. History tokens still serve as keys when they are pruned.
+        `rotary` is the table `[S, D/2, 2]` of cos and sin. History tokens still serve as keys when they are pruned.
         """
         if prune_history:
             query = self.to_qkv.project(states[:, history:], 0, 1)
@@ -171,8 +195,17 @@ class SelfAttention(nn.Module):
         key = rotate_(key, rotary)
         if self.history_key_scale is not None and history:
             scale = 1 + torch.sigmoid(self.history_key_scale) * (MAX_HISTORY_KEY_SCALE - 1)
-            key[:, :history].mul_(scale.unsqueeze(-1))
+            key = scale_first_(key, scale, history)
         return self.to_out[0](attention(query, key, value).flatten(2))
+
+
+def scale_first_(key: Tensor, scale: Tensor, history: int) -> Tensor:
+    """Multiply the first `history` tokens of `key` `[B, S, H, D]` by a fp32 factor a head, in place unless compiled."""
+    if torch.compiler.is_compiling():
+        is_history = torch.arange(key.shape[1], device=key.device).view(-1, 1, 1) < history
+        return (key * torch.where(is_history, scale.unsqueeze(-1), 1.0)).to(key.dtype)
+    key[:, :history].mul_(scale.unsqueeze(-1))
+    return key
 
 
 class CrossAttention(nn.Module):
@@ -254,7 +287,9 @@ class Block(nn.Module):
         *,
         prune_history: bool = False,
     ) -> Tensor:
-        """Changes the residual stream `states` `[B, S, dim]` in place and returns it.
+        """The residual stream `states` `[B, S, dim]` after this block, in place of the one before it.
+
+        It is changed in place, unless the block is compiled; use what is returned.
 
         `modulation` `[R, 2, 6, dim]` in fp32 holds the rows of history and noisy tokens. With `prune_history` only the
         tokens after the first `history` are updated and returned: the last block's history rows are never read.
@@ -267,14 +302,13 @@ class Block(nn.Module):
         update = self.attn1(normed, rotary, history, operations.attention, prune_history=prune_history)
         if prune_history:
             states, history = states[:, history:], 0
-        gated_add_(states, update, gate, history)
+        states = gated_add_(states, update, gate, history)
 
         queries = states[:, history:] if self.guidance_cross_attn else states
-        queries += self.attn2(self._cross_norm(queries), keys_values)
+        states = add_to_last_(states, self.attn2(self._cross_norm(queries), keys_values))
 
         normed = modulated_norm(states, ffn_shift, ffn_scale, history, self.eps)
-        gated_add_(states, operations.feed_forward(self.ffn, normed), ffn_gate, history)
-        return states
+        return gated_add_(states, operations.feed_forward(self.ffn, normed), ffn_gate, history)
 
     def keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
         """Cross-attention keys and values `[B, L, H, D]` of the embedded text `[B, L, dim]`."""

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from helios_cp.block_cache import Total
 from helios_cp.conditioning import Inputs, initial_state, pixels_to_encode
 from helios_cp.config import Checkpoint, Request
 from helios_cp.execution import Execution, apply
@@ -24,11 +25,11 @@ from helios_cp.split_vae import split_decode, split_encode
 from helios_cp.state import ChunkState
 from helios_cp.text import PromptEncoder
 from helios_cp.transformer import HeliosTransformer, TextCondition
-from helios_cp.vae import Codec, DiagonalGaussianDistribution, denormalise, to_frames
+from helios_cp.vae import Codec, DiagonalGaussianDistribution, as_input, denormalise, posterior_of, to_frames
 from helios_cp.weights import load_scheduler, load_text_encoder, load_transformer, load_vae, resolve
 from parallel.collectives import Group
 from parallel.engines import sequence_attention
-from parallel.mesh import Mesh
+from parallel.mesh import Degrees, Mesh
 from parallel.segments import SegmentPlan
 from parallel.tensor import feed_forward, shard_slice
 
@@ -54,15 +55,26 @@ def load_parallel(
     already, and for an `attention` engine that cannot run here.
     """
     checkpoint = model if isinstance(model, Checkpoint) else resolve(model, cache)
-    device = torch.device(device)
+    execution = execution or Execution()
+    execution.check_layout(shard_weights)
+    device, home = torch.device(device), execution.home(device)
     narrow = functools.partial(narrow_feed_forward, group=mesh.ffn_tp) if mesh.ffn_tp.size > 1 else None
     sequence = ShardedSequence(mesh, attention, device)
-    transformer = load_transformer(checkpoint, dtype, device, narrow, mesh.world if shard_weights else None)
+    transformer = load_transformer(
+        checkpoint,
+        dtype,
+        home,
+        narrow,
+        mesh.world if shard_weights else None,
+        quantize=execution.quantize,
+        adapters=execution.lora,
+        compute_on=device,
+    )
     transformer.sequence = sequence
     encodes, decodes = mesh.rank == 0 and not denoise_only, 0 in mesh.vae.ranks and not denoise_only
-    text_device = torch.device("cpu") if shard_weights else device
-    encoder = PromptEncoder(*load_text_encoder(checkpoint, text_device, dtype)) if encodes else None
-    vae = load_vae(checkpoint, device) if decodes else None
+    text_home, text_device = (torch.device("cpu"),) * 2 if shard_weights else (home, device)
+    encoder = PromptEncoder(*load_text_encoder(checkpoint, text_home, dtype), text_device) if encodes else None
+    vae = load_vae(checkpoint, home) if decodes else None
     pipeline = ParallelPipeline(
         checkpoint,
         transformer,
@@ -73,7 +85,7 @@ def load_parallel(
         device,
         mesh=mesh,
     )
-    apply(pipeline, execution or Execution())
+    apply(pipeline, execution)
     return pipeline
 
 
@@ -161,6 +173,10 @@ class BroadcastPromptEncoder:
         self.text_dim = text_dim
         self.device = device
 
+    @property
+    def text_encoder(self) -> nn.Module | None:
+        return None if self.encoder is None else self.encoder.text_encoder
+
     def __call__(self, prompts: Sequence[str], max_sequence_length: int, dtype: torch.dtype) -> Tensor:
         if self.encoder is not None:
             embeds = self.encoder(prompts, max_sequence_length, dtype).to(self.device)
@@ -176,22 +192,28 @@ class SplitCodec(Codec):
         super().__init__(vae)
         self.group = group
 
+    @property
+    def is_local(self) -> bool:
+        return super().is_local and self.group.size == 1
+
     def encode(self, videos: Sequence[Tensor | None]) -> list[DiagonalGaussianDistribution | None]:
         """As `Codec.encode`; ranks other than 0 pass a `None` for each video and get one back."""
         if self.vae is None:
             return [None] * len(videos)
         found = []
         for video in videos:
-            pixels = None if video is None else video.to(self.vae.device, self.vae.dtype)
-            parameters = split_encode(self.vae, pixels, self.group)
-            found.append(None if parameters is None else DiagonalGaussianDistribution(parameters))
+            pixels = None if video is None else as_input(self.vae, video)
+            with self.convolutions():
+                parameters = split_encode(self.vae, pixels, self.group)
+            found.append(None if parameters is None else posterior_of(parameters))
         return found
 
     def decode(self, latents: Tensor, output_type: str) -> Tensor | None:
         if self.vae is None:
             return None
         finish = functools.partial(to_frames, output_type=output_type)
-        return split_decode(self.vae, denormalise(self.vae, latents), self.group, finish=finish, dim=2)
+        with self.convolutions():
+            return split_decode(self.vae, denormalise(self.vae, latents), self.group, finish=finish, dim=2)
 
 
 class ParallelPipeline(Pipeline):
@@ -200,6 +222,14 @@ class ParallelPipeline(Pipeline):
     def __init__(self, *parts, mesh: Mesh) -> None:
         super().__init__(*parts)
         self.mesh = mesh
+
+    @property
+    def degrees(self) -> Degrees:
+        return self.mesh.degrees
+
+    @property
+    def total(self) -> Total:
+        return functools.partial(prompt_total, mesh=self.mesh)
 
     def encode_prompts(self, request: Request, inputs: Inputs | None = None) -> Prompts | OwnPrompts:
         prompts = super().encode_prompts(request, inputs)
@@ -237,6 +267,12 @@ class ParallelPipeline(Pipeline):
         anchor = None if state.anchor is None else world.broadcast(state.anchor)
         generators = world.broadcast(state.generators.to(self.device)).cpu()
         return ChunkState(state.index, world.broadcast(state.history), anchor, generators)
+
+
+def prompt_total(sums: Tensor, mesh: Mesh) -> Tensor:
+    """Sums `[N]` over each rank's tokens to those over all tokens of the prompt's branch, equal on every rank."""
+    group = mesh.sequence
+    return mesh.cfg.broadcast(torch.stack(group.all_gather(sums, [len(sums)] * group.size, 0)).sum(0))
 
 
 def narrow_feed_forward(transformer: HeliosTransformer, group: Group) -> dict[str, tuple[slice, ...]]:

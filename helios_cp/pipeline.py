@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,10 +12,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from helios_cp.block_cache import BlockCache, Total, own_total
+from helios_cp.card_memory import expected_bytes
 from helios_cp.conditioning import Inputs, initial_state, pixels_to_encode
 from helios_cp.config import Checkpoint, Request, RequestError
+from helios_cp.decoding import AtOnce, Beside, Decoding, with_frames
+from helios_cp.device import Pace, SideStream, has_streams
 from helios_cp.execution import Execution, apply
 from helios_cp.noise import normal
+from helios_cp.offload import Card
 from helios_cp.sampling import SamplingPlan, Step, denoise
 from helios_cp.schedule import PromptBlend, prompt_blend
 from helios_cp.state import ChunkState
@@ -23,6 +29,7 @@ from helios_cp.timing import Stopwatch
 from helios_cp.transformer import HeliosTransformer, History, TextCondition
 from helios_cp.vae import OUTPUT_TYPES, Codec
 from helios_cp.weights import load_scheduler, load_text_encoder, load_transformer, load_vae, resolve
+from parallel.mesh import Degrees
 
 
 @dataclass(frozen=True)
@@ -30,7 +37,9 @@ class Chunk:
     """One finished chunk.
 
     `latents` `[B, C, T, h, w]` fp32; `frames` `[B, 33, H, W, 3]`, uint8 or fp32 in [0, 1], or `None` for output type
-    "latent". `state` is what the next chunk starts from; saved, it resumes the video. `seconds` by stage.
+    "latent". `state` is what the next chunk starts from; saved, it resumes the video. `seconds` by stage; those of
+    "decode" may have passed beside the stages of the next chunk. `skipped` are the steps that left blocks out (see
+    `helios_cp.block_cache`), of those that had a forward, counted from 0.
     """
 
     index: int
@@ -38,6 +47,7 @@ class Chunk:
     frames: Tensor | None
     state: ChunkState
     seconds: dict[str, float]
+    skipped: tuple[int, ...] = ()
 
 
 class Pipeline:
@@ -45,7 +55,8 @@ class Pipeline:
 
     `prompt_encoder`, `codec`, `branches` and the transformer's `sequence` are what `helios_cp.parallelize` exchanges to
     spread the work over ranks; every rank then runs `stream` with the same request. `device` is where the work is done,
-    by default where the transformer is.
+    by default where the transformer is. `decodes_beside` lets a chunk be decoded beside the denoising of the next,
+    where the device has streams for it; the memory that decoding takes then comes on top of that of denoising.
     """
 
     def __init__(
@@ -57,6 +68,7 @@ class Pipeline:
         scheduler,
         branches: Branches | None = None,
         device: torch.device | None = None,
+        decodes_beside: bool = True,
     ) -> None:
         self.checkpoint = checkpoint
         self.transformer = transformer
@@ -65,6 +77,9 @@ class Pipeline:
         self.scheduler = scheduler
         self.branches = branches or Branches()
         self.device = device or transformer.device
+        self.decodes_beside = decodes_beside
+        self.card: Card | None = None
+        self.block_cache: BlockCache | None = None
 
     @classmethod
     def from_pretrained(
@@ -78,15 +93,19 @@ class Pipeline:
     ) -> Pipeline:
         """Load a preset, a folder in the diffusers layout or a hub id onto one device; the VAE stays in fp32."""
         checkpoint = model if isinstance(model, Checkpoint) else resolve(model, cache)
+        execution = execution or Execution()
+        device, home = torch.device(device), execution.home(device)
         pipeline = cls(
             checkpoint,
-            load_transformer(checkpoint, dtype, device),
-            PromptEncoder(*load_text_encoder(checkpoint, device, dtype)),
-            Codec(load_vae(checkpoint, device)),
+            load_transformer(
+                checkpoint, dtype, home, quantize=execution.quantize, adapters=execution.lora, compute_on=device
+            ),
+            PromptEncoder(*load_text_encoder(checkpoint, home, dtype), device),
+            Codec(load_vae(checkpoint, home)),
             load_scheduler(checkpoint),
-            device=torch.device(device),
+            device=device,
         )
-        apply(pipeline, execution or Execution())
+        apply(pipeline, execution)
         return pipeline
 
     @torch.no_grad()
@@ -98,38 +117,31 @@ class Pipeline:
         state: ChunkState | None = None,
         output_type: str = "uint8",
         on_step: Callable[[Step], None] | None = None,
+        keep_on_device: bool = False,
     ) -> Iterator[Chunk]:
         """Yield each chunk as soon as it is denoised and decoded; nothing of earlier chunks is kept.
 
-        `state` goes on from a saved chunk. `on_step` is called after every denoising step. Raises `RequestError` for a
-        bad request before any work is done.
+        Frames come to the host, or stay on the device with `keep_on_device`. On an accelerator a chunk is decoded and
+        copied beside the denoising of the next (`helios_cp.decoding`), and comes between two steps of that; its frames
+        then lie in pinned memory, which is used again once they are dropped. `state` goes on from a saved chunk.
+        `on_step` is called after every denoising step. Raises `RequestError` for a bad request before any work is done.
         """
         if output_type not in OUTPUT_TYPES:
             raise RequestError(f"output_type {output_type!r}: allowed are {', '.join(OUTPUT_TYPES)}")
         request, inputs = (inputs or Inputs()).merged(request)
         request = request.resolve(self.checkpoint)
+        if self.card is not None:
+            self.card.expect(expected_bytes(self.checkpoint, request, self.transformer, self.codec.vae, self.degrees))
         watch = Stopwatch(self.device)
         with watch.measure("text"):
             prompts = self.encode_prompts(request, inputs)
         if state is None:
             with watch.measure("media"):
                 state = self.initial_state(request, inputs)
-        scheduler = copy.deepcopy(self.scheduler)
-        for index in range(state.index, request.num_chunks):
-            with watch.measure("conditions"):
-                conditions = prompts.at(index)
-            for event in self._denoise(request, inputs, conditions, state, scheduler, watch):
-                if isinstance(event, Step):
-                    if on_step is not None:
-                        on_step(event)
-                else:
-                    latents, state = event
-            frames = None
-            if output_type != "latent":
-                with watch.measure("decode"):
-                    frames = self.codec.decode(latents, output_type)
-            yield Chunk(index, latents.float(), frames, state, dict(watch.seconds))
-            watch.seconds.clear()
+        events = self._events(request, inputs, prompts, state, watch)
+        for chunk in with_frames(events, self._decoding(output_type, keep_on_device), on_step):
+            with watch.paused():
+                yield chunk
 
     @torch.no_grad()
     def denoise(
@@ -169,6 +181,47 @@ class Pipeline:
         channels = self.checkpoint.transformer.in_channels
         return initial_state(request, inputs, self.codec, posteriors, hidden, channels, self.device)
 
+    def _events(
+        self, request: Request, inputs: Inputs, prompts: Prompts, state: ChunkState, watch: Stopwatch
+    ) -> Iterator[Step | Chunk]:
+        """The steps of each chunk, followed by the chunk without its frames."""
+        scheduler, pace = copy.deepcopy(self.scheduler), Pace(self.device)
+        for index in range(state.index, request.num_chunks):
+            with watch.measure("conditions"):
+                conditions = prompts.at(index)
+            for event in self._denoise(request, inputs, conditions, state, scheduler, watch):
+                if isinstance(event, Step):
+                    pace.step()
+                    yield event
+                else:
+                    latents, state = event
+            seconds = dict(watch.seconds)
+            watch.seconds.clear()
+            skipped = () if self.block_cache is None else tuple(self.block_cache.skipped)
+            yield Chunk(index, latents.float(), None, state, seconds, skipped)
+
+    @property
+    def degrees(self) -> Degrees:
+        """How the work is spread over ranks."""
+        return Degrees()
+
+    @property
+    def total(self) -> Total:
+        """How sums over this rank's tokens become those over all tokens of the prompt's branch."""
+        return own_total
+
+    def _decoding(self, output_type: str, keep_on_device: bool) -> Decoding:
+        if output_type == "latent":
+            return AtOnce(None, self.device)
+        decode = functools.partial(self.codec.decode, output_type=output_type)
+        is_beside = self.decodes_beside and has_streams(self.device) and self.codec.is_local and not keep_on_device
+        return Beside(decode, self._side) if is_beside else AtOnce(decode, self.device, keep_on_device=keep_on_device)
+
+    @functools.cached_property
+    def _side(self) -> SideStream:
+        # One for all videos: torch keeps the memory that was freed on a stream for that stream alone.
+        return SideStream(self.device)
+
     def _denoise(
         self,
         request: Request,
@@ -179,6 +232,8 @@ class Pipeline:
         watch: Stopwatch,
     ) -> Iterator[Step | tuple[Tensor, ChunkState]]:
         plan = SamplingPlan.of(request, self.checkpoint)
+        if self.block_cache is not None:
+            self.block_cache.start_chunk()
         generators = state.make_generators()
         noise = self._initial_noise(request, inputs, state, generators)
         with watch.measure("conditions"):

@@ -13,7 +13,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -81,7 +81,7 @@ def make_plan(
         "vae_rows": workload.latent_size[0],
     }
     told: set[Degrees] = set()
-    for candidate in candidates(workload, ranks):
+    for candidate in candidates(workload, ranks, (given or {}).get("decoders")):
         if any(_value(candidate, name) != value for name, value in (given or {}).items()):
             continue
         degrees = candidate.layout.degrees
@@ -108,14 +108,15 @@ def make_plan(
     return Plan(tuple(fitting), tuple(refused))
 
 
-def candidates(workload: Workload, ranks: int) -> Iterator[Candidate]:
+def candidates(workload: Workload, ranks: int, decoders: int | None = None) -> Iterator[Candidate]:
     """Every way to divide the ranks; possible or not as far as cfg, ring and ulysses go.
 
-    Decoders beside the ranks that denoise are powers of two, up to half of all. The VAE is split over as many ranks as
-    it can be, or not at all. Feed-forward layers are split over 2, 4, 8, or all ranks of a sequence group, or not.
+    Decoders beside the ranks that denoise are powers of two, up to half of all, where their number is not given. The
+    VAE is split over as many ranks as it can be, or not at all. Feed-forward layers are split over 2, 4, 8, or all
+    ranks of a sequence group, or not.
     """
-    decoders = [0] + [2**power for power in range(ranks.bit_length()) if 2 * 2**power <= ranks]
-    for count in decoders:
+    powers = [2**power for power in range(ranks.bit_length()) if 2 * 2**power <= ranks]
+    for count in [0, *powers] if decoders is None else [decoders]:
         for degrees in _divided(ranks - count):
             sequence = degrees.sequence
             vae = max(d for d in _divisors(sequence) if d <= workload.latent_size[0])
@@ -160,14 +161,27 @@ def choose(
     It must do for every one of the resolved `requests`; the largest decides. Raises `RequestError` where none fits.
     """
     hardware = detect_hardware(device_type, ranks)
+    return best_prediction(checkpoint, requests, dtype, ranks, hardware, given).candidate.layout
+
+
+def best_prediction(
+    checkpoint: Checkpoint,
+    requests: Sequence[Request],
+    dtype: Any,
+    ranks: int,
+    hardware: Hardware,
+    given: Mapping[str, int | bool] | None = None,
+    decoders: int = 0,
+) -> Prediction:
+    """As `choose`, for any hardware, and with the figures. `decoders` ranks beside the others do nothing but decode."""
     request = max(requests, key=lambda each: each.height * each.width)
     workload = Workload.of(checkpoint, request, dtype, *part_configs(checkpoint))
     smallest = min(smallest_tokens(each, checkpoint) for each in requests)
     rows = min(each.latent_size[0] for each in requests)
-    plan = make_plan(workload, hardware, ranks, smallest, {**(given or {}), "decoders": 0})
+    plan = make_plan(workload, hardware, ranks + decoders, smallest, {**(given or {}), "decoders": decoders})
     for prediction in plan.fitting:
         if prediction.candidate.layout.degrees.vae <= rows:
-            return prediction.candidate.layout
+            return prediction
     needs = [refused.memory_bytes for refused in plan.refused if refused.memory_bytes is not None]
     if not needs:
         why = plan.refused[0].reason if plan.refused else "none goes with the flags given"

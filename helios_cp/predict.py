@@ -1,7 +1,8 @@
 """How long a chunk takes and what a rank holds in one layout on one kind of machine. All of it is modelled.
 
 Each matrix product takes as long as its FLOPs or its bytes, whichever is more; passes over memory, their bytes. A rank
-waits for messages, but for a ring's, which travel beside the attention, and sharded weights, beside all of a forward.
+waits for messages, but as far as the hardware can do both at once a ring's travel beside the attention, and sharded
+weights beside all of a forward.
 """
 
 from __future__ import annotations
@@ -209,10 +210,13 @@ def forward_seconds(
         for each in cost.products
     )
     attention = sum(
-        max(each.flops / hardware.attention_rate(itemsize), each.moved_bytes(itemsize) / bandwidth)
+        max(
+            each.flops / hardware.attention_rate(each.queries, each.keys, itemsize),
+            each.moved_bytes(itemsize) / bandwidth,
+        )
         for each in cost.attentions
     )
-    passes = cost.elementwise_bytes / bandwidth
+    passes = sum(moved / hardware.pass_bandwidth(kind) for kind, moved in cost.passes.items())
     computing = products + attention + passes
     launches = cost.kernels * hardware.kernel_seconds
     waits = sum(
@@ -220,11 +224,12 @@ def forward_seconds(
     )
     if degrees.ring > 1:
         steps = message_seconds(cost.traffic["ring"], degrees, "ring", hardware)
-        waits += max(0.0, steps - attention * (degrees.ring - 1) / degrees.ring)
+        waits += steps - min(hardware.overlap * steps, attention * (degrees.ring - 1) / degrees.ring)
     if shard and degrees.world > 1:
         received = weight_cost.sharded_bytes(workload.config, workload.dtype, degrees.world).received
         gathers = Traffic(workload.config.num_layers, received)
-        waits += max(0.0, message_seconds(gathers, degrees, "world", hardware) - computing)
+        arriving = message_seconds(gathers, degrees, "world", hardware)
+        waits += arriving - min(hardware.overlap * arriving, computing)
     return {
         "products": products,
         "attention": attention,
@@ -259,7 +264,8 @@ def _decode(workload: Workload, degrees: Degrees, hardware: Hardware) -> tuple[f
     """Seconds of decoding a chunk and bytes that a rank sends for it."""
     rows, columns = workload.latent_size
     own = max(split(rows, degrees.vae))
-    seconds = workload.decode_flops * own / rows / hardware.vae_flops
+    flops = vae_cost.decode_flops_by_channels(workload.vae, workload.latent_frames, rows, columns)
+    seconds = sum(each / hardware.vae_rate(channels) for channels, each in flops.items()) * own / rows
     if degrees.vae == 1:
         return seconds, 0.0
     traffic = Traffic(*vae_cost.decode_traffic(workload.vae, workload.latent_frames, own, columns, degrees.vae))

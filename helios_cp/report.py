@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import diffusers
@@ -12,9 +13,10 @@ import transformers
 
 import helios_cp
 from helios_cp.config import Checkpoint, Request
-from helios_cp.device import dtype_name, peak_memory
+from helios_cp.device import device_name, dtype_name, peak_memory
 from helios_cp.execution import Execution
 from helios_cp.layout import Layout
+from helios_cp.vae import vae_settings
 
 
 class Report:
@@ -41,9 +43,16 @@ class Report:
         self.error: str | None = None
         self.chunks: list[dict[str, Any]] = []
 
-    def add(self, index: int, seconds: float, stages: dict[str, float]) -> None:
-        """`seconds` is the wall time of the chunk, all of it; `stages` its parts."""
-        self.chunks.append({"index": index, "seconds": seconds, "stages": dict(stages)})
+    def add(self, index: int, seconds: float, stages: dict[str, float], skipped: Sequence[int] = ()) -> None:
+        """A chunk is finished: `seconds` of wall time after the one before, or after the start.
+
+        `stages` are what its parts took. Decoding and writing can pass beside the stages of the next chunk, and then
+        the parts are more than the whole. `skipped` as in `Chunk`.
+        """
+        entry = {"index": index, "seconds": seconds, "stages": dict(stages)}
+        if self.execution.block_cache is not None:
+            entry["skipped_steps"] = list(skipped)
+        self.chunks.append(entry)
 
     @property
     def frames(self) -> int:
@@ -71,7 +80,7 @@ class Report:
         return self.resumed_from_chunk + len(self.chunks)
 
     def to_json(self) -> dict[str, Any]:
-        """`frames`, times and FPS are of this call alone."""
+        """`frames`, times and FPS are of this call alone. Seconds of stages overlap, those of chunks do not."""
         return {
             "version": helios_cp.__version__,
             "versions": {
@@ -87,6 +96,7 @@ class Report:
             "device": device_name(self.device),
             "layout": {"ranks": self.layout.degrees.world, **self.layout.to_json()},
             "execution": self.execution.to_json(),
+            "vae": vae_settings(self.execution, self.device),
             "seed": list(self.request.seeds),
             "request": self.request.to_json(),
             "output": self.output,
@@ -112,10 +122,8 @@ class Report:
         total = sum(chunk["seconds"] for chunk in self.chunks)
         for name, seconds in self.stage_seconds().items():
             lines.append(f"  {name:<12} {seconds:8.2f} s  {100 * seconds / total:5.1f} %")
+        lines.append(f"  of {total:.2f} s in all; decode and write can pass beside other stages")
+        if self.execution.block_cache is not None:
+            skipped = sum(len(chunk["skipped_steps"]) for chunk in self.chunks)
+            lines.append(f"  {skipped} steps of {len(self.chunks)} chunks left blocks out")
         return "\n".join(lines)
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"

@@ -54,13 +54,20 @@ class RotaryTables:
 
 
 def rotate_(states: Tensor, table: Tensor) -> Tensor:
-    """Turn each channel pair (2j, 2j+1) of `states` `[B, S, H, D]` by `table` `[S, D/2]`.
+    """Turn each channel pair (2j, 2j+1) of `states` `[B, S, H, D]` by `table` `[S, D/2, 2]` of cos and sin.
 
-    The product is taken in fp32 and stored in the dtype of `states`; fp32 states are changed in place.
+    The product is taken in fp32 and stored in the dtype of `states`; fp32 states are changed in place, unless it is
+    compiled.
     """
-    pairs = torch.view_as_complex(states.float().unflatten(-1, (-1, 2)))
-    pairs.mul_(table.unsqueeze(1))
-    return torch.view_as_real(pairs).flatten(-2).to(states.dtype)
+    pairs = states.float().unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():  # compilers do not fuse complex numbers
+        cos, sin = table[:, None].unbind(-1)
+        signs = 2 * torch.arange(2, device=table.device) - 1  # (a, b) to (a·cos − b·sin, b·cos + a·sin)
+        turned = pairs * cos.unsqueeze(-1) + pairs.flip(-1) * (signs * sin.unsqueeze(-1))
+        return turned.flatten(-2).to(states.dtype)
+    turned = torch.view_as_complex(pairs)
+    turned.mul_(torch.view_as_complex(table).unsqueeze(1))
+    return torch.view_as_real(turned).flatten(-2).to(states.dtype)
 
 
 def pad_to_multiple(volume: Tensor, multiple: tuple[int, int, int]) -> Tensor:

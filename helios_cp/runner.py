@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from time import perf_counter
 
@@ -18,7 +18,9 @@ from helios_cp.device import dtype_name
 from helios_cp.distributed import World
 from helios_cp.files import write_json, write_tensors
 from helios_cp.jobs import Job
+from helios_cp.output import BackgroundWriter, to_host
 from helios_cp.parallelize import ParallelPipeline, load_parallel
+from helios_cp.pipeline import Chunk
 from helios_cp.progress import ProgressReporter
 from helios_cp.report import Report
 from helios_cp.run_folder import Run, RunFolder
@@ -106,7 +108,8 @@ def run_job(
 ) -> None:
     """Generate one request into its MP4s; whatever happens, the finished chunks end in playable MP4s.
 
-    `pipeline` may be `None` if `folder` holds all chunks. `report` is filled as chunks get ready.
+    A chunk is encoded, saved and committed in the background while the next is made, in order, and is finished only
+    then. `pipeline` may be `None` if `folder` holds all chunks. `report` is filled as chunks are finished.
     """
     stop.check()
     request = job.request
@@ -129,22 +132,31 @@ def run_job(
 
         state = pipeline.share_state(request, state)
         progress = stack.enter_context(ProgressReporter(job.output[0].name, request.num_chunks, finished))
-        start = perf_counter()
-        for chunk in pipeline.stream(request, state=state, on_step=_on_step(progress, stop)):
-            write_start = perf_counter()
-            segments = [encode_segment(frames.cpu(), request.fps) for frames in chunk.frames]
+        last_finished = perf_counter()
+
+        def write(chunk: Chunk) -> None:
+            nonlocal last_finished
+            start = perf_counter()
+            segments = [encode_segment(frames, request.fps) for frames in chunk.frames]
             if run_folder is not None:
                 run_folder.save(chunk, segments)
             for writer, segment in zip(writers, segments, strict=True):
                 writer.append(segment)
             if session.save_latents is not None:
-                latents.append(chunk.latents.cpu())
-            chunk.seconds["write"] = perf_counter() - write_start
-            report.add(chunk.index, perf_counter() - start, chunk.seconds)
+                latents.append(chunk.latents)
+            now = perf_counter()
+            chunk.seconds["write"] = now - start
+            report.add(chunk.index, now - last_finished, chunk.seconds, chunk.skipped)
+            last_finished = now
             progress.chunk(chunk)
+
+        background = stack.enter_context(BackgroundWriter(write))
+        on_step = _on_step(progress, stop, background)
+        chunks = stack.enter_context(closing(pipeline.stream(request, state=state, on_step=on_step)))
+        for chunk in chunks:
+            background.put(to_host(chunk))
             if chunk.index + 1 < request.num_chunks:
                 stop.check()
-            start = perf_counter()
 
 
 def say(line: str) -> None:
@@ -193,10 +205,13 @@ def run_folder_of(session: Session, job: Job, folder: Path | None) -> RunFolder 
     return RunFolder.create(folder, run)
 
 
-def _on_step(progress: ProgressReporter, stop: StopSignal) -> Callable[[Step], None]:
+def _on_step(
+    progress: ProgressReporter, stop: StopSignal, background: BackgroundWriter[Chunk]
+) -> Callable[[Step], None]:
     def on_step(step: Step) -> None:
         progress.step(step)
         stop.check()
+        background.check()
 
     return on_step
 

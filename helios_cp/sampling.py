@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from helios_cp.config import Checkpoint, Request
+from helios_cp.host_solver import solver_on
 from helios_cp.noise import block_noise, double_nearest, halve_noise
 
 Predict = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
@@ -93,7 +94,8 @@ def denoise(
     """Turn `noise` `[B, C, T, h, w]` at full resolution into the chunk's latents of that shape.
 
     Yields a `Step` after each step, and last the latents. `scheduler` is diffusers' `HeliosScheduler` or
-    `HeliosDMDScheduler`, whose state is changed; `dtype` is that of the model; `measure` times a named stage.
+    `HeliosDMDScheduler`, whose state is changed; `dtype` is that of the model; `measure` times a named stage. Within a
+    step the host does not wait for the device: the schedule stays on the host, and its timesteps go over once a stage.
     """
     stages = len(plan.steps)
     latents = noise
@@ -110,15 +112,14 @@ def denoise(
                     latents.shape[1:], scheduler.config.gamma, plan.patch_size, generators, latents.device
                 )
                 latents = alpha * latents + beta * fresh.to(dtype)
-            start, timesteps = latents, scheduler.timesteps
-            for step, timestep in enumerate(timesteps):
+            timesteps = scheduler.timesteps.to(torch.int64 if plan.is_pyramid else torch.float32).to(latents.device)
+            solve = solver_on(latents.device, scheduler, latents)
+            for step, timestep in enumerate(timesteps.split(1)):
                 if plan.is_zeroed(stage, step):
                     velocity = torch.zeros_like(latents, dtype=dtype)
                 else:
-                    row = timestep.to(torch.int64) if plan.is_pyramid else timestep
-                    velocity = guide(*predict(latents, row.view(1)), plan)
-                extra = dmd_arguments(scheduler, start, step, timesteps) if plan.is_distilled else {}
-                latents = scheduler.step(velocity, timestep, latents, return_dict=False, **extra)[0]
+                    velocity = guide(*predict(latents, timestep), plan)
+                latents = solve(velocity, latents)
                 done += 1
                 yield Step(chunk, stage, stages, done, total)
     yield latents
@@ -160,7 +161,10 @@ def shift_mu(
 
 
 def set_timesteps(scheduler, plan: SamplingPlan, stage: int, latents: Tensor, *, first_chunk: bool) -> None:
-    """Set the scheduler for a stage; `latents` are those before the stage's upsample, whose size gives the shift."""
+    """Set the scheduler for a stage, on the CPU.
+
+    `latents` are those before the stage's upsample, whose size gives the shift.
+    """
     tokens = math.prod(latents.shape[-3:]) // math.prod(plan.patch_size)
     settings = {
         "base_length": "base_image_seq_len",
@@ -173,18 +177,7 @@ def set_timesteps(scheduler, plan: SamplingPlan, stage: int, latents: Tensor, *,
     steps = plan.steps[stage]
     if plan.is_pyramid:
         amplify = plan.amplify_first_chunk and first_chunk
-        scheduler.set_timesteps(steps, stage, device=latents.device, mu=mu, is_amplify_first_chunk=amplify)
+        scheduler.set_timesteps(steps, stage, device="cpu", mu=mu, is_amplify_first_chunk=amplify)
     else:
         sigmas = np.linspace(0.999, 0.0, steps + 1)[:-1] if plan.sigmas is None else np.array(plan.sigmas)
-        scheduler.set_timesteps(steps, device=latents.device, sigmas=sigmas, mu=mu)
-
-
-def dmd_arguments(scheduler, start: Tensor, step: int, timesteps: Tensor) -> dict:
-    """What `HeliosDMDScheduler.step` wants beside the usual; the stage's `start` point serves again as its noise."""
-    return {
-        "cur_sampling_step": step,
-        "dmd_noisy_tensor": start,
-        "dmd_sigmas": scheduler.sigmas,
-        "dmd_timesteps": scheduler.timesteps,
-        "all_timesteps": timesteps,
-    }
+        scheduler.set_timesteps(steps, device="cpu", sigmas=sigmas, mu=mu)

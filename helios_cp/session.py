@@ -19,8 +19,10 @@ from helios_cp.execution import Execution
 from helios_cp.files import check_file_target, check_folder_target
 from helios_cp.jobs import INTERPOLATE_TIME, Job, read_prompt_file, single_job
 from helios_cp.layout import Layout, choose_layout
+from helios_cp.lora import check_adapters
 from helios_cp.media import check_image, check_video
 from helios_cp.presets import PRESETS
+from helios_cp.quantize import agreed_quantization, check_quantization
 from helios_cp.run_folder import Run, RunFolder
 from helios_cp.weights import resolve
 
@@ -132,6 +134,7 @@ def check(arguments: argparse.Namespace, cache: Path | None, ranks: Ranks | None
         _check_run_folder(each, resume is not None)
 
     checkpoint = resolve(model, cache)
+    execution = replace(execution, quantize=agreed_quantization(execution, checkpoint.folder))
     execution.check(device=device.type, capability=capability(device), is_distilled=checkpoint.is_distilled)
     waiting = [Job(job.request.resolve(checkpoint), job.output) for job in waiting]
     skipped = [Job(job.request.resolve(checkpoint), job.output) for job in skipped]
@@ -140,6 +143,12 @@ def check(arguments: argparse.Namespace, cache: Path | None, ranks: Ranks | None
             check_same_run(RunFolder.open(each).run, Run(job.request, model, dtype_name(dtype), (), execution), each)
     requests = [job.request for job in (*waiting, *skipped)]
     layout = choose_layout(arguments, checkpoint, requests, ranks.size, device, dtype)
+    execution.check_layout(layout.shard_weights)
+    execution.check_graphs(backend, ranks.size, layout.shard_weights)
+    check_quantization(
+        execution.quantize, checkpoint.transformer, dtype=dtype, device=device, ffn_tp=layout.degrees.ffn_tp
+    )
+    check_adapters(execution.lora, checkpoint.transformer)
     return Session(
         checkpoint=checkpoint,
         model=model,

@@ -23,8 +23,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor
 
 from helios_cp.config import TransformerConfig
-from helios_cp.layers import FusedLinear
 from helios_cp.transformer import HeliosTransformer
+from helios_cp.transformer_weights import stored_names
 from parallel.collectives import Group
 
 
@@ -92,7 +92,7 @@ def own_rows(transformer: HeliosTransformer, group: Group) -> tuple[dict[str, Te
     parts: dict[str, tuple[slice, ...]] = {}
     for path, module in transformer.named_modules():
         for kind, parameter in module.named_parameters(recurse=False):
-            names = _stored_names(path, module, kind)
+            names = stored_names(path, module, kind)
             rows = _local(parameter.detach())
             is_sharded = isinstance(parameter, DTensor)
             first = group.rank * _chunk_rows(parameter.shape[0], group.size) if is_sharded else 0
@@ -111,14 +111,6 @@ def stacked_rows(heights: Sequence[int], first: int, last: int) -> Iterator[tupl
         start, stop = max(first, top), min(last, bottom)
         if start < stop:
             yield index, slice(start - top, stop - top), slice(start - first, stop - first)
-
-
-def _stored_names(path: str, module: nn.Module, kind: str) -> list[str]:
-    """The tensors of a checkpoint that make up a module's `weight` or `bias` (or other `kind`), from top to bottom."""
-    if not isinstance(module, FusedLinear):
-        return [f"{path}.{kind}"]
-    parent = path.rpartition(".")[0]
-    return [f"{parent}.{name}.{kind}" for name in module.names]
 
 
 def _local(parameter: Tensor) -> Tensor:

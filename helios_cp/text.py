@@ -27,8 +27,9 @@ def encode_prompts(
     prompts: Sequence[str],
     max_sequence_length: int,
     dtype: torch.dtype,
+    device: torch.device | None = None,
 ) -> Tensor:
-    """Embeddings `[B, max_sequence_length, text_dim]` in `dtype`, on the encoder's device.
+    """Embeddings `[B, max_sequence_length, text_dim]` in `dtype`, on `device`, by default where the encoder is.
 
     Longer prompts are cut. The places after a prompt's last token are zero vectors: the transformer attends to them
     like to any other, so they are part of the result.
@@ -40,18 +41,27 @@ def encode_prompts(
         truncation=True,
         return_attention_mask=True,
         return_tensors="pt",
-    ).to(text_encoder.device)
+    ).to(device or text_encoder.device)
     states = text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state.to(dtype)
     return states.masked_fill(tokens.attention_mask.unsqueeze(-1) == 0, 0)
 
 
 class PromptEncoder:
-    """The text encoder on this rank. `helios_cp.parallelize` has one that broadcasts from one rank."""
+    """The text encoder on this rank. `helios_cp.parallelize` has one that broadcasts from one rank.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, text_encoder: UMT5EncoderModel) -> None:
+    `device` is where it computes, by default where its weights are.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        text_encoder: UMT5EncoderModel,
+        device: torch.device | None = None,
+    ) -> None:
         self.tokenizer = tokenizer
         self.text_encoder = text_encoder
+        self.device = device
 
     def __call__(self, prompts: Sequence[str], max_sequence_length: int, dtype: torch.dtype) -> Tensor:
         """Embeddings `[B, max_sequence_length, text_dim]` in `dtype`."""
-        return encode_prompts(self.tokenizer, self.text_encoder, prompts, max_sequence_length, dtype)
+        return encode_prompts(self.tokenizer, self.text_encoder, prompts, max_sequence_length, dtype, self.device)

@@ -7,7 +7,7 @@ once per chunk. The model knows nothing of ranks: attention and the sharding of 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -197,10 +197,9 @@ class HeliosTransformer(nn.Module):
         default 0, 1, 2, ….
         """
         grid = self.patch_embedding.grid(latents)
-        indices = frame_indices or tuple(range(grid[0]))
         lengths = () if history is None else history.lengths
         before, noisy = sum(lengths), math.prod(grid)
-        rotary = self.sequence.shard(self.rotary.table(indices, *grid[1:], latents.device), 0, before)
+        rotary = self.sequence.shard(self._noisy_table(latents, frame_indices), 0, before)
         patches = self.patch_embedding.patches(latents.to(self.dtype))
         states = self.patch_embedding(self.sequence.shard(patches, 1, before))
         history_tokens = 0
@@ -213,10 +212,24 @@ class HeliosTransformer(nn.Module):
         modulation = torch.stack([self._history_modulation(modulation), modulation], 1).float()  # [R, 2, 6, dim]
         inner, last = self.sequence.operations((*lengths, noisy))
         states = self.body(
-            self.blocks, states, BlockInputs(modulation, text.keys_values, rotary, history_tokens, inner, last)
+            self.blocks,
+            states,
+            BlockInputs(modulation, text.keys_values, torch.view_as_real(rotary), history_tokens, inner, last),
         )
         out = self.proj_out(self.norm_out(states, temb))
         return self._unpatchify(self.sequence.gather(out, 1, noisy, before), grid)
+
+    def reads_besides(self, latents: Tensor, frame_indices: tuple[int, ...] | None = None) -> Iterator[Tensor]:
+        """All that a forward of such latents reads and is not given: parameters, and what is computed once and kept."""
+        yield from self.parameters()
+        yield from self.buffers()
+        yield self._noisy_table(latents, frame_indices)
+        if self.config.zero_history_timestep:
+            yield from self._at_zero(latents.device)
+
+    def _noisy_table(self, latents: Tensor, frame_indices: tuple[int, ...] | None) -> Tensor:
+        frames, rows, columns = self.patch_embedding.grid(latents)
+        return self.rotary.table(frame_indices or tuple(range(frames)), rows, columns, latents.device)
 
     def _forget(self, _: object) -> None:
         self._zero_timestep = None
@@ -225,9 +238,13 @@ class HeliosTransformer(nn.Module):
         """Rows for history tokens: those of t = 0, which are computed once, or the noisy tokens' own."""
         if not self.config.zero_history_timestep:
             return modulation
+        return self._at_zero(modulation.device)[1].expand_as(modulation)
+
+    def _at_zero(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The embedding of t = 0 and its modulation rows."""
         if self._zero_timestep is None:
-            self._zero_timestep = self.condition_embedder(torch.zeros(1, device=modulation.device))
-        return self._zero_timestep[1].expand_as(modulation)
+            self._zero_timestep = self.condition_embedder(torch.zeros(1, device=device))
+        return self._zero_timestep
 
     def _unpatchify(self, tokens: Tensor, grid: tuple[int, int, int]) -> Tensor:
         time, rows, columns = grid

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 FP32 = 4
@@ -66,24 +67,32 @@ def decoder_layers(config: VaeConfig, latent_frames: int) -> Iterator[Convolutio
     yield Convolution(dims[-1], 3, 27, len(config.dim_mult) - 1, frames)
 
 
-@functools.lru_cache(maxsize=256)
 def decode_flops(config: VaeConfig, latent_frames: int, rows: int, columns: int) -> int:
     """FLOPs of the decoding of one video of `[latent_frames, rows, columns]` latents; a multiply-add is two."""
+    return sum(decode_flops_by_channels(config, latent_frames, rows, columns).values())
+
+
+@functools.lru_cache(maxsize=256)
+def decode_flops_by_channels(config: VaeConfig, latent_frames: int, rows: int, columns: int) -> Mapping[int, int]:
+    """As `decode_flops`, of the layers that are so many channels wide: of input or output, whichever is wider."""
     pixels = rows * columns
-    flops = sum(
-        2 * layer.frames * pixels * 4**layer.level * layer.inputs * layer.outputs * layer.kernel
-        for layer in decoder_layers(config, latent_frames)
-    )
-    return flops + latent_frames * 4 * pixels * pixels * config.base_dim * config.dim_mult[-1]
+    found: Counter[int] = Counter()
+    for layer in decoder_layers(config, latent_frames):
+        flops = 2 * layer.frames * pixels * 4**layer.level * layer.inputs * layer.outputs * layer.kernel
+        found[max(layer.inputs, layer.outputs)] += flops
+    top = config.base_dim * config.dim_mult[-1]
+    found[top] += latent_frames * 4 * pixels * pixels * top  # attention
+    return found
 
 
 @functools.lru_cache(maxsize=256)
 def parameters(config: VaeConfig) -> int:
     """Of encoder and decoder together."""
-    return _decoder_parameters(config) + _encoder_parameters(config)
+    return decoder_parameters(config) + _encoder_parameters(config)
 
 
-def _decoder_parameters(config: VaeConfig) -> int:
+def decoder_parameters(config: VaeConfig) -> int:
+    """Of the decoder and the convolution before it."""
     layers = list(decoder_layers(config, 1))
     weights = sum((layer.inputs * layer.kernel + 1) * layer.outputs for layer in layers)
     return weights + _norms(layers, config.base_dim * config.dim_mult[-1], config.base_dim * config.dim_mult[0])

@@ -7,18 +7,17 @@ files on disk and never from the network or a pickle. Heavy libraries are import
 
 from __future__ import annotations
 
-import itertools
-import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helios_cp.config import VAE_SPATIAL, VAE_TEMPORAL, Checkpoint, RequestError
 from helios_cp.presets import DEFAULT_CACHE, PRESETS, preset_folder
+from helios_cp.stored import CheckpointError, and_others, read_json, stored_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -26,20 +25,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
     from helios_cp.transformer import HeliosTransformer
-    from parallel.collectives import Group
 
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 SCHEDULERS = ("HeliosScheduler", "HeliosDMDScheduler")
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-IGNORED_KEY = "norm_added_q"  # in some checkpoints, used by no Helios; diffusers leaves it out too
 
 DOWNLOADED = ["model_index.json", *(f"{part}/*{end}" for part in PARTS for end in (".json", ".txt", ".model"))]
 DOWNLOADED += [f"{part}/*.safetensors" for part in PARTS]
 HUB_ID = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>\w[\w./-]*))?")
-
-
-class CheckpointError(ValueError):
-    """The files of a checkpoint are damaged, incomplete or do not fit together. The message names file and key."""
 
 
 def resolve(model: str, cache: Path | None = None) -> Checkpoint:
@@ -91,51 +83,12 @@ def _download(model: str, repository: str, revision: str | None) -> Path:
 
 
 def load_transformer(
-    checkpoint: Checkpoint,
-    dtype: torch.dtype,
-    device: str | torch.device = "cpu",
-    narrow: Callable[[HeliosTransformer], Mapping[str, tuple[slice, ...]]] | None = None,
-    shard_over: Group | None = None,
+    checkpoint: Checkpoint, dtype: torch.dtype, device: str | torch.device = "cpu", *arguments: Any, **options: Any
 ) -> HeliosTransformer:
-    """The transformer in `dtype`, apart from what it keeps in fp32, ready for inference.
+    """The transformer; `helios_cp.transformer_weights.load_transformer` says what can be asked for."""
+    from helios_cp import transformer_weights
 
-    `narrow` makes parameters smaller before memory is allocated, and says which part of a stored tensor each of them
-    takes; no other part is read. `shard_over` is the group of all ranks, for the blocks' weights to be sharded over
-    (`helios_cp.shard_weights`). Memory is allocated once, on the device; tensors are then copied into place one at a
-    time. Raises `CheckpointError`, before anything is allocated, if files or keys are missing, left over or of the
-    wrong shape, and `ValueError` for `narrow` together with `shard_over`.
-    """
-    import torch
-
-    from helios_cp.transformer import HeliosTransformer
-
-    if narrow is not None and shard_over is not None:
-        raise ValueError("narrow and shard_over: give one of the two, as each decides which part of a tensor is read")
-    stored = _stored_tensors(checkpoint.folder / "transformer", "diffusion_pytorch_model")
-    stored = {name: where for name, where in stored.items() if IGNORED_KEY not in name}
-    with torch.device("meta"):
-        model = HeliosTransformer(checkpoint.transformer)
-    _check_fit(checkpoint.folder / "transformer", stored, model.state_dict())
-    parts = narrow(model) if narrow is not None else {}
-    assert not list(model.buffers()), "buffers are not part of a checkpoint and would stay empty"
-    model.cast(dtype)
-    if shard_over is not None:
-        from helios_cp.shard_weights import own_rows, shard_weights
-
-        shard_weights(model, shard_over, torch.device(device))
-    model.to_empty(device=device)
-
-    if shard_over is None:
-        places = model.state_dict()
-    else:
-        places, parts = own_rows(model, shard_over)
-    own = [name for name in stored if name in places]
-    for file, names in itertools.groupby(own, key=lambda name: stored[name].file):
-        with _open(file) as shard:
-            for name in names:
-                tensor = shard.get_slice(name)[parts[name]] if name in parts else shard.get_tensor(name)
-                places[name].copy_(tensor)
-    return model.eval().requires_grad_(False)
+    return transformer_weights.load_transformer(checkpoint, dtype, device, *arguments, **options)
 
 
 def load_vae(
@@ -146,7 +99,7 @@ def load_vae(
     from diffusers import AutoencoderKLWan
 
     folder = checkpoint.folder / "vae"
-    _stored_tensors(folder, "diffusion_pytorch_model")
+    stored_tensors(folder, "diffusion_pytorch_model")
     with _blame(folder):
         vae, report = AutoencoderKLWan.from_pretrained(
             folder,
@@ -192,7 +145,7 @@ def load_text_encoder(
             f"{folder / 'config.json'}: d_model is {width}; it must be {checkpoint.transformer.text_dim}, the "
             "transformer's text_dim"
         )
-    _stored_tensors(folder, "model")
+    stored_tensors(folder, "model")
     with _blame(folder):
         text_encoder, report = UMT5EncoderModel.from_pretrained(
             folder,
@@ -225,68 +178,11 @@ def load_scheduler(checkpoint: Checkpoint) -> HeliosScheduler | HeliosDMDSchedul
     import diffusers
 
     file = checkpoint.folder / "scheduler" / "scheduler_config.json"
-    name = _read_json(file).get("_class_name")
+    name = read_json(file).get("_class_name")
     if name not in SCHEDULERS:
         raise CheckpointError(f"{file}: _class_name is {name!r}; allowed are {', '.join(SCHEDULERS)}")
     with _blame(file):
         return getattr(diffusers, name).from_pretrained(file.parent, local_files_only=True)
-
-
-@dataclass(frozen=True)
-class _Stored:
-    file: Path
-    shape: tuple[int, ...]
-
-
-def _stored_tensors(folder: Path, stem: str) -> dict[str, _Stored]:
-    """Where each tensor of a part lies, by the headers of its safetensors files, file after file.
-
-    The files are `<stem>.safetensors`, or those that `<stem>.safetensors.index.json` names. Raises `CheckpointError`
-    for a missing or damaged file and for an index that does not tell the truth.
-    """
-    index = folder / f"{stem}.safetensors.index.json"
-    single = folder / f"{stem}.safetensors"
-    promised: dict[str, str] = {}
-    if index.is_file():
-        promised = _read_json(index).get("weight_map")
-        if not promised or not isinstance(promised, dict):
-            raise CheckpointError(f"{index}: has no weight_map; download it again")
-        files = [folder / name for name in dict.fromkeys(promised.values())]
-    elif single.is_file():
-        files = [single]
-    else:
-        pickles = sorted(file.name for file in folder.glob("*") if file.suffix in PICKLES)
-        found = f"; {pickles[0]} is a pickle, which could run code and is never read" if pickles else ""
-        raise CheckpointError(f"{folder}: {single.name} is missing{found}; safetensors files are needed")
-
-    stored: dict[str, _Stored] = {}
-    for file in files:
-        if not file.is_file():
-            raise CheckpointError(f"{file}: this shard is missing, {index.name} names it; download it again")
-        with _open(file) as shard:
-            for name in shard.keys():  # noqa: SIM118 - a safetensors file is no mapping
-                if name in stored:
-                    raise CheckpointError(f"{file}: {name} is in {stored[name].file.name} too; each key has one place")
-                stored[name] = _Stored(file, tuple(shard.get_slice(name).get_shape()))
-    for name, file_name in promised.items():
-        if name not in stored or stored[name].file.name != file_name:
-            raise CheckpointError(f"{folder / file_name}: {name} is not in this shard, though {index.name} says so")
-    return stored
-
-
-def _check_fit(folder: Path, stored: Mapping[str, _Stored], expected: Mapping[str, torch.Tensor]) -> None:
-    """Raises `CheckpointError` unless the stored tensors are the expected ones, in name and shape."""
-    missing = [name for name in expected if name not in stored]
-    if missing:
-        raise CheckpointError(f"{folder}: {missing[0]} is missing from the weights{_and_others(missing)}")
-    unexpected = [name for name in stored if name not in expected]
-    if unexpected:
-        name = unexpected[0]
-        raise CheckpointError(f"{stored[name].file}: {name} has no place in the model{_and_others(unexpected)}")
-    for name, where in stored.items():
-        shape = tuple(expected[name].shape)
-        if where.shape != shape:
-            raise CheckpointError(f"{where.file}: {name} has shape {where.shape}; by config.json it must be {shape}")
 
 
 def _check_report(folder: Path, report: Mapping[str, Any]) -> None:
@@ -294,22 +190,7 @@ def _check_report(folder: Path, report: Mapping[str, Any]) -> None:
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         keys = sorted(map(str, report.get(kind, ())))
         if keys:
-            raise CheckpointError(f"{folder}: {kind.replace('_', ' ')}: {keys[0]}{_and_others(keys)}")
-
-
-def _and_others(names: list[str]) -> str:
-    return f" (and {len(names) - 1} others)" if len(names) > 1 else ""
-
-
-@contextmanager
-def _open(file: Path) -> Iterator[Any]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="pt", device="cpu") as shard:
-            yield shard
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file}: no intact safetensors file ({error}); download it again") from None
+            raise CheckpointError(f"{folder}: {kind.replace('_', ' ')}: {keys[0]}{and_others(keys)}")
 
 
 @contextmanager
@@ -322,11 +203,7 @@ def _blame(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path}: cannot be loaded: {reason}") from error
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: cannot be read: {error}") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{file}: does not hold a JSON object")
-    return values
+if __name__ == "__main__":
+    from helios_cp.weights_cli import main
+
+    sys.exit(main())

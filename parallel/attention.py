@@ -2,8 +2,8 @@
 
 Tensors are `[B, S, H, D]`; scores are scaled by `D ** -0.5` and nothing is masked. Engines:
 
-- `native`: torch's scaled dot product attention. With log-sum-exp: the flash kernel of the CPU (any float dtype); on
-  CUDA the flash kernel for fp16 and bf16, the memory-efficient one for fp32.
+- `native`: torch's scaled dot product attention. With log-sum-exp, on cpu and cuda only: the flash kernel of the CPU
+  (any float dtype); on CUDA the flash kernel for fp16 and bf16, the memory-efficient one for fp32.
 - `cudnn`: cuDNN's kernels through torch, fp16 and bf16 on CUDA.
 - `flash`: flash-attn 3 where it is installed and the card is a Hopper, else flash-attn 2; fp16 and bf16 on CUDA.
 """
@@ -34,9 +34,7 @@ def unavailable(engine: str, device: torch.device | str, dtype: torch.dtype | No
         raise ValueError(f"attention engine {engine!r}: allowed are {', '.join(ENGINES)}")
     device = torch.device(device)
     if engine == "native":
-        return (
-            None if device.type in ("cpu", "cuda") else f"native attention runs on cpu and cuda, not on {device.type}"
-        )
+        return None
     if device.type != "cuda":
         return f"{engine} attention needs a CUDA device, not {device.type}; use native"
     if dtype is not None and dtype not in (torch.float16, torch.bfloat16):

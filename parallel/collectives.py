@@ -16,6 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from parallel import opaque
+
 
 @dataclass
 class Meter:
@@ -62,7 +64,8 @@ class Group:
 
     `ranks` are global ranks; `rank` is this rank's index among them. `process_group` is None for a group of one.
     `stage` sends even host tensors through a staging buffer, as gloo does with CUDA tensors. `timeout` is how long its
-    process group waits, for those that make further groups of the same ranks.
+    process group waits, for those that make further groups of the same ranks. `number` is what the operators of
+    `parallel.opaque` know it by, which `all_to_all`, `all_gather` and `reduce_scatter` become in compiled code.
     """
 
     process_group: dist.ProcessGroup | None
@@ -71,8 +74,10 @@ class Group:
     meter: Meter | None = None
     stage: bool = False
     timeout: timedelta | None = None
+    number: int = field(init=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "number", opaque.name(self))
         if self.process_group is None and len(self.ranks) > 1:
             raise ValueError(f"group of ranks {self.ranks}: more than one rank needs a process group")
 
@@ -100,6 +105,8 @@ class Group:
             )
         if self.size == 1:
             return tensor
+        if torch.compiler.is_compiling():
+            return opaque.all_to_all(tensor, list(send_sizes), list(receive_sizes), kind, self.number)
         self._count(kind, sum(send_sizes) - send_sizes[self.rank], tensor)
         wire = self._to_wire(tensor)
         received = self._buffer((sum(receive_sizes),), tensor)
@@ -115,6 +122,8 @@ class Group:
             )
         if self.size == 1:
             return [tensor]
+        if torch.compiler.is_compiling():
+            return list(opaque.all_gather(tensor, list(lengths), dim, self.number).split(list(lengths), dim))
         self._count("all_gather", tensor.numel() * (self.size - 1), tensor)
         shapes = [_with_length(tensor.shape, dim, length) for length in lengths]
         if self._on_gloo:

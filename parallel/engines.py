@@ -28,6 +28,7 @@ from parallel import attention as kernels
 from parallel.attention import Attention, attend, attend_with_lse
 from parallel.collectives import Group
 from parallel.mesh import Degrees
+from parallel.opaque import OpaqueAttention
 from parallel.segments import check_lengths
 from parallel.unified import unified_attention
 
@@ -48,11 +49,12 @@ def sequence_attention(
     it for lengths that the engine does not take; `unavailable_engine` says so beforehand.
     """
     if engine not in PEERS:
+        local = functools.partial(attend, engine=engine)
         return functools.partial(
             unified_attention,
             ulysses,
             ring,
-            attention=functools.partial(attend, engine=engine),
+            attention=local if engine == "native" else OpaqueAttention(local),
             attention_with_lse=functools.partial(attend_with_lse, engine=engine),
         )
     device = torch.device(device)
@@ -60,7 +62,7 @@ def sequence_attention(
     backend = dist.get_backend() if degrees.sequence > 1 else None
     if reason := _peer_unavailable(engine, device, degrees, backend):
         raise ValueError(reason)
-    layer = peer_layer(engine, ulysses, ring, device)
+    layer = OpaqueAttention(peer_layer(engine, ulysses, ring, device))
 
     def with_lengths(query_lengths: Sequence[int], key_lengths: Sequence[int]) -> Attention:
         check_lengths(degrees.sequence, query_lengths, key_lengths)
@@ -94,6 +96,8 @@ def unavailable_engine(
         raise ValueError(f"attention engine {engine!r}: allowed are {', '.join(ENGINES)}")
     device = torch.device(device)
     if engine not in PEERS:
+        if degrees.ring > 1 and device.type not in ("cpu", "cuda"):
+            return f"{engine} attention in a ring runs on cpu and cuda, not on {device.type}; use ulysses"
         return kernels.unavailable(engine, device, dtype)
     if reason := _peer_unavailable(engine, device, degrees, backend):
         return reason

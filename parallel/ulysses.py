@@ -8,7 +8,7 @@ Ulysses, arXiv 2309.14509). Heads and tokens may both be uneven.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 
 import torch
 
@@ -89,7 +89,10 @@ def _pack_heads(tensors: Sequence[torch.Tensor], heads: Sequence[int]) -> torch.
     """Flat message for each rank in turn: its heads of every tensor, each as `[B, S, heads, D]`.
 
     Ranks of equal head count are written by one strided copy a tensor, so that a tensor takes two copies at most.
+    Compiled, the message is one expression of what the tensors are computed from.
     """
+    if torch.compiler.is_compiling():
+        return torch.cat([_pack_equal(tensors, heads, run) for run in _runs(heads)])
     packed = tensors[0].new_empty(sum(tensor.numel() for tensor in tensors))
     written = head = 0
     for count, run in groupby(heads):
@@ -102,3 +105,17 @@ def _pack_heads(tensors: Sequence[torch.Tensor], heads: Sequence[int]) -> torch.
         written += ranks * sum(sizes)
         head += ranks * count
     return packed
+
+
+def _runs(heads: Sequence[int]) -> list[slice]:
+    """Consecutive ranks of equal head count."""
+    bounds = [rank for rank, count in enumerate(heads) if rank == 0 or count != heads[rank - 1]]
+    return [slice(*bound) for bound in pairwise([*bounds, len(heads)])]
+
+
+def _pack_equal(tensors: Sequence[torch.Tensor], heads: Sequence[int], ranks: slice) -> torch.Tensor:
+    """The messages to consecutive ranks that have as many heads each."""
+    first, count = sum(heads[: ranks.start]), heads[ranks.start]
+    own = slice(first, first + count * (ranks.stop - ranks.start))
+    parts = [tensor[:, :, own].unflatten(2, (-1, count)).movedim(2, 0).flatten(1) for tensor in tensors]
+    return torch.cat(parts, dim=1).flatten()

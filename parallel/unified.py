@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from parallel.attention import Attention, AttentionWithLse, attend, attend_with_lse
 from parallel.collectives import Group
+from parallel.opaque import OpaqueAttention
 from parallel.ring import RingAttention
 from parallel.segments import check_lengths
 from parallel.ulysses import UlyssesAttention
@@ -38,5 +39,7 @@ def unified_attention(
         attention,
         attention_with_lse,
     )
+    if ring.size > 1:  # compiled code would lose the overlap of messages and attention if it looked inside
+        between_rows = OpaqueAttention(between_rows)
     own = rows[ring.rank]
     return UlyssesAttention(ulysses, query_lengths[own], key_lengths[own], between_rows)
