@@ -1,14 +1,16 @@
 # make demo   set up .venv and generate a video on the embedded tiny model
 # make demo-ray   the same on a Ray cluster of two nodes on this machine, two videos at once
-# make test   set up .venv, lint, and run the tests
-# make test-ray   the tests that start Ray clusters, which take longer
+# make test   set up .venv, lint, and run the tests; those that start Ray clusters come last
+# make test-ray   only those that start Ray clusters
+# make bench  the benchmarks on this machine's CPU, short, and the report of them in outputs/bench
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+BENCH := outputs/bench
 
-.PHONY: demo demo-ray test test-ray lint format clean
+.PHONY: demo demo-ray test test-ray bench lint format clean
 
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -31,9 +33,23 @@ lint: $(INSTALLED)
 
 test: lint
 	$(BIN)/python -m pytest -m "not ray"
+	$(BIN)/python -m pytest -m ray
 
 test-ray: $(INSTALLED)
 	$(BIN)/python -m pytest -m ray
+
+bench: $(INSTALLED)
+	mkdir -p $(BENCH)
+	$(BIN)/python -m benchmarks.calibrate --output $(BENCH)/calibration.json
+	$(BIN)/python -m benchmarks.validate_plan --quick --hardware $(BENCH)/calibration.json --output $(BENCH)/validate_plan.json
+	$(BIN)/python -m benchmarks.forward --repeats 5 --output $(BENCH)/forward.json
+	$(BIN)/python -m benchmarks.communication --ranks 2 4 --output $(BENCH)/communication.json
+	$(BIN)/python -m benchmarks.attention --repeats 3 --output $(BENCH)/attention.json
+	$(BIN)/python -m benchmarks.decode --repeats 2 --output $(BENCH)/decode.json
+	$(BIN)/python -m benchmarks.scaling --layers 1 --repeats 3 --ranks 2 --output $(BENCH)/scaling.json
+	$(BIN)/python -m benchmarks.fps --device cpu --chunks 2 --output $(BENCH)/fps.json
+	$(BIN)/python -m benchmarks.pipeline --requests 40 --output $(BENCH)
+	$(BIN)/python -m benchmarks.report --results $(BENCH)
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

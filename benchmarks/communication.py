@@ -69,6 +69,9 @@ Counts = dict[int, dict[str, dict[int, Count | str]]]
 def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="benchmarks.communication", description=__doc__.splitlines()[0])
     parser.add_argument(
+        "--ranks", type=int, nargs="+", choices=sorted(LAYOUTS), metavar="P", help="only these worlds (default: 2 4 8)"
+    )
+    parser.add_argument(
         "--output",
         type=Path,
         default=RESULTS / "communication.json",
@@ -91,7 +94,7 @@ def main(arguments: list[str] | None = None, pool: RankPool | None = None) -> in
         parser.error(str(error))
     console = Console()
     with contextlib.nullcontext(pool) if pool else contextlib.closing(RankPool()) as ranks:
-        counts = count_layouts(ranks, console)
+        counts = count_layouts(ranks, options.ranks or list(LAYOUTS), console)
     console.print(counts_table(counts))
     console.print(*NOTES, sep="\n", style="dim")
     unlike = unlike_predicted(counts)
@@ -105,9 +108,9 @@ def main(arguments: list[str] | None = None, pool: RankPool | None = None) -> in
     return int(bool(unlike) or not all(goal["met"] for goal in goals))
 
 
-def count_layouts(pool: RankPool, console: Console) -> Counts:
+def count_layouts(pool: RankPool, worlds: list[int], console: Console) -> Counts:
     counts: Counts = {}
-    work = [(ranks, degrees) for ranks, layouts in LAYOUTS.items() for degrees in (None, *layouts)]
+    work = [(ranks, degrees) for ranks in sorted(set(worlds)) for degrees in (None, *LAYOUTS[ranks])]
     for ranks, degrees in track(work, "counting", console=console, transient=True):
         if degrees is None:
             counts[ranks] = {"diffusers": counts_of_theirs(pool, ranks, FULL, SIZE, STAGES)}
@@ -160,7 +163,8 @@ def unlike_predicted(counts: Counts) -> list[str]:
 
 def check_goals(counts: Counts) -> list[dict[str, Any]]:
     goals = []
-    for ranks, goal in LESS_THAN_DIFFUSERS.items():
+    for ranks in sorted(LESS_THAN_DIFFUSERS.keys() & counts.keys()):
+        goal = LESS_THAN_DIFFUSERS[ranks]
         ours, theirs = (counts[ranks][name][STAGE_OF_GOALS] for name in (f"Ulysses {ranks}", "diffusers"))
         found = theirs.mean_bytes / ours.mean_bytes
         what = f"stage {STAGE_OF_GOALS}, {ranks} ranks: times fewer bytes than diffusers"

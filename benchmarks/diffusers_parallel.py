@@ -1,7 +1,7 @@
-"""diffusers' own context parallelism on CPU ranks, and a count of what it sends.
+"""diffusers' own context parallelism, on CPU ranks too, and a count of what it sends.
 
-It runs on accelerators only and on models of exactly 40 blocks. Two repairs make it run here, and change nothing that
-it computes or sends:
+By itself it runs on accelerators only and on models of exactly 40 blocks. Two repairs make it run here, and change
+nothing that it computes or sends:
 
 1. It numbers devices by `torch.accelerator.device_count()`, which is 0 on a CPU, and divides by that. It is told 1, and
    given a mesh of CPU ranks in place of the one that it would make on the accelerator.
@@ -33,16 +33,17 @@ REPAIRS = (
 _SILENT = {"_c10d_functional::wait_tensor", "_c10d_functional::_wrap_tensor_autograd"}
 
 
-def enable_ulysses(model: HeliosTransformer3DModel, degree: int) -> None:
-    """Turn on diffusers' Ulysses over all ranks of a gloo world of `degree`; every rank calls it, once a model."""
-    mesh = init_device_mesh("cpu", (1, degree), mesh_dim_names=("ring", "ulysses"))
+def enable_ulysses(model: HeliosTransformer3DModel, degree: int, device_type: str = "cpu") -> None:
+    """Turn on diffusers' Ulysses over all ranks of a world of `degree`; every rank calls it, once a model."""
+    mesh = init_device_mesh(device_type, (1, degree), mesh_dim_names=("ring", "ulysses"))
     config = ContextParallelConfig(ulysses_degree=degree, mesh=mesh)
     # torch 2.13 renames a collective that diffusers calls, and says so on every rank.
     warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # it calls itself experimental, on every rank
     try:
-        with mock.patch.object(torch.accelerator, "device_count", lambda: 1):
+        devices = torch.accelerator.device_count() or 1
+        with mock.patch.object(torch.accelerator, "device_count", lambda: devices):
             model.enable_parallelism(config=config, cp_plan=_plan_of_present_blocks(model))
     finally:
         logging.set_verbosity(verbosity)

@@ -16,14 +16,14 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.counting import Counts
-from benchmarks.forward_counts import COST_MODEL, EXPECTED, SIZE, ForwardCounts, count_forward
+from benchmarks.forward_counts import COST_MODEL, SIZE, ForwardCounts, count_forward
 from benchmarks.forward_times import Case, StageTimes, describe_case, pick_case, time_forward
 from benchmarks.machine import RESULTS, write_result
 from benchmarks.timing import Timing
 from helios_cp.arguments import OneLineParser
 from helios_cp.config import RequestError, TransformerConfig
 from helios_cp.device import dtype_name, pick_device, pick_dtype
-from helios_cp.files import check_file_target, write_json
+from helios_cp.files import check_file_target
 
 NOTES = (
     "Bytes: what each operation reads and writes, once; elementwise means all but products, convolutions, attention.",
@@ -42,7 +42,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--layers", type=_at_least(1), metavar="N", help="of the timed model (default: 4; on a GPU 40)")
     parser.add_argument("--heads", type=_at_least(1), metavar="N", help="of the timed model (default: 8; on a GPU 40)")
     parser.add_argument("--counts-only", action="store_true", help="time nothing")
-    parser.add_argument("--update-expected", action="store_true", help=f"write our counts to {EXPECTED.name} as well")
     parser.add_argument(
         "--output",
         type=Path,
@@ -67,8 +66,6 @@ def main(arguments: list[str] | None = None) -> int:
     console.print(counts_table(counts))
     console.print(*NOTES, sep="\n", style="dim")
     results = {"counts": {"size": SIZE, "dtype": dtype_name(torch.bfloat16), "notes": NOTES, **counts.to_json()}}
-    if options.update_expected:
-        write_json(EXPECTED, counts.ours_to_json())
     if not options.counts_only:
         dtype, case = pick_dtype("auto", device), pick_case(device, options.layers, options.heads)
         times = time_forward(case, device, dtype, options.repeats)

@@ -1,74 +1,78 @@
-"""How a forward scales over ranks of one thread each: time on 1 and 2 ranks, memory on 1, 2 and 4, and diffusers'.
+"""How a forward scales over ranks: time, efficiency, bytes and memory by layout, against one rank and diffusers' own.
 
-python -m benchmarks.scaling        some minutes on two cores
+python -m benchmarks.scaling                                 worlds of 2 and 4 ranks, six minutes on two cores
+python -m benchmarks.scaling --device cuda --ranks 2 4 8     on the GPUs of one machine
+torchrun --nnodes 2 … -m benchmarks.scaling --device cuda    one world, over several machines
 
-The model has a fifth of the width of Helios-14B, and of its tokens at stage 3 of 384 × 640 (noisy, history and text)
-about a quarter. Bytes per FLOP grow as the model shrinks, so that scaling is harder here than at full size.
+Without torchrun it starts one for each world, one after the other. On a CPU the model has a fifth of the width of
+Helios-14B, and of its tokens at stage 3 of 384 × 640 (noisy, history and text) about a quarter. Bytes per FLOP grow as
+the model shrinks, so that scaling is harder there than at full size.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
+import json
 import os
+import signal
+import subprocess
 import sys
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from rich.console import Console
-from rich.table import Table
 
+from benchmarks.communication_formulas import Tokens
 from benchmarks.diffusers_parallel import REPAIRS
-from benchmarks.machine import RESULTS, write_result
-from benchmarks.scaling_ranks import Case, Times, count_flops, peak_bytes, peak_bytes_of_diffusers, time_ranks
-from benchmarks.timing import Ratio, Timing, ratio
+from benchmarks.machine import CHECKOUT, RESULTS, write_result
+from benchmarks.scaling_ranks import Case, count_flops, peaks, pick_dtype, time_ranks
+from benchmarks.scaling_world import GOALS, WorldTimes, speedups_table, world_table
 from helios_cp.arguments import OneLineParser, whole_number
 from helios_cp.config import RequestError, TransformerConfig
+from helios_cp.device import dtype_name, pick_device
+from helios_cp.distributed import Ranks, World, device_of_rank, pick_backend
 from helios_cp.files import check_file_target
-from parallel.mesh import Degrees
-from tests.ranks import RankPool
 
-CASE = Case(
+ON_CPU = Case(
     TransformerConfig(num_attention_heads=8, ffn_dim=2768, text_dim=820, num_layers=3), size=(256, 256), text_tokens=136
 )
-RANKS = 2
-MEMORY_RANKS = (1, 2, 4)
-WARMUP = 2
+# Full width; diffusers' weights, its copy for context parallelism, and ours fit on one card beside each other.
+ON_GPU = Case(TransformerConfig(num_layers=10), size=(384, 640), text_tokens=512)
+WARMUP = 1  # outputs have been compared before
+MAX_RANKS = 64
 SECONDS_OF_TURN = 300  # a rank that takes longer for all programs once hangs
+WIDTH = 118  # of tables in a file or a pipe
 NOTES = (
-    "Seconds of one forward, one thread a rank. Ours encodes text once per prompt and history once per chunk,",
-    "outside of it (`python -m benchmarks.forward` times those). Programs take turns; ratios are taken turn by turn.",
-    "At once: the one-rank forward on each core at the same time, without communication: the limit of this machine.",
+    "Seconds of one forward. Ours encodes text once per prompt and history once per chunk, outside of it.",
+    "(`python -m benchmarks.forward` times those.) On a CPU a rank has one thread. Ratios are taken turn by turn.",
+    "At once: the one-rank forward on every rank at the same time, without messages: the limit of this machine.",
+    "Efficiency: times faster than ours (diffusers': than diffusers') on one rank, over the number of ranks.",
+    "Of limit: efficiency over what as many forwards at once leave of it.",
     "CPU: seconds that rank 0 computed for, waiting aside; a busy machine disturbs them less.",
     "FLOPs: ours leaves out text, history and the last block's history rows, which weigh more in fewer blocks.",
-    "Memory: peak bytes of the tensors that a forward makes on rank 0, counted.",
+    "MB sent by a rank, on average; memory: peak MiB of the tensors that a forward makes on rank 0, counted.",
 )
-
-
-@dataclass(frozen=True)
-class Speedup:
-    """How many times faster one program is than another, and the least that it should be."""
-
-    what: str
-    ratio: Ratio
-    goal: float | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        met = None if self.goal is None else self.ratio.median >= self.goal
-        return {**dataclasses.asdict(self.ratio), "goal": self.goal, "met": met}
-
-
-Memory = dict[str, dict[int, int]]
-"""Peak bytes by program and number of ranks."""
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="benchmarks.scaling", description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=whole_number, default=11, metavar="N", help="timed turns (default: 11)")
-    parser.add_argument("--layers", type=whole_number, default=3, metavar="N", help="of the model (default: 3)")
-    parser.add_argument(
+    add = parser.add_argument
+    add(
+        "--ranks", type=whole_number, nargs="+", metavar="P", help="sizes of the worlds (default: 2 4; all GPUs: 2 4 8)"
+    )
+    add("--device", default="cpu", help="cpu, cuda or auto (default: cpu)")
+    add("--backend", choices=("gloo", "nccl"), help="of the messages (default: nccl on CUDA, gloo elsewhere)")
+    add("--repeats", type=whole_number, default=5, metavar="N", help="timed turns (default: 5)")
+    add("--layers", type=whole_number, metavar="N", help="of the model (default: 3; on a GPU 10)")
+    add("--heads", type=whole_number, metavar="N", help="likewise (default: 8; on a GPU 40); the FFN grows with them")
+    add("--height", type=whole_number, metavar="PIXELS", help="of the video (default: 256; on a GPU 384)")
+    add("--width", type=whole_number, metavar="PIXELS", help="likewise (default: 256; on a GPU 640)")
+    add(
         "--output",
         type=Path,
         default=RESULTS / "scaling.json",
@@ -78,123 +82,141 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: list[str] | None = None, pool: RankPool | None = None) -> int:
-    """`pool` are ranks that run already; without it they are started, and ended."""
+def main(arguments: list[str] | None = None, environment: Mapping[str, str] = os.environ) -> int:
+    """Under torchrun one world, else torchrun for each, written as they come. Exit codes: 0, 1 failed, 2 bad input."""
     parser = build_parser()
+    parser.is_quiet = environment.get("RANK", "0") != "0"
+    arguments = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(arguments)
     try:
+        ranks = Ranks.of(environment)
         check_file_target("--output", options.output, ".json")
+        case, device, worlds = read_case(options)
+        backend = pick_backend(options.backend, device, ranks)
+        world = World(ranks, SECONDS_OF_TURN * (options.repeats + WARMUP + 2)) if ranks.size > 1 else None
     except RequestError as error:
         parser.error(str(error))
-    for name, least in (("repeats", 2), ("layers", 1)):
-        if getattr(options, name) < least:
-            parser.error(f"--{name} {getattr(options, name)}: must be {least} or more")
-    case = dataclasses.replace(CASE, config=dataclasses.replace(CASE.config, num_layers=options.layers))
-    flops = count_flops(case)
-    console = Console()
-    with contextlib.nullcontext(pool) if pool else contextlib.closing(RankPool()) as ranks:
-        memory = measure_memory(ranks, case)
-        console.print(memory_table(memory))
-        load = [os.getloadavg()]
-        times = measure_times(ranks, case, options.repeats)
-        load.append(os.getloadavg())
-    speedups = compare(times.timings)
-    console.print(times_table(case, times), speedups_table(speedups))
-    console.print(*NOTES, sep="\n", style="dim")
-    console.print("GFLOP of a forward: " + ", ".join(f"{name} {value / 1e9:.1f}" for name, value in flops.items()))
-    console.print(f"load before and after: {load[0][0]:.1f}, {load[1][0]:.1f}; one core a rank: {times.is_pinned}")
-    results = {
-        "case": dataclasses.asdict(case),
-        "dtype": "float32",
-        "threads a rank": 1,
-        "one core a rank": times.is_pinned,
-        "load before and after": load,
-        "notes": NOTES,
-        "repairs of diffusers": REPAIRS,
-        "times": {name: timing.to_json() for name, timing in times.timings.items()},
-        "CPU seconds": times.cpu_seconds,
-        "FLOPs": flops,
-        "differences": times.differences,
-        "speedups": {speedup.what.strip(): speedup.to_json() for speedup in speedups},
-        "memory": memory,
-    }
-    path = write_result(options.output.stem, results, options.output.parent)
-    console.print(f"written to {path}", style="dim", soft_wrap=True)
+    if world is not None:
+        return run_rank(case, options, device, backend, world)
+    measured = {}
+    for size in worlds:
+        found = run_torchrun(size, arguments)
+        if found is None:
+            print(f"benchmarks.scaling: error: the world of {size} ranks failed, see above", file=sys.stderr)
+            return 1
+        measured[size] = found
+        show_and_write(case, options, device, measured)
     return 0
 
 
-def measure_times(pool: RankPool, case: Case, repeats: int) -> Times:
-    """As rank 0 sees them; every program ends when all ranks have ended it."""
-    timeout = SECONDS_OF_TURN * (repeats + WARMUP + 2)
-    return pool.run(time_ranks, case, RANKS, repeats, WARMUP, ranks=RANKS, timeout=timeout)[0]
-
-
-def measure_memory(pool: RankPool, case: Case) -> Memory:
-    memory: Memory = {"diffusers": {}, "ours, Ulysses": {}, "ours, ring": {}}
-    for ranks in MEMORY_RANKS:
-        options = {"ranks": ranks, "timeout": SECONDS_OF_TURN}
-        memory["diffusers"][ranks] = pool.run(peak_bytes_of_diffusers, case, ranks, **options)[0]
-        memory["ours, Ulysses"][ranks] = pool.run(peak_bytes, case, Degrees(ulysses=ranks), **options)[0]
-        memory["ours, ring"][ranks] = pool.run(peak_bytes, case, Degrees(ring=ranks), **options)[0]
-    return memory
-
-
-def compare(timings: dict[str, Timing]) -> list[Speedup]:
-    def faster(slow: str, fast: str) -> Ratio:
-        return ratio(timings[slow], timings[fast])
-
-    def times(factor: float, of: Ratio) -> Ratio:
-        low, high = of.quartiles
-        return Ratio(factor * of.median, (factor * low, factor * high))
-
-    ours, theirs = "ours, 1 rank", "diffusers, 1 rank"
-    ours_split, theirs_split = f"ours, Ulysses {RANKS}", f"diffusers, Ulysses {RANKS}"
-    at_once = f"ours, {RANKS} at once"
-    return [
-        Speedup(f"ours, Ulysses {RANKS} over 1 rank", faster(ours, ours_split), goal=1.9),
-        Speedup(f"ours, ring {RANKS} over 1 rank", faster(ours, f"ours, ring {RANKS}")),
-        Speedup(f"  limit of this machine, {RANKS} at once", times(RANKS, faster(ours, at_once))),
-        Speedup(f"  ours, Ulysses {RANKS}, of that limit", times(1 / RANKS, faster(at_once, ours_split))),
-        Speedup(f"diffusers, Ulysses {RANKS} over 1 rank", faster(theirs, theirs_split)),
-        Speedup("ours over diffusers, 1 rank", faster(theirs, ours), goal=1.0),
-        Speedup(f"ours over diffusers, Ulysses {RANKS}", faster(theirs_split, ours_split), goal=1.15),
-    ]
-
-
-def times_table(case: Case, times: Times) -> Table:
-    config = case.config
-    title = (
-        f"{config.num_layers} blocks × {config.num_attention_heads} heads × {config.attention_head_dim}, "
-        f"{case.size[0]} × {case.size[1]}, float32, timed"
+def read_case(options: argparse.Namespace) -> tuple[Case, torch.device, tuple[int, ...]]:
+    """What the flags ask for. Raises `RequestError` where that is out of range."""
+    device = pick_device(options.device)
+    case = ON_CPU if device.type == "cpu" else ON_GPU
+    worlds = options.ranks or [p for p in (2, 4, 8) if p <= (4 if device.type == "cpu" else torch.cuda.device_count())]
+    for name, values, least, most in (
+        ("repeats", [options.repeats], 2, 1000),
+        ("layers", [options.layers], 1, 1000),
+        ("heads", [options.heads], 1, 1000),
+        ("ranks", worlds, 2, MAX_RANKS),
+    ):
+        for value in values:
+            if value is not None and not least <= value <= most:
+                raise RequestError(f"--{name} {value}: allowed is {least} to {most}")
+    if not worlds:
+        raise RequestError(
+            f"--device {options.device}: there is one card only; give --ranks 2 --backend gloo to share it"
+        )
+    size = options.height or case.size[0], options.width or case.size[1]
+    for name, pixels in zip(("height", "width"), size, strict=True):
+        if pixels < 64 or pixels % 64:
+            raise RequestError(f"--{name} {pixels}: allowed are multiples of 64")
+    config, heads = case.config, options.heads or case.config.num_attention_heads
+    config = dataclasses.replace(
+        config,
+        num_layers=options.layers or config.num_layers,
+        num_attention_heads=heads,
+        ffn_dim=config.ffn_dim * heads // config.num_attention_heads,
     )
-    table = Table(title=title, title_justify="left")
-    for heading in ("", "median s", "quartiles s", "fastest s", "CPU s"):
-        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
-    for name, timing in times.timings.items():
-        low, high = timing.quartiles
-        seconds = (f"{timing.median:.3f}", f"{low:.3f}–{high:.3f}", f"{min(timing.seconds):.3f}")
-        table.add_row(name, *seconds, f"{times.cpu_seconds[name]:.3f}")
-    return table
+    tokens = Tokens.of(size, case.stage)
+    for ranks in worlds:
+        for what, count in (("heads", heads), ("tokens", tokens.sequence), ("noisy tokens", tokens.noisy)):
+            if count % ranks:
+                raise RequestError(
+                    f"--ranks {ranks}: diffusers' context parallelism must divide the {count} {what}; use other ranks, "
+                    "--heads, or another size"
+                )
+    return dataclasses.replace(case, config=config, size=size), device, tuple(sorted(set(worlds)))
 
 
-def speedups_table(speedups: list[Speedup]) -> Table:
-    table = Table("", title="Times faster", title_justify="left")
-    for heading in ("median", "quartiles", "goal"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for speedup in speedups:
-        (low, high), goal = speedup.ratio.quartiles, speedup.goal
-        met = "" if goal is None else f"{goal:g} {'met' if speedup.ratio.median >= goal else 'MISSED'}"
-        table.add_row(speedup.what, f"{speedup.ratio.median:.2f}", f"{low:.2f}–{high:.2f}", met)
-    return table
+def run_torchrun(size: int, arguments: list[str]) -> WorldTimes | None:
+    """One world of this program, with the same flags; `None` where it fails, which it says itself."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "world.json"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(size)]
+        command += ["-m", "benchmarks.scaling", *arguments, "--output", str(output)]
+        quiet = {"TORCH_CPP_LOG_LEVEL": "ERROR", "OMP_NUM_THREADS": "1"}
+        with subprocess.Popen(command, cwd=CHECKOUT, env={**os.environ, **quiet}, stdout=subprocess.DEVNULL) as process:
+            signal.signal(signal.SIGTERM, lambda *_: process.terminate())  # torchrun ends its ranks
+            code = process.wait()
+        if code:
+            return None
+        return WorldTimes(**json.loads(output.read_text())["results"]["worlds"][str(size)])
 
 
-def memory_table(memory: Memory) -> Table:
-    table = Table("", title="Peak MiB that a forward makes on a rank (of one rank)", title_justify="left")
-    for ranks in MEMORY_RANKS:
-        table.add_column(f"{ranks} rank{'s' * (ranks > 1)}", justify="right", no_wrap=True)
-    for name, peaks in memory.items():
-        table.add_row(name, *(f"{peak / 2**20:.1f} ({peak / peaks[1]:.2f})" for peak in peaks.values()))
-    return table
+def run_rank(case: Case, options: argparse.Namespace, device: torch.device, backend: str, world: World) -> int:
+    """A rank's part; rank 0 writes."""
+    ranks = world.ranks
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    with world.connected(backend, device_of_rank(device, ranks)):
+        found = measure_world(ranks.rank, case, ranks.size, options.repeats, WARMUP, device.type, ranks.local_rank)
+    if found is not None:
+        show_and_write(case, options, device, {ranks.size: found})
+    return 0
+
+
+def measure_world(
+    rank: int, case: Case, ranks: int, repeats: int, warmup: int, device_type: str = "cpu", local_rank: int = 0
+) -> WorldTimes | None:
+    """Called on every rank of a running world; what rank 0 returns is of all."""
+    memory = peaks(rank, case, ranks, device_type, local_rank)
+    load = [os.getloadavg()[0]]
+    times = time_ranks(rank, case, ranks, repeats, warmup, device_type, local_rank)
+    load.append(os.getloadavg()[0])
+    sent: list[Any] = [None] * ranks
+    dist.all_gather_object(sent, times.traffic)
+    if rank > 0:
+        return None
+    return WorldTimes.of(ranks, times, sent, memory, load, GOALS if case == ON_CPU else {})
+
+
+def show_and_write(
+    case: Case, options: argparse.Namespace, device: torch.device, measured: dict[int, WorldTimes]
+) -> None:
+    """The latest world for a reader; all so far to the file."""
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    flops = count_flops(case)
+    config, dtype = case.config, dtype_name(pick_dtype(device))
+    console.print(
+        f"{config.num_layers} blocks × {config.num_attention_heads} heads × {config.attention_head_dim}, "
+        f"{case.size[0]} × {case.size[1]}, {dtype} on {device.type}"
+    )
+    latest = list(measured.values())[-1]
+    console.print(world_table(latest), speedups_table(latest))
+    console.print(*NOTES, sep="\n", style="dim")
+    console.print("GFLOP of a forward: " + ", ".join(f"{name} {value / 1e9:.1f}" for name, value in flops.items()))
+    results = {
+        "case": dataclasses.asdict(case),
+        "device": device.type,
+        "dtype": dtype,
+        "notes": NOTES,
+        "repairs of diffusers": REPAIRS,
+        "FLOPs": flops,
+        "worlds": {str(ranks): found.to_json() for ranks, found in measured.items()},
+    }
+    path = write_result(options.output.stem, results, options.output.parent)
+    console.print(f"written to {path}", style="dim", soft_wrap=True)
 
 
 if __name__ == "__main__":

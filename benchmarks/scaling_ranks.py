@@ -19,23 +19,30 @@ from diffusers import HeliosTransformer3DModel
 from torch import Tensor
 
 from benchmarks.counting import count
-from benchmarks.diffusers_parallel import enable_ulysses
+from benchmarks.diffusers_parallel import FunctionalCollectives, enable_ulysses
+from benchmarks.fps_rates import wait
 from benchmarks.memory import LiveMemory
 from benchmarks.models import Inputs, build_pair, encode_history, run_ours, run_theirs
+from benchmarks.rank_groups import rank_device
 from benchmarks.timing import Timing, interleave
 from helios_cp.config import TransformerConfig
 from helios_cp.parallelize import ShardedSequence
 from helios_cp.sequence import Sequence, WholeSequence
 from helios_cp.transformer import HeliosTransformer
+from parallel.collectives import Meter
 from parallel.mesh import Degrees, Mesh
 
 CPU = torch.device("cpu")
-TOLERANCE = 1e-5  # of the output's range, in fp32, where only the order of additions differs
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
+"""Of the output's range. In fp32 only the order of additions differs; bf16 keeps 8 bits of each sum."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model and a forward of it: video size (height, width) in pixels, tokens of text; the last stage, in fp32."""
+    """A model and a forward of it: video size (height, width) in pixels, tokens of text; the last stage.
+
+    It runs in fp32 on a CPU and in bf16 elsewhere.
+    """
 
     config: TransformerConfig
     size: tuple[int, int]
@@ -48,24 +55,39 @@ class Times:
     """Of one rank, by program.
 
     `cpu_seconds` are medians of what the rank's process computed for, waiting aside, which a busy machine disturbs
-    less; `differences` those of the output from diffusers' on one rank, in units of its range.
+    less; `differences` those of the output from diffusers' on one rank, in units of its range; `traffic` the
+    collectives of a forward and the bytes that the rank sends in them.
     """
 
     timings: dict[str, Timing]
     cpu_seconds: dict[str, float]
     differences: dict[str, float]
+    traffic: dict[str, tuple[int, int]]
     is_pinned: bool
 
 
 Program = Callable[[], Tensor | None]
 
 
+def pick_dtype(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
 def build(case: Case, device: torch.device = CPU) -> tuple[HeliosTransformer3DModel, HeliosTransformer, Inputs]:
     """The same models and inputs on every rank."""
     torch.manual_seed(0)
-    theirs, ours = build_pair(case.config, device, torch.float32)
-    inputs = Inputs.random(case.config, case.size, case.stage, device, torch.float32)
+    dtype = pick_dtype(device) if device.type != "meta" else torch.float32
+    theirs, ours = build_pair(case.config, device, dtype)
+    inputs = Inputs.random(case.config, case.size, case.stage, device, dtype)
     return theirs, ours, replace(inputs, text=inputs.text[:, : case.text_tokens])
+
+
+def layouts(ranks: int) -> dict[str, Degrees]:
+    """Those that are timed on so many ranks: Ulysses, ring, and from 4 on a ring of 2 outside."""
+    found = {f"Ulysses {ranks}": Degrees(ulysses=ranks), f"ring {ranks}": Degrees(ring=ranks)}
+    if ranks > 2 and ranks % 2 == 0:
+        found[f"Ulysses {ranks // 2} × ring 2"] = Degrees(ring=2, ulysses=ranks // 2)
+    return found
 
 
 @torch.inference_mode()
@@ -78,52 +100,75 @@ def count_flops(case: Case) -> dict[str, int]:
 
 
 @torch.inference_mode()
-def time_ranks(rank: int, case: Case, ranks: int, repeats: int, warmup: int) -> Times:
+def time_ranks(
+    rank: int, case: Case, ranks: int, repeats: int, warmup: int, device_type: str = "cpu", local_rank: int = 0
+) -> Times:
     """Times of all programs in turns, on a world of `ranks`.
 
     Raises `RuntimeError` before timing if any output is not that of diffusers on one rank. Every program ends when all
     ranks have ended it, so that all start the next together; a rank without work waits, asleep.
     """
-    theirs, ours, inputs = build(case)
+    device = rank_device(device_type, local_rank)
+    theirs, ours, inputs = build(case, device)
     theirs_split = copy.deepcopy(theirs)
-    enable_ulysses(theirs_split, ranks)
+    enable_ulysses(theirs_split, ranks, device.type)
     alone = sequence_program(ours, inputs, WholeSequence())
+    meters = {f"diffusers, Ulysses {ranks}": Meter()}
     programs: dict[str, Program] = {
         "diffusers, 1 rank": lambda: run_theirs(theirs, inputs) if rank == 0 else None,
         "ours, 1 rank": lambda: alone() if rank == 0 else None,
         f"diffusers, Ulysses {ranks}": lambda: run_theirs(theirs_split, inputs),
-        f"ours, Ulysses {ranks}": sequence_program(ours, inputs, _sharded(Degrees(ulysses=ranks))),
-        f"ours, ring {ranks}": sequence_program(ours, inputs, _sharded(Degrees(ring=ranks))),
-        f"ours, {ranks} at once": alone,
     }
+    for name, degrees in layouts(ranks).items():
+        meters[f"ours, {name}"] = meter = Meter()
+        programs[f"ours, {name}"] = sequence_program(ours, inputs, _sharded(degrees, meter))
+    programs[f"ours, {ranks} at once"] = alone
     reference = run_theirs(theirs, inputs)
-    differences = {name: _difference(program(), reference) for name, program in programs.items()}
-    wrong = {name: difference for name, difference in differences.items() if not difference <= TOLERANCE}
+    differences, traffic = {}, {}
+    for name, program in programs.items():
+        meter = meters.get(name, Meter())
+        is_theirs = name in meters and name.startswith("diffusers")
+        with FunctionalCollectives(meter) if is_theirs else contextlib.nullcontext():
+            differences[name] = _difference(program(), reference)
+        traffic[name] = meter.total_calls, meter.total_bytes
+    tolerance = TOLERANCE[pick_dtype(device)]
+    wrong = {name: difference for name, difference in differences.items() if not difference <= tolerance}
     if wrong:
         raise RuntimeError(f"rank {rank}: outputs differ from diffusers' on one rank by {wrong} of their range")
     cpu: dict[str, list[float]] = {name: [] for name in programs}
-    in_step = {name: _in_step(program, cpu[name]) for name, program in programs.items()}
-    with pinned(rank, ranks) as is_pinned:
+    in_step = {name: _in_step(program, cpu[name], device) for name, program in programs.items()}
+    with pinned(rank, ranks) if device.type == "cpu" else contextlib.nullcontext(False) as is_pinned:
         dist.barrier()
-        timings = interleave(in_step, repeats, CPU, warmup)
+        timings = interleave(in_step, repeats, device, warmup)
     cpu_seconds = {name: statistics.median(seconds[warmup:]) for name, seconds in cpu.items()}
-    return Times(timings, cpu_seconds, differences, is_pinned)
+    return Times(timings, cpu_seconds, differences, traffic, is_pinned)
+
+
+def peaks(rank: int, case: Case, ranks: int, device_type: str = "cpu", local_rank: int = 0) -> dict[str, int]:
+    """Peak bytes that a forward of each program makes on this rank of a world of `ranks`; of one rank, on rank 0."""
+    device = rank_device(device_type, local_rank)
+    found = {}
+    if rank == 0:
+        found["diffusers, 1 rank"] = peak_bytes_of_diffusers(rank, case, 1, device)
+        found["ours, 1 rank"] = peak_bytes(rank, case, Degrees(), device)
+    found[f"diffusers, Ulysses {ranks}"] = peak_bytes_of_diffusers(rank, case, ranks, device)
+    return found | {f"ours, {name}": peak_bytes(rank, case, each, device) for name, each in layouts(ranks).items()}
 
 
 @torch.no_grad()
-def peak_bytes(rank: int, case: Case, degrees: Degrees) -> int:
+def peak_bytes(rank: int, case: Case, degrees: Degrees, device: torch.device = CPU) -> int:
     """Peak bytes that a forward of ours makes on this rank, after one that has filled the tables."""
-    _, ours, inputs = build(case)
-    return _peak_of_second_run(sequence_program(ours, inputs, _sharded(degrees)))
+    _, ours, inputs = build(case, device)
+    return _peak_of_steady_runs(sequence_program(ours, inputs, _sharded(degrees)))
 
 
 @torch.no_grad()
-def peak_bytes_of_diffusers(rank: int, case: Case, ranks: int) -> int:
+def peak_bytes_of_diffusers(rank: int, case: Case, ranks: int, device: torch.device = CPU) -> int:
     """As `peak_bytes` for diffusers' Ulysses, or its plain model on one rank."""
-    theirs, _, inputs = build(case)
+    theirs, _, inputs = build(case, device)
     if ranks > 1:
-        enable_ulysses(theirs, ranks)
-    return _peak_of_second_run(lambda: run_theirs(theirs, inputs))
+        enable_ulysses(theirs, ranks, device.type)
+    return _peak_of_steady_runs(lambda: run_theirs(theirs, inputs))
 
 
 def sequence_program(model: HeliosTransformer, inputs: Inputs, sequence: Sequence) -> Program:
@@ -156,25 +201,30 @@ def pinned(rank: int, ranks: int) -> Iterator[bool]:
         os.sched_setaffinity(0, cores)
 
 
-def _in_step(program: Program, cpu_seconds: list[float]) -> Callable[[], None]:
+def _in_step(program: Program, cpu_seconds: list[float], device: torch.device) -> Callable[[], None]:
     def run() -> None:
         start = time.process_time()
         program()
+        wait(device)
         cpu_seconds.append(time.process_time() - start)
         dist.barrier()
 
     return run
 
 
-def _sharded(degrees: Degrees) -> Sequence:
-    return ShardedSequence(Mesh.build(degrees)) if degrees.world > 1 else WholeSequence()
+def _sharded(degrees: Degrees, meter: Meter | None = None) -> Sequence:
+    return ShardedSequence(Mesh.build(degrees, meter=meter)) if degrees.world > 1 else WholeSequence()
 
 
-def _peak_of_second_run(program: Program) -> int:
+def _peak_of_steady_runs(program: Program) -> int:
+    """The least of two runs after a first: a thread of gloo's that lets go of a buffer late raises a peak by chance."""
     program()
-    with LiveMemory() as memory:
-        program()
-    return memory.peak_bytes
+    peaks = []
+    for _ in range(2):
+        with LiveMemory() as memory:
+            program()
+        peaks.append(memory.peak_bytes)
+    return min(peaks)
 
 
 def _difference(output: Tensor | None, reference: Tensor) -> float:

@@ -186,7 +186,9 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     assert "MISSED" in capsys.readouterr().out
 
 
-def test_bad_output_is_one_line(capsys):
+@pytest.mark.parametrize("flags", [["--output", "out.txt"], ["--ranks", "3"], ["--ranks", "two"]])
+def test_bad_arguments_are_one_line(flags, capsys):
     with pytest.raises(SystemExit, match="2"):
-        communication.main(["--output", "out.txt"])
-    assert capsys.readouterr().err.count("\n") == 1
+        communication.main(flags)
+    error = capsys.readouterr().err
+    assert flags[0] in error and flags[1] in error and error.count("\n") == 1

@@ -19,14 +19,14 @@ from diffusers import AutoencoderKLWan
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import UMT5Config, UMT5EncoderModel
 
-from benchmarks.counting import Counts, count
+from benchmarks.counting import Counter, Counts, count
 from benchmarks.memory import LiveMemory
 from benchmarks.models import TEXT_TOKENS, Inputs, encode_history, run_ours
+from helios_cp import cost, vae_cost, weight_cost
 from helios_cp import plan as planner
-from helios_cp import vae_cost, weight_cost
 from helios_cp.arguments import add_layout_arguments
 from helios_cp.config import Checkpoint, Request, RequestError, TransformerConfig
-from helios_cp.cost import Product, Traffic, forward_cost, guidance_traffic, repeated_flops, shares, whole
+from helios_cp.cost import PASSES, Product, Traffic, forward_cost, guidance_traffic, repeated_flops, shares, whole
 from helios_cp.hardware import CPU, H100, PROFILES, RTX4090, Hardware, detect_hardware, match_card, read_profile
 from helios_cp.layout import Layout, choose_layout, segment_lengths, smallest_tokens
 from helios_cp.parallelize import ShardedSequence, narrow_feed_forward
@@ -47,7 +47,7 @@ META = torch.device("meta")
 FULL = TransformerConfig()
 SIZE = (384, 640)
 LENGTHS = {stage: (240, 240, 1920, noisy) for stage, noisy in ((1, 540), (2, 2160), (3, 8640))}
-PASSES = 0.01  # relative
+TOLERANCE = 0.01  # relative, of passes over memory
 
 CONFIGS = {
     "14b": {},
@@ -92,13 +92,13 @@ def differences(config, degrees: Degrees, rank: int, stage: int, dtype) -> list[
     """What the formulas say otherwise than running code."""
     counts, sent = run_on_meta(config, degrees, rank, stage, dtype)
     own = shares(config, LENGTHS[stage], degrees)[rank]
-    cost = forward_cost(config, own, degrees, TEXT_TOKENS, dtype.itemsize)
+    forward = forward_cost(config, own, degrees, TEXT_TOKENS, dtype.itemsize)
     found = {
-        "flops": cost.flops == counts.flops,
-        "kernels": cost.kernels == counts.kernels,
-        "traffic": cost.traffic == sent,
-        "elementwise": cost.elementwise_bytes == pytest.approx(counts.elementwise_bytes, rel=PASSES),
-        "matrix": cost.matrix_bytes(dtype.itemsize) == pytest.approx(counts.matrix_bytes, rel=PASSES),
+        "flops": forward.flops == counts.flops,
+        "kernels": forward.kernels == counts.kernels,
+        "traffic": forward.traffic == sent,
+        "elementwise": forward.elementwise_bytes == pytest.approx(counts.elementwise_bytes, rel=TOLERANCE),
+        "matrix": forward.matrix_bytes(dtype.itemsize) == pytest.approx(counts.matrix_bytes, rel=TOLERANCE),
     }
     return [name for name, is_right in found.items() if not is_right]
 
@@ -131,6 +131,39 @@ def test_a_wrong_formula_is_seen(monkeypatch):
     assert differences(config, Degrees(ring=2), 0, 1, torch.bfloat16) == ["flops", "traffic"]
 
 
+KINDS = {
+    "norm": ("aten.native_layer_norm.default", "aten.rms_norm.default"),
+    "rotation": ("aten.mul_.Tensor",),
+    "activation": ("aten.gelu.default",),
+}
+
+
+def unlike_kinds(dtype: torch.dtype) -> list[str]:
+    """Kinds of passes that move other bytes than their operations do in running code."""
+    config = dataclasses.replace(FULL, num_layers=2)
+    with META:
+        model = HeliosTransformer(config).eval().cast(dtype)
+    inputs = Inputs.random(config, SIZE, 2, META, dtype)
+    with torch.inference_mode():
+        text, history = model.encode_text(inputs.text), encode_history(model, inputs)
+        run_ours(model, inputs, text, history)
+        with Counter() as counter:
+            run_ours(model, inputs, text, history)
+    passes = forward_cost(config, whole(config, LENGTHS[2]), Degrees(), TEXT_TOKENS, dtype.itemsize).passes
+    assert passes.keys() == set(PASSES)
+    moved = {kind: sum(counter.operations[name].elementwise_bytes for name in names) for kind, names in KINDS.items()}
+    return [kind for kind in KINDS if passes[kind] != pytest.approx(moved[kind], rel=TOLERANCE)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_passes_are_of_the_kind_that_is_said(dtype, monkeypatch):
+    assert unlike_kinds(dtype) == []
+    forward_cost.cache_clear()
+    monkeypatch.setattr(cost, "_norm", lambda dim: 4 * dim)
+    assert unlike_kinds(dtype) == ["norm"]
+    forward_cost.cache_clear()
+
+
 def test_flops_are_those_of_torchs_own_counter():
     config = dataclasses.replace(FULL, num_layers=2)
     with META:
@@ -141,8 +174,8 @@ def test_flops_are_those_of_torchs_own_counter():
         run_ours(model, inputs, text, history)
         with FlopCounterMode(display=False) as counter:
             run_ours(model, inputs, text, history)
-    cost = forward_cost(config, whole(config, LENGTHS[2]), Degrees(), TEXT_TOKENS, 2)
-    assert cost.flops == counter.get_total_flops()
+    forward = forward_cost(config, whole(config, LENGTHS[2]), Degrees(), TEXT_TOKENS, 2)
+    assert forward.flops == counter.get_total_flops()
 
 
 def test_guidance_sends_a_velocity():
@@ -181,6 +214,16 @@ def test_vae_costs_what_is_counted(config):
     latents = torch.empty(1, config.z_dim, 5, 6, 4, device=META)
     assert vae_cost.decode_flops(config, 5, 6, 4) == count(vae.decode, latents).flops
     assert vae_cost.parameters(config) == sum(parameter.numel() for parameter in vae.parameters())
+
+
+def test_flops_of_the_vae_by_channels():
+    """Beside the widths of the levels there are those of q, k and v at once, and of two frames at once."""
+    flat = vae_cost.decode_flops_by_channels(VaeConfig(32, 16, (1, 1, 1), 1, (False, True)), 3, 6, 4)
+    assert flat.keys() == {16, 32, 2 * 32, 3 * 32}
+    by_channels = vae_cost.decode_flops_by_channels(VaeConfig(), 9, 48, 80)
+    assert by_channels.keys() == {16, 96, 192, 384, 2 * 384, 3 * 384}
+    assert sum(by_channels.values()) == vae_cost.decode_flops(VaeConfig(), 9, 48, 80)
+    assert by_channels[16] == flat[16] * (9 * 48 * 80) // (3 * 6 * 4) == 2 * 9 * 48 * 80 * 16 * 16  # of the latents
 
 
 def test_split_vae_sends_what_is_counted():
@@ -477,6 +520,47 @@ def test_shares_of_the_full_rate_are_interpolated():
     assert hardware.matmul_rate(9999, 4) == pytest.approx(0.6 * H100.matmul_fp32_flops)
 
 
+def test_other_shares_of_full_rates():
+    hardware = dataclasses.replace(
+        H100,
+        matmul_shares=((64, 0.5),),
+        matmul_fp32_shares=((64, 0.25),),
+        attention_shares=((100, 0.2), (10000, 1.0)),
+        vae_shares=((16, 0.1), (64, 1.0)),
+        pass_shares=(("activation", 0.5),),
+    )
+    assert hardware.matmul_rate(64, 2) == 0.5 * H100.matmul_flops
+    assert hardware.matmul_rate(64, 4) == 0.25 * H100.matmul_fp32_flops
+    assert hardware.attention_rate(4000, 250, 2) == pytest.approx(0.6 * H100.attention_flops)  # as 1000 to 1000
+    assert hardware.vae_rate(32) == pytest.approx(0.55 * H100.vae_flops) and H100.vae_rate(32) == H100.vae_flops
+    assert hardware.pass_bandwidth("activation") == 0.5 * hardware.pass_bandwidth("copy") == 0.5 * H100.memory_bandwidth
+
+
+def test_slower_rates_are_predicted():
+    """Each share slows down its own part of a chunk, in proportion, and no other."""
+    work = workload(dtype=torch.float32)[0]
+    before = predict(work, Candidate(Layout()), CPU)
+    for change, part in (
+        ({"matmul_fp32_shares": ((1, 0.5),)}, "products"),
+        ({"attention_shares": ((1, 0.5),)}, "attention"),
+        ({"vae_shares": ((1, 0.5),)}, "VAE"),
+        ({"pass_shares": tuple((kind, 0.5) for kind in PASSES)}, "memory passes"),
+    ):
+        after = predict(work, Candidate(Layout()), dataclasses.replace(CPU, **change))
+        assert after.seconds[part] == pytest.approx(2 * before.seconds[part], rel=1e-3)
+        assert all(after.seconds[name] == before.seconds[name] for name in before.seconds if name != part)
+
+
+@pytest.mark.parametrize("layout", [Layout(Degrees(ring=2)), Layout(Degrees(ulysses=2), shard_weights=True)], ids=str)
+def test_messages_pass_beside_computing_as_far_as_the_hardware_can(layout):
+    work = workload()[0]
+    hidden, half, none = (
+        predict(work, Candidate(layout), dataclasses.replace(H100, overlap=overlap)).seconds["messages"]
+        for overlap in (1.0, 0.5, 0.0)
+    )
+    assert hidden < half < none and none / 2 <= half <= (hidden + none) / 2  # what is hidden is bound by computing too
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -486,6 +570,11 @@ def test_shares_of_the_full_rate_are_interpolated():
         ({"colour": 1}, "colour is unknown"),
         ({"matmul_shares": [[4, 0.5], [2, 0.5]]}, "matmul_shares"),
         ({"matmul_shares": [4]}, "matmul_shares"),
+        ({"attention_shares": [[64, 0.0]]}, "attention_shares"),
+        ({"vae_shares": [[0, 0.5]]}, "pairs of channels"),
+        ({"pass_shares": {"shuffle": 0.5}}, "pass_shares shuffle 0.5: allowed are copy, norm"),
+        ({"pass_shares": [["norm", 0.5]]}, "pass_shares"),
+        ({"overlap": 1.5}, "overlap 1.5: a share from 0 to 1"),
         ({"sources": ["x"]}, "sources"),
     ],
     ids=str,

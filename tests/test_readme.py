@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from helios_cp import cards
 from helios_cp.generate import build_parser
 
 ROOT = Path(__file__).parents[1]
@@ -36,3 +37,8 @@ def test_files_that_the_readme_names_exist():
 def test_tables_are_well_formed():
     rows = [line for line in README.splitlines() if line.startswith("|")]
     assert rows and all(line.endswith("|") for line in rows)
+
+
+def test_the_table_of_cards_is_what_its_command_prints(capsys):
+    assert cards.main([]) == 0
+    assert capsys.readouterr().out.strip() in README

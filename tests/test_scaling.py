@@ -16,10 +16,25 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import scaling, scaling_ranks
+from benchmarks.communication_formulas import DTYPE, Tokens, predict_ours
 from benchmarks.memory import LiveMemory
-from benchmarks.scaling_ranks import Case, count_flops, peak_bytes, peak_bytes_of_diffusers, pinned, time_ranks
+from benchmarks.report_data import read_results
+from benchmarks.report_sections import scaling_section
+from benchmarks.scaling import measure_world
+from benchmarks.scaling_ranks import (
+    TOLERANCE,
+    Case,
+    Times,
+    count_flops,
+    peak_bytes,
+    peak_bytes_of_diffusers,
+    pinned,
+    time_ranks,
+)
+from benchmarks.scaling_world import GOALS, WorldTimes, compare
 from benchmarks.timing import Ratio, Timing
 from helios_cp.config import TransformerConfig
+from helios_cp.cost import Traffic
 from parallel.mesh import Degrees
 from parallel.ulysses import UlyssesAttention
 from tests.ranks import RankError, shared_pool
@@ -145,37 +160,74 @@ def test_a_pinned_thread_has_a_core_of_its_own_and_is_let_go():
     assert found == [True]
 
 
-def test_speedups():
+def test_speedups_and_efficiency():
     seconds = {"diffusers, 1 rank": 4.5, "ours, 1 rank": 4.0, "diffusers, Ulysses 2": 3.0, "ours, Ulysses 2": 2.0}
     seconds |= {"ours, ring 2": 2.5, "ours, 2 at once": 5.0}
-    speedups = {s.what.strip(): s for s in scaling.compare({name: Timing((t, t)) for name, t in seconds.items()})}
+    timings = {name: Timing((t, t)) for name, t in seconds.items()}
+    speedups = {each.what: each for each in compare(timings, 2, GOALS)}
     assert speedups["ours, Ulysses 2 over 1 rank"].ratio == Ratio(2.0, (2.0, 2.0))
     assert speedups["ours, Ulysses 2 over 1 rank"].to_json()["met"]
+    assert speedups["ours, ring 2 over 1 rank"].ratio.median == 4.0 / 2.5
     assert speedups["limit of this machine, 2 at once"].ratio.median == 2 * 4.0 / 5.0
     assert speedups["ours, Ulysses 2, of that limit"].ratio.median == 5.0 / (2 * 2.0)
     assert speedups["diffusers, Ulysses 2 over 1 rank"].ratio.median == 1.5
     assert speedups["ours over diffusers, 1 rank"].ratio.median == 4.5 / 4.0
     assert speedups["ours over diffusers, Ulysses 2"].ratio.median == 1.5
+    traffic = [{"ours, Ulysses 2": (3, sent)} for sent in (100, 300)]
+    times = Times(timings, {}, {}, traffic[0], is_pinned=True)
+    world = WorldTimes.of(2, times, traffic, {}, [0.0, 0.0], goals={})
+    assert world.efficiency == {"diffusers, Ulysses 2": 0.75, "ours, Ulysses 2": 1.0, "ours, ring 2": 0.8}
+    assert world.of_limit == {"ours, Ulysses 2": 1.25, "ours, ring 2": 1.0}
+    assert world.sent_bytes == {"ours, Ulysses 2": 200.0} and world.collectives == {"ours, Ulysses 2": 3}
+    assert all(each["goal"] is None for each in world.speedups.values())
 
 
-def test_command_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(scaling, "CASE", TINY)
-    output = tmp_path / "out.json"
-    assert scaling.main(["--repeats", "2", "--layers", "2", "--output", str(output)], shared_pool()) == 0
+def test_every_layout_is_timed_and_metered():
+    found = shared_pool().run(measure_world, TINY, 4, 2, 0, ranks=4)
+    assert found[1:] == [None] * 3
+    world = found[0]
+    layouts = ("Ulysses 4", "ring 4", "Ulysses 2 × ring 2")
+    assert set(world.efficiency) == {"diffusers, Ulysses 4", *(f"ours, {name}" for name in layouts)}
+    assert max(world.differences.values()) <= TOLERANCE[torch.float32]
+    tokens = Tokens.of(TINY.size, TINY.stage)
+    for name, degrees in zip(layouts, scaling_ranks.layouts(4).values(), strict=True):
+        predicted = sum(predict_ours(TINY.config, tokens, degrees).values(), Traffic())
+        fp32 = 4 / DTYPE.itemsize
+        assert world.collectives[f"ours, {name}"] == predicted.calls
+        assert 4 * world.sent_bytes[f"ours, {name}"] == fp32 * predicted.sent_bytes
+    assert world.collectives["diffusers, Ulysses 4"] == 7 * TINY.config.num_layers
+    assert world.peak_bytes["ours, Ulysses 4"] < world.peak_bytes["ours, 1 rank"]
+
+
+def test_command_line_through_torchrun(tmp_path, capsys):
+    output = tmp_path / "scaling.json"
+    flags = ["--repeats", "2", "--layers", "1", "--heads", "2", "--height", "64", "--width", "64", "--ranks", "2"]
+    assert scaling.main([*flags, "--output", str(output)]) == 0
     results = json.loads(output.read_text())["results"]
-    assert len(results["times"]) == 6 and all(len(t["seconds"]) == 2 for t in results["times"].values())
-    assert max(results["differences"].values()) <= scaling_ranks.TOLERANCE
-    assert results["memory"]["ours, ring"].keys() == {"1", "2", "4"}
-    assert results["speedups"]["ours over diffusers, Ulysses 2"]["goal"] == 1.15
+    world = results["worlds"]["2"]
+    assert len(world["times"]) == 6 and all(len(each["seconds"]) == 2 for each in world["times"].values())
+    assert world["collectives"]["ours, Ulysses 2"] == 3 and world["sent_bytes"]["ours, ring 2"] > 0
+    assert world["peak_bytes"]["ours, Ulysses 2"] < world["peak_bytes"]["diffusers, Ulysses 2"]
     printed = capsys.readouterr().out
-    assert "limit of this machine" in printed and "Peak MiB" in printed
+    assert "limit of this machine" in printed and "peak MiB" in printed
+    found, problems = read_results(tmp_path)
+    assert not problems and "| ours, Ulysses 2 |" in scaling_section(found["scaling"])
+
+
+def test_a_world_that_fails_is_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(scaling, "run_torchrun", lambda size, arguments: None)
+    assert scaling.main(["--ranks", "2", "--output", str(tmp_path / "out.json")]) == 1
+    assert "the world of 2 ranks failed" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--repeats", "1"], "--repeats 1: must be 2 or more"),
+        (["--repeats", "1"], "--repeats 1: allowed is 2 to 1000"),
         (["--layers", "none"], "--layers: 'none' is no whole number"),
+        (["--ranks", "1"], "--ranks 1: allowed is 2 to 64"),
+        (["--ranks", "4", "--heads", "6"], "--ranks 4: diffusers' context parallelism must divide the 6 heads"),
+        (["--height", "100"], "--height 100: allowed are multiples of 64"),
         (["--output", "out.txt"], "--output out.txt"),
     ],
 )

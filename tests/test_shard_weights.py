@@ -162,9 +162,9 @@ def test_text_history_and_forwards_in_any_order(pool, folders, degrees):
 def run_with_swapped_rows(rank: int, folder: str, degrees: Degrees, swapped: bool) -> torch.Tensor:
     from helios_cp import shard_weights
 
-    stored_names = shard_weights._stored_names
+    stored_names = shard_weights.stored_names
     step = -1 if swapped else 1
-    with mock.patch.object(shard_weights, "_stored_names", lambda *of: stored_names(*of)[::step]):
+    with mock.patch.object(shard_weights, "stored_names", lambda *of: stored_names(*of)[::step]):
         transformer = load(folder, degrees)
     return transformer(*inputs_of_a_forward(transformer))
 
@@ -322,15 +322,8 @@ class CountedFile:
     """A safetensors file that counts the bytes read from it."""
 
     def __init__(self, file, counts: list[int]) -> None:
-        self.file = file
+        self.opened = file
         self.counts = counts
-
-    def __enter__(self) -> CountedFile:
-        self.opened = self.file.__enter__()
-        return self
-
-    def __exit__(self, *error) -> None:
-        self.file.__exit__(*error)
 
     def keys(self):
         return self.opened.keys()
@@ -349,6 +342,7 @@ class CountedFile:
 class CountedSlice:
     def __init__(self, part, count) -> None:
         self.get_shape = part.get_shape
+        self.get_dtype = part.get_dtype
         self.part = part
         self.count = count
 

@@ -287,5 +287,5 @@ def test_rotation_in_bfloat16_rounds_once(heads, dim):
     exact = torch.view_as_real(torch.view_as_complex(states.double().unflatten(-1, (-1, 2))) * table[:, None]).flatten(
         -2
     )
-    result = layers.rotate_(states, table.to(torch.complex64))
+    result = layers.rotate_(states, torch.view_as_real(table.to(torch.complex64)))
     assert torch.equal(result, exact.bfloat16()) or relative_error(result.double(), exact) < 2**-9
