@@ -1,1 +1,3 @@
 """Measurements of this project, run from the checkout: `python -m benchmarks.forward`."""
+
+import helios_cp  # noqa: F401 - first, as it silences what diffusers imports

@@ -23,7 +23,7 @@ from torch._inductor.compile_fx import compile_fx
 from torch._inductor.graph import GraphLowering
 from torch._inductor.scheduler import NopKernelSchedulerNode
 
-from benchmarks.counting import Counts, count
+from benchmarks.counting import Counter
 from benchmarks.forward_counts import COST_MODEL, count_forward
 from benchmarks.machine import write_result
 from benchmarks.models import STAGES, TEXT_TOKENS
@@ -80,9 +80,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def count_block_eager(config: TransformerConfig, stage: int, is_last: bool) -> BlockCounts:
     block = build_block(config, "meta")
-    counts: Counts = count(call_block, block.forward, config, stage, is_last, "meta")
-    products = 4 + (1 if is_last else 0) + 2 + 2 + 1  # q, k, v · out · q · out · FFN, and attention twice
-    return BlockCounts(counts.kernels - products, counts.elementwise_bytes / 1e9)
+    with torch.inference_mode(), Counter() as counter:
+        call_block(block.forward, config, stage, is_last, "meta")
+    kernels = sum(counts.kernels for counts in counter.operations.values() if not counts.flops)
+    return BlockCounts(kernels, counter.total.elementwise_bytes / 1e9)
 
 
 def count_block_compiled(config: TransformerConfig, stage: int, is_last: bool) -> BlockCounts:
