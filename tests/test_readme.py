@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from benchmarks.report_model import GPUS, HARDWARE, STEPS, predict_lines
 from helios_cp import cards
 from helios_cp.generate import build_parser
 
@@ -42,3 +43,10 @@ def test_tables_are_well_formed():
 def test_the_table_of_cards_is_what_its_command_prints(capsys):
     assert cards.main([]) == 0
     assert capsys.readouterr().out.strip() in README
+
+
+def test_the_table_of_gpus_is_what_the_planner_predicts():
+    lines = {(line.hardware, line.steps): line.points for line in predict_lines()}
+    for count in GPUS:
+        fps = [f"{lines[name, steps][count].fps:.1f}" for name in HARDWARE for steps in STEPS]
+        assert f"| {count} | {' | '.join(fps)} |  |" in README
