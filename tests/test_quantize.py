@@ -245,7 +245,8 @@ def test_ranks_hold_parts_of_the_same_values(checkpoint, folders, degrees):
     for ranks in shared_pool().run(run_ranks, sources, kinds, degrees, ranks=degrees.world):
         for (first, _), (second, _) in (ranks[:2], ranks[2:]):
             assert all(torch.equal(first[name], second[name]) for name in first)
-        assert max(error(mine, other) for (_, mine), other in zip(ranks, alone, strict=True)) <= 1e-5
+        errors = [error(mine, other) for (_, mine), other in zip(ranks, alone, strict=True)]
+        assert max(errors) <= 1e-5, errors
 
 
 # A folder
