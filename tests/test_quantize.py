@@ -39,7 +39,7 @@ from helios_cp.stored import CheckpointError, read
 from helios_cp.weights import load_transformer
 from helios_cp.weights_cli import main
 from parallel.mesh import Degrees, Mesh
-from tests.ranks import RankPool
+from tests.ranks import shared_pool
 from tests.test_lora import bits as bits_of
 from tests.test_lora import error, forward, inputs_for, same_bits, written
 
@@ -236,21 +236,13 @@ def run_ranks(rank: int, folders: list[str], kinds: list[str | None], degrees: D
     return found
 
 
-@pytest.fixture(scope="module")
-def pool():
-    """Ranks of this file's own, which no other file's tests have run in."""
-    pool = RankPool()
-    yield pool
-    pool.close()
-
-
 @pytest.mark.parametrize("degrees", [Degrees(ulysses=2, ffn_tp=2), Degrees(ring=3, ffn_tp=3)], ids=str)
-def test_ranks_hold_parts_of_the_same_values(pool, checkpoint, folders, degrees):
+def test_ranks_hold_parts_of_the_same_values(checkpoint, folders, degrees):
     """Of each kind, quantised while loading and from a folder; activations of fp8 are scaled by what a rank has."""
     sources = [str(checkpoint.folder), str(folders["int8"]), str(checkpoint.folder), str(folders["int4"])]
     kinds = ["int8", None, "int4", "int4"]
     alone = [values for _, values in run_ranks(0, sources, kinds, Degrees())]
-    for ranks in pool.run(run_ranks, sources, kinds, degrees, ranks=degrees.world):
+    for ranks in shared_pool().run(run_ranks, sources, kinds, degrees, ranks=degrees.world):
         for (first, _), (second, _) in (ranks[:2], ranks[2:]):
             assert all(torch.equal(first[name], second[name]) for name in first)
         errors = [error(mine, other) for (_, mine), other in zip(ranks, alone, strict=True)]
