@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import weakref
 
 import torch
@@ -18,13 +19,23 @@ class LiveMemory(TorchDispatchMode):
     What exists before, such as weights and inputs, does not count, nor does a view or an update in place. Scratch space
     inside a kernel, and an allocator's rounding, are not seen. Raises `RuntimeError` under `torch.inference_mode()`,
     where composite operations come in whole, their intermediate tensors unseen; `torch.no_grad()` is the mode to use.
+
+    A thread that works for a finished collective may let go of its buffer a moment late, and wants the interpreter's
+    lock for it: `patience` are the seconds that others get to free what they hold before a new peak counts.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, patience: float = 0.0) -> None:
         super().__init__()
-        self.live_bytes = 0
+        self.patience = patience
         self.peak_bytes = 0
+        # By a number of its own for each: a sum kept by += would be wrong once two threads free at the same time.
+        self._live: dict[int, int] = {}
+        self._allocations = 0
         self._known = WeakIdKeyDictionary(ref_type=weakref.ref)
+
+    @property
+    def live_bytes(self) -> int:
+        return sum(list(self._live.values()))
 
     def __enter__(self) -> LiveMemory:
         if torch.is_inference_mode_enabled():
@@ -43,13 +54,13 @@ class LiveMemory(TorchDispatchMode):
         return result
 
     def _allocate(self, storage: torch.UntypedStorage) -> None:
-        self.live_bytes += storage.nbytes()
-        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+        self._allocations += 1
+        self._live[self._allocations] = storage.nbytes()
         # A storage is one Python object for as long as the memory lives, whichever tensors come and go over it.
-        weakref.finalize(storage, self._free, storage.nbytes()).atexit = False
-
-    def _free(self, size: int) -> None:
-        self.live_bytes -= size
+        weakref.finalize(storage, self._live.pop, self._allocations).atexit = False
+        if self.patience and self.live_bytes > self.peak_bytes:
+            time.sleep(self.patience)
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
 
 
 def _storages(values) -> list[torch.UntypedStorage]:

