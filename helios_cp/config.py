@@ -280,6 +280,13 @@ class Request:
         request.validate(checkpoint)
         return request
 
+    def ignored(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """Flags with values that this checkpoint does not read, though they are given."""
+        if not checkpoint.is_distilled:
+            return {}
+        scale = {} if self.guidance_scale in (None, 1.0) else {"--guidance-scale": self.guidance_scale}
+        return scale | ({"--negative-prompt": repr(self.negative_prompt)} if self.negative_prompt else {})
+
     def validate(self, checkpoint: Checkpoint) -> None:
         """Raises `RequestError`, naming the flag, the value and what is allowed. See `tests/test_bad_input.py`."""
         self.check()

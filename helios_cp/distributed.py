@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +20,9 @@ import torch.distributed as dist
 from helios_cp.config import RequestError
 from helios_cp.device import TESTED, card_count, card_of_rank, make_current
 from helios_cp.weights import CheckpointError
+
+PREPARED_POLL = 0.05
+"""Seconds between two looks whether all machines are prepared."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,16 @@ class World:
             self._store.set("helios_cp/decided", json.dumps(decided))
             return decided
         return json.loads(self._store.get("helios_cp/decided"))
+
+    def prepare(self, step: Callable[[], object]) -> None:
+        """Call `step` once on every machine, and wait until it has come to its end on all, however long that takes."""
+        if self.ranks.local_rank == 0:
+            step()
+        if self._store is None:
+            return
+        self._store.add("helios_cp/prepared", 1)
+        while self._store.add("helios_cp/prepared", 0) < self.ranks.size:
+            time.sleep(PREPARED_POLL)
 
     @contextmanager
     def connected(self, backend: str, device: torch.device) -> Iterator[None]:

@@ -103,7 +103,7 @@ def _run(parser: OneLineParser, arguments: argparse.Namespace, cache: Path | Non
     from helios_cp.distributed import Ranks, World, device_of_rank, end_process
     from helios_cp.runner import follow, run
     from helios_cp.session import Followed, Session, check
-    from helios_cp.weights import CheckpointError
+    from helios_cp.weights import CheckpointError, resolve
 
     session: Session | None = None
 
@@ -132,6 +132,8 @@ def _run(parser: OneLineParser, arguments: argparse.Namespace, cache: Path | Non
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 stops for all
         device = device_of_rank(pick_device(arguments.device), ranks)
     try:
+        if decided["requests"]:
+            world.prepare(lambda: resolve(decided["model"], cache))  # with its weights, which may take long
         with world.connected(decided["backend"], device):
             if session is None:
                 follow(Followed.from_json(decided, device, cache), world)
@@ -141,7 +143,8 @@ def _run(parser: OneLineParser, arguments: argparse.Namespace, cache: Path | Non
                 end_process(code)  # the others are in the middle of a chunk and will not come to an end
             return code
     except (CheckpointError, RequestError, OSError) as error:
-        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+        if world.claim_end():
+            print(f"{PROGRAM}: error: {error}", file=sys.stderr)
         return 1
 
 

@@ -295,7 +295,7 @@ class Block(nn.Module):
         tokens after the first `history` are updated and returned: the last block's history rows are never read.
         """
         rows = self.scale_shift_table + modulation
-        rows[:, :, 1::3] += 1  # the two scales are stored as what they add to 1
+        rows[:, :, 1::3].add_(1)  # the two scales are stored as what they add to 1
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = rows.unbind(2)
 
         normed = modulated_norm(states, shift, scale, history, self.eps)

@@ -26,7 +26,7 @@ from helios_cp.state import ChunkState
 from helios_cp.text import PromptEncoder
 from helios_cp.transformer import HeliosTransformer, TextCondition
 from helios_cp.vae import Codec, DiagonalGaussianDistribution, as_input, denormalise, posterior_of, to_frames
-from helios_cp.weights import load_scheduler, load_text_encoder, load_transformer, load_vae, resolve
+from helios_cp.weights import WEIGHTS, load_scheduler, load_text_encoder, load_transformer, load_vae, resolve
 from parallel.collectives import Group
 from parallel.engines import sequence_attention
 from parallel.mesh import Degrees, Mesh
@@ -54,7 +54,8 @@ def load_parallel(
     gives the plain pipeline. Raises `ValueError` for `shard_weights` where the mesh splits the feed-forward weights
     already, and for an `attention` engine that cannot run here.
     """
-    checkpoint = model if isinstance(model, Checkpoint) else resolve(model, cache)
+    weights = ("transformer",) if denoise_only else WEIGHTS
+    checkpoint = model if isinstance(model, Checkpoint) else resolve(model, cache, weights=weights)
     execution = execution or Execution()
     execution.check_layout(shard_weights)
     device, home = torch.device(device), execution.home(device)

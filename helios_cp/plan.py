@@ -287,7 +287,7 @@ def find_checkpoint(model: str) -> Checkpoint:
     from helios_cp.weights import resolve
 
     cache = os.environ.get("HELIOS_CP_CACHE")
-    return resolve(model, Path(cache) if cache else None)
+    return resolve(model, Path(cache) if cache else None, weights=())
 
 
 if __name__ == "__main__":

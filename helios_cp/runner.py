@@ -42,11 +42,8 @@ def run(session: Session, world: World) -> int:
     """
     for path in session.skipped:
         say(f"{path} exists, skipped")
-    if session.checkpoint.random_weights:
-        say(
-            f"{session.model}: the weights are random, so the video is noise; "
-            "--model BestWishYsh/Helios-Distilled gets the real ones"
-        )
+    for remark in session.remarks():
+        say(remark)
     pipeline = _load(session, world)
     reports: list[Report] = []
     try:

@@ -52,6 +52,18 @@ class Session:
     report: Path | None
     has_prompt_file: bool
 
+    def remarks(self) -> list[str]:
+        """What to tell before work starts: that weights are random, and which flags are given and have no effect."""
+        random = (
+            f"{self.model}: the weights are random, so the video is noise; "
+            "--model BestWishYsh/Helios-Distilled gets the real ones"
+        )
+        ignored = {flag: value for job in self.jobs for flag, value in job.request.ignored(self.checkpoint).items()}
+        return [random] * self.checkpoint.random_weights + [
+            f"{flag} {value}: Helios-Distilled has its guidance built in and does not read it"
+            for flag, value in ignored.items()
+        ]
+
     def for_followers(self) -> dict[str, Any]:
         """What the ranks other than 0 need to know, as JSON: `Followed.from_json` reads it."""
         unfinished = [
@@ -86,7 +98,7 @@ class Followed:
     @classmethod
     def from_json(cls, values: dict[str, Any], device: torch.device, cache: Path | None) -> Followed:
         return cls(
-            checkpoint=resolve(values["model"], cache),
+            checkpoint=resolve(values["model"], cache, weights=()),
             device=device,
             dtype=pick_dtype(values["dtype"], device),
             layout=Layout.from_json(values["layout"]),
@@ -100,7 +112,7 @@ def check(arguments: argparse.Namespace, cache: Path | None, ranks: Ranks | None
     """Everything that can be found wrong before weights are loaded. Raises `RequestError`; writes nothing.
 
     With several ranks it is called on rank 0. `cache` is where presets are kept. What needs no checkpoint is checked
-    first, as one may have to be downloaded.
+    first, then what needs its configuration, which is all that is downloaded of a hub id.
     """
     options = vars(arguments)
     ranks = ranks or Ranks()
@@ -133,7 +145,7 @@ def check(arguments: argparse.Namespace, cache: Path | None, ranks: Ranks | None
     for each in filter(None, folders):
         _check_run_folder(each, resume is not None)
 
-    checkpoint = resolve(model, cache)
+    checkpoint = resolve(model, cache, weights=())
     execution = replace(execution, quantize=agreed_quantization(execution, checkpoint.folder))
     execution.check(device=device.type, capability=capability(device), is_distilled=checkpoint.is_distilled)
     waiting = [Job(job.request.resolve(checkpoint), job.output) for job in waiting]

@@ -1,8 +1,8 @@
 """From what `--model` says to loaded parts.
 
-`resolve` finds the checkpoint and reads its JSON files only; the `load_*` functions read weights, from safetensors
-files on disk and never from the network or a pickle. Heavy libraries are imported where they are used, so that
-`resolve` stays quick.
+`resolve` finds the checkpoint, downloads what of it is missing, and reads its JSON files only; the `load_*` functions
+read weights, from safetensors files on disk and never from the network or a pickle. Heavy libraries are imported where
+they are used, so that `resolve` stays quick.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,17 +29,18 @@ if TYPE_CHECKING:
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 SCHEDULERS = ("HeliosScheduler", "HeliosDMDScheduler")
 
-DOWNLOADED = ["model_index.json", *(f"{part}/*{end}" for part in PARTS for end in (".json", ".txt", ".model"))]
-DOWNLOADED += [f"{part}/*.safetensors" for part in PARTS]
+WEIGHTS = ("transformer", "vae", "text_encoder")
+DESCRIPTIONS = ("model_index.json", *(f"{part}/*{end}" for part in PARTS for end in (".json", ".txt", ".model")))
 HUB_ID = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>\w[\w./-]*))?")
 
 
-def resolve(model: str, cache: Path | None = None) -> Checkpoint:
+def resolve(model: str, cache: Path | None = None, *, weights: Iterable[str] = WEIGHTS) -> Checkpoint:
     """The checkpoint that `model` stands for, without reading weights.
 
     `model` is, in this order, the name of a preset (written below `cache` on first use), a folder in the diffusers
-    layout, or a hub id `owner/name` or `owner/name@revision`, whose missing files are downloaded. Raises
-    `RequestError` if it is none of these, or not to be had.
+    layout, or a hub id `owner/name` or `owner/name@revision`. Of a hub id the missing files are downloaded: small ones
+    that describe it, and the `weights` of these parts; `()` is enough to check a request. Raises `RequestError` if it
+    is none of these, or not to be had.
     """
     folder = Path(os.path.expanduser(model))
     if model in PRESETS:
@@ -54,7 +55,7 @@ def resolve(model: str, cache: Path | None = None) -> Checkpoint:
         hub_id = HUB_ID.fullmatch(model)
         if hub_id is None or os.path.exists(folder):
             raise RequestError(f"--model {model}: no such folder; give a folder, a hub id owner/name or {_presets()}")
-        folder = _download(model, hub_id["repository"], hub_id["revision"])
+        folder = _download(model, hub_id["repository"], hub_id["revision"], tuple(weights))
     return Checkpoint.read(folder)
 
 
@@ -62,13 +63,14 @@ def _presets() -> str:
     return f"a preset: {', '.join(PRESETS)}"
 
 
-def _download(model: str, repository: str, revision: str | None) -> Path:
+def _download(model: str, repository: str, revision: str | None, weights: tuple[str, ...]) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
     get = f"hf download {repository}{f' --revision {revision}' if revision else ''} --local-dir DIR"
     try:
-        return Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=DOWNLOADED))
+        patterns = [*DESCRIPTIONS, *(f"{part}/*.safetensors" for part in weights)]
+        return Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=patterns))
     except GatedRepoError:
         reason = "the hub asks to accept its terms on its page, and then for `hf auth login`"
     except RepositoryNotFoundError:

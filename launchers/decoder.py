@@ -28,7 +28,7 @@ class Decoder:
         from helios_cp.weights import load_vae, resolve
 
         self.device = loading.torch_device()
-        checkpoint = resolve(loading.model, loading.cache)
+        checkpoint = resolve(loading.model, loading.cache, weights=("vae",))
         self.channels = checkpoint.transformer.in_channels
         self.codec = Codec(load_vae(checkpoint, self.device))
         prepare_codec(self.codec, loading.execution)

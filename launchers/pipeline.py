@@ -110,7 +110,7 @@ class ChunkPipeline:
         spread: bool = False,
         patience: float = 15.0,
     ) -> None:
-        self.checkpoint = resolve(model, cache)
+        self.checkpoint = resolve(model, cache, weights=())
         layout = layout or Layout()
         backend = backend or ("nccl" if device == "cuda" else "gloo")
         loading = Loading(model, dtype, device, backend, layout, timeout, cache, execution or Execution())

@@ -108,6 +108,8 @@ def _generate(
     if not session.jobs:
         return 0
     layout = f" of {session.layout.degrees}" if session.layout.degrees.world > 1 else ""
+    for remark in session.remarks():
+        say(remark)
     say(f"loading {session.model}: {arguments.groups} group(s){layout}, {arguments.decoders} decoder(s)")
     with StopSignal().installed() as stop:
         pipeline = ChunkPipeline(

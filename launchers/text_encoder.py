@@ -25,7 +25,7 @@ class TextEncoder(Watched):
         from helios_cp.text import PromptEncoder
         from helios_cp.weights import load_text_encoder, resolve
 
-        checkpoint = resolve(self.model, self.cache)
+        checkpoint = resolve(self.model, self.cache, weights=("text_encoder",))
         self.encoder = PromptEncoder(*load_text_encoder(checkpoint, self.device, self.dtype))
         return own_place()
 

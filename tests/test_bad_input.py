@@ -21,6 +21,7 @@ from PIL import Image
 
 from helios_cp.generate import main
 from helios_cp.video import Mp4Writer, encode_segment
+from helios_cp.weights import resolve
 from tests.conftest import WeightsReached
 
 SIZE = "--height 64 --width 64 --num-frames 33"
@@ -471,16 +472,27 @@ def test_cuda_without_cuda(place, capfd):
     assert "--device cuda: " in line and "auto, cpu" in line
 
 
-def test_what_needs_no_checkpoint_is_checked_before_one_is_downloaded(place, capfd, monkeypatch):
-    def download(*_: object, **__: object) -> None:
-        raise WeightsReached
+def test_a_hub_id_is_fetched_only_as_far_as_a_call_holds(place, cache, capfd, monkeypatch):
+    """First nothing, then what describes the checkpoint, and its weights when nothing is left to refuse."""
+    fetched: list[bool] = []
+
+    def download(*_: object, allow_patterns: list[str], **__: object) -> str:
+        fetched.append(any("safetensors" in pattern for pattern in allow_patterns))
+        if fetched[-1]:
+            raise WeightsReached
+        return str(resolve("tiny-distilled", cache).folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     hub = [*SIZE.split(), "--model", "owner/helios", "--prompt", "fox"]
     for bad in ("--seed -1", "--image none.png", "--video short.mp4", "--output out.avi", "--checkpoint-dir run"):
         refusal([*hub, *bad.split()], place, capfd)
+    assert fetched == []
+    for bad in ("--height 96", "--num-inference-steps 5", "--cfg-parallel 2", "--ulysses 2", "--block-cache 0.1"):
+        refusal([*hub, *bad.split()], place, capfd)
+    assert fetched == [False] * 5
     with pytest.raises(WeightsReached):
         main(hub)
+    assert fetched[5:] == [False, True]
 
 
 def test_a_state_of_another_shape_of_file(place, capfd):

@@ -79,6 +79,7 @@ def names(folder: Path) -> list[str]:
 def test_mp4_latents_and_report(folder, distilled, capfd):
     """Two chunks: everything that one call writes, against what the pipeline yields."""
     arguments = ["--prompt", "a fox", "--num-frames", "34", "--fps", "30", "--seed", "7", "--output", "new/fox.mp4"]
+    arguments += ["--guidance-scale", "7", "--negative-prompt", "blurry"]  # Distilled reads neither
     assert generate(*arguments, "--save-latents", "new/l/fox.safetensors", "--report", "new/r/fox.json") == 0
     assert names(folder) == ["new", "new/fox.mp4", "new/l", "new/l/fox.safetensors", "new/r", "new/r/fox.json"]
     chunks = list(distilled.stream(Request(prompt=("a fox",), num_frames=34, seed=(7,), **FIELDS)))
@@ -101,6 +102,8 @@ def test_mp4_latents_and_report(folder, distilled, capfd):
     assert re.match(r"new/fox\.mp4: 66 frames at [0-9.]+ FPS \([0-9.]+ without the first chunk\)\n", out)
     assert "denoise_3" in out and "decode" in out
     assert err.count("the weights are random, so the video is noise; --model BestWishYsh/Helios-Distilled") == 1
+    assert "--guidance-scale 7.0: Helios-Distilled has its guidance built in and does not read it\n" in err
+    assert "--negative-prompt 'blurry': Helios-Distilled has" in err
     assert "\033" not in out + err and "\r" not in out + err
     lines = [line for line in err.splitlines() if line.startswith("fox.mp4: chunk ")]
     assert [line.split(":")[1] for line in lines] == [" chunk 1 of 2", " chunk 2 of 2"]

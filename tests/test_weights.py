@@ -32,7 +32,6 @@ from helios_cp.config import Checkpoint, RequestError, TransformerConfig
 from helios_cp.presets import PRESETS, preset_folder
 from helios_cp.transformer import HeliosTransformer
 from helios_cp.weights import (
-    DOWNLOADED,
     CheckpointError,
     load_scheduler,
     load_text_encoder,
@@ -134,16 +133,26 @@ def test_a_hub_id_is_downloaded(model, revision, checkpoint, monkeypatch):
     assert calls == [("owner/name", revision)]
 
 
-def test_only_the_parts_are_downloaded_and_no_pickles():
-    wanted = [
-        "model_index.json",
-        "transformer/config.json",
-        "transformer/diffusion_pytorch_model-00001-of-00002.safetensors",
-        "tokenizer/spiece.model",
-        "tokenizer/merges.txt",
-    ]
-    others = ["README.md", "demo.mp4", "text_encoder/pytorch_model.bin", "vae/weights.pt", "extra/model.safetensors"]
-    assert list(huggingface_hub.utils.filter_repo_objects(wanted + others, allow_patterns=DOWNLOADED)) == wanted
+DESCRIBING = ["model_index.json", "transformer/config.json", "tokenizer/spiece.model", "tokenizer/merges.txt"]
+SAFETENSORS = ["transformer/diffusion_pytorch_model-00001-of-00002.safetensors", "text_encoder/model.safetensors"]
+OTHERS = ["README.md", "demo.mp4", "text_encoder/pytorch_model.bin", "vae/weights.pt", "extra/model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("options", "weights"),
+    [({}, SAFETENSORS), ({"weights": ("text_encoder",)}, SAFETENSORS[1:]), ({"weights": ()}, [])],
+)
+def test_only_what_is_asked_for_is_downloaded_and_no_pickles(options, weights, checkpoint, monkeypatch):
+    patterns = []
+
+    def download(repository, **options):
+        patterns.extend(options["allow_patterns"])
+        return str(checkpoint.folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    resolve("owner/name", **options)
+    files = DESCRIBING + SAFETENSORS + OTHERS
+    assert list(huggingface_hub.utils.filter_repo_objects(files, allow_patterns=patterns)) == DESCRIBING + weights
 
 
 def test_offline_says_what_to_do(tmp_path, monkeypatch):
