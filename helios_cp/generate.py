@@ -101,8 +101,9 @@ def _run(parser: OneLineParser, arguments: argparse.Namespace, cache: Path | Non
     # Imported here so that --help and misspelt flags need not wait for torch.
     from helios_cp.device import pick_device
     from helios_cp.distributed import Ranks, World, device_of_rank, end_process
-    from helios_cp.runner import follow, run
+    from helios_cp.runner import PATIENCE, follow, run
     from helios_cp.session import Followed, Session, check
+    from helios_cp.stopping import exit_late
     from helios_cp.weights import CheckpointError, resolve
 
     session: Session | None = None
@@ -130,6 +131,7 @@ def _run(parser: OneLineParser, arguments: argparse.Namespace, cache: Path | Non
         device = session.device
     else:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 stops for all
+        exit_late(PATIENCE)
         device = device_of_rank(pick_device(arguments.device), ranks)
     try:
         if decided["requests"]:

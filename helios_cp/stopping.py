@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -60,3 +61,23 @@ class StopSignal:
             return
         # Not by print: a handler may run while the same buffer is being written.
         os.write(STDERR, b"stopping after this step; Ctrl-C again stops at once\n")
+
+
+def exit_late(patience: float) -> None:
+    """From now on SIGTERM ends this process only after `patience` seconds, even if its main thread waits in a library.
+
+    torchrun sends it to all ranks as soon as one is lost, and the one that notices needs a moment to say so.
+    """
+    reads, writes = os.pipe()
+    os.set_blocking(writes, False)
+    # The number of a signal is written there at once; a handler in Python runs when the main thread comes back.
+    signal.set_wakeup_fd(writes, warn_on_full_buffer=False)
+    signal.signal(signal.SIGTERM, lambda *_: None)
+
+    def watch() -> None:
+        while os.read(reads, 1)[0] != signal.SIGTERM:
+            pass
+        time.sleep(patience)
+        os._exit(128 + signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()

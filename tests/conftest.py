@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import sys
 
 import pytest
 import torch
 from PIL import Image
-from skimage import data
 
 from helios_cp.presets import PRESETS, preset_folder
 
 # One thread: the models are tiny, and threads that wait for each other on a busy machine cost more than they do.
 torch.set_num_threads(1)
+
+if importlib.util.find_spec("hypothesis"):  # a machine with a GPU may lack it, and runs other tests
+    from hypothesis import settings
+
+    # The same examples in every run, and none is too slow: a shared machine may stall any of them.
+    settings.register_profile("suite", deadline=None, derandomize=True)
+    settings.load_profile("suite")
 
 
 @pytest.fixture(scope="session")
@@ -31,6 +37,7 @@ def presets(cache):
 @pytest.fixture(scope="session")
 def astronaut() -> Image.Image:
     """A photograph, 512 × 512, shipped with scikit-image."""
+    data = pytest.importorskip("skimage.data")
     return Image.fromarray(data.astronaut())
 
 

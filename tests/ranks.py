@@ -54,7 +54,7 @@ class RankPool:
         # Imported once in the fork server, so that starting a process costs milliseconds.
         self._context.set_forkserver_preload(PRELOADED)
 
-    def run(self, function: Callable[..., Any], *args: Any, ranks: int, timeout: float = 60.0) -> list[Any]:
+    def run(self, function: Callable[..., Any], *args: Any, ranks: int, timeout: float = 300.0) -> list[Any]:
         """`function(rank, *args)` of every rank. Raises `RankError` within `timeout` seconds when one fails."""
         if not 1 <= ranks <= self.size:
             raise ValueError(f"{ranks} ranks: this pool has 1 to {self.size}")

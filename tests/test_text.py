@@ -13,7 +13,7 @@ import regex
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.pipelines.helios import pipeline_helios
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from helios_cp.schedule import prompt_blend
@@ -84,7 +84,6 @@ def test_every_white_space_is_cleaned_as_in_diffusers(space):
         assert clean(text) == pipeline_helios.prompt_clean(text)
 
 
-@settings(deadline=None)  # a shared machine may stall any example
 @given(st.text(max_size=30))
 def test_any_text_is_cleaned_as_in_diffusers(text):
     for variant in (text, html.escape(text), html.escape(html.escape(text))):
@@ -140,7 +139,6 @@ def test_the_last_prompt_holds_and_the_first_never_returns():
 schedules = st.lists(st.integers(1, 6), min_size=1, max_size=6)
 
 
-@settings(deadline=None)
 @given(schedules, st.integers(1, 7), st.integers(0, 40))
 def test_weights_are_those_of_linspace(lengths, steps, chunk):
     entry, position = 0, chunk
@@ -156,7 +154,6 @@ def test_weights_are_those_of_linspace(lengths, steps, chunk):
     assert weights_of(prompt_blend(lengths, steps, chunk), len(lengths)) == pytest.approx(expected, abs=1e-6)
 
 
-@settings(deadline=None)
 @given(schedules, st.integers(1, 7), st.integers(0, 40))
 def test_one_mixture_has_one_form(lengths, steps, chunk):
     blend = prompt_blend(lengths, steps, chunk)
