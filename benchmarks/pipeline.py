@@ -12,6 +12,9 @@ import argparse
 import os
 import statistics
 import sys
+from collections import Counter
+from concurrent.futures import CancelledError
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,6 +23,7 @@ from typing import Any
 from benchmarks.machine import RESULTS, write_result
 from helios_cp.config import Request
 from launchers.cluster import connected
+from launchers.handle import VideoHandle
 from launchers.pipeline import ChunkPipeline
 from launchers.schedule import Limits
 from launchers.timeline import Event, draw_runs, overlap
@@ -33,6 +37,9 @@ STAGES = ("denoise", "decode", "write")
 CHUNKS = 24
 SAMPLE_EVERY = 5
 """Requests between two looks at the processes' memory."""
+
+CANCELLED_OF_TEN, FAILING_OF_TEN = 9, 4
+"""Which request of each ten."""
 
 WARM_UP = 4
 """Chunks at either end that are left out of the steady state."""
@@ -135,31 +142,54 @@ def private_bytes(pid: int) -> int:
 
 
 def measure_memory(requests: int, folder: Path) -> dict[str, Any]:
-    """Private bytes of the driver and each worker over many short videos, a tenth of them cancelled.
+    """Private bytes of the driver and each process of each worker over many short videos: of ten one is cancelled once
+    its first chunk is there, and one fails inside a worker, as its picture is none.
 
     malloc returns memory in steps of some 30 MB now and then, so the level is told by medians: of the last half against
     the quarter before it. What comes before that is warming up.
     """
     request = Request(prompt=("a fox",), height=64, width=64, num_frames=33, pyramid_num_inference_steps_list=(1, 1, 1))
+    long, picture = replace(request, num_frames=33 * 10), folder / "bad.png"
+    picture.write_bytes(b"not a picture")
+    outcomes = Counter()
     with ChunkPipeline(MODEL) as pipeline:
         pipeline.wait_until_ready()
-        pids = {"driver": os.getpid()} | {name: worker.places[0].pid for name, worker in pipeline.workers.items()}
+        pids = {"driver": os.getpid()}
+        for name, worker in pipeline.workers.items():
+            numbered = len(worker.places) > 1
+            pids |= {f"{name}.{i}" if numbered else name: place.pid for i, place in enumerate(worker.places)}
         samples: dict[str, list[int]] = {name: [] for name in pids}
         for number in range(requests + 1):
             if number % SAMPLE_EVERY == 0:
                 for name, pid in pids.items():
                     samples[name].append(private_bytes(pid))
-            handle = pipeline.submit(request, output=[folder / "short.mp4"])
-            if number % 10 == 9:
+            if number % 10 == CANCELLED_OF_TEN:
+                handle = pipeline.submit(long, output=[folder / "long.mp4"], stream=True)
+                next(iter(handle))
                 handle.cancel()
-                continue
-            handle.result()
+            elif number % 10 == FAILING_OF_TEN:
+                handle = pipeline.submit(replace(request, image=str(picture)), output=[folder / "short.mp4"])
+            else:
+                handle = pipeline.submit(request, output=[folder / "short.mp4"])
+            outcomes[outcome(handle)] += 1
     return {
         "requests": requests,
+        "outcomes": dict(outcomes),
         "sampled_every": SAMPLE_EVERY,
         "private_bytes": samples,
         "growth": {name: growth(values) for name, values in samples.items()},
     }
+
+
+def outcome(handle: VideoHandle) -> str:
+    """How a video ended, once it has."""
+    try:
+        handle.result()
+    except CancelledError:
+        return "cancelled"
+    except Exception:
+        return "failed"
+    return "finished"
 
 
 def growth(values: list[int]) -> float:

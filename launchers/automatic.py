@@ -13,10 +13,11 @@ import ray
 from ray.exceptions import GetTimeoutError
 
 from helios_cp.config import RequestError
-from helios_cp.hardware import Hardware, detect_hardware
+from helios_cp.hardware import Hardware, detect_hardware, find_hardware
 from helios_cp.layout import DEGREES
-from helios_cp.plan import best_prediction
-from helios_cp.session import Session
+from helios_cp.runner import say
+from helios_cp.search import best_prediction
+from launchers.checks import checked_without_layout
 from launchers.cluster import nodes_free
 from launchers.recipes import Resources, bundle, text_gpus
 
@@ -30,26 +31,31 @@ def take_best_layout(arguments: argparse.Namespace, cache: Path | None, device: 
     Of all groups that have room beside the other workers, it is the one that `helios_cp.plan` models as fastest with
     decoders of their own; what is given stays. Raises `RequestError`.
     """
-    if arguments.spread and not hasattr(arguments, "ranks"):
-        raise RequestError("--layout auto with --spread: say how many ranks a group has over all its nodes, by --ranks")
     sizes = [arguments.ranks] if hasattr(arguments, "ranks") else range(1, most_ranks(arguments, device, resources) + 1)
-    session = _checked_without_layout(arguments, cache, device)
+    session = checked_without_layout(arguments, cache, device)
     if not session.jobs:
-        del arguments.layout
+        _forget(arguments)
         return
     given = {name: getattr(arguments, flag) for flag, name in DEGREES.items() if hasattr(arguments, flag)}
     if hasattr(arguments, "shard_weights"):
         given["shard_weights"] = arguments.shard_weights
     decoders = max(1, arguments.decoders // arguments.groups) if arguments.decoders else 0
     requests = [job.request for job in session.jobs]
-    card = _card(arguments, resources) if device == "cuda" else None
+    card = _card(arguments, resources) if device == "cuda" or hasattr(arguments, "hardware") else None
     predictions, refusal = [], None
     for ranks in sizes:
         hardware = card or detect_hardware("cpu", arguments.groups * ranks)
         try:
             predictions.append(
                 best_prediction(
-                    session.checkpoint, requests, session.dtype, ranks, hardware, {**given, "vae": 1}, decoders
+                    session.checkpoint,
+                    requests,
+                    session.dtype,
+                    ranks,
+                    hardware,
+                    {**given, "vae": 1},
+                    decoders,
+                    session.execution,
                 )
             )
         except RequestError as error:
@@ -60,13 +66,23 @@ def take_best_layout(arguments: argparse.Namespace, cache: Path | None, device: 
     for flag, name in DEGREES.items():
         setattr(arguments, flag, getattr(layout.degrees, name))
     arguments.ranks, arguments.shard_weights = layout.degrees.world, layout.shard_weights
-    del arguments.layout
+    say(layout.as_planned(hardware.name))
+    _forget(arguments)
+
+
+def _forget(arguments: argparse.Namespace) -> None:
+    """Flags that have been answered."""
+    for flag in ("layout", "hardware"):
+        if hasattr(arguments, flag):
+            delattr(arguments, flag)
 
 
 def most_ranks(arguments: argparse.Namespace, device: str, resources: Resources) -> int:
     """Ranks that each group can have, beside decoders and text encoder. Raises `RequestError` where that is none."""
     others = [bundle(1, resources.decoder_gpus)] * arguments.decoders
-    text = bundle(1, text_gpus(getattr(arguments, "shard_weights", False), resources))
+    text = bundle(
+        1, text_gpus(getattr(arguments, "shard_weights", False), getattr(arguments, "offload", "none"), resources)
+    )
     if arguments.address != "local":
         nodes, others = nodes_free(), [*others, text]
     elif device == "cuda":
@@ -83,7 +99,7 @@ def most_ranks(arguments: argparse.Namespace, device: str, resources: Resources)
         raise RequestError(
             f"--layout auto: there is no room for {arguments.groups} group(s) of even one rank beside "
             f"{arguments.decoders} decoder(s) and the text encoder; free on the nodes: {have}; add nodes, or ask for "
-            "fewer --groups or --decoders"
+            "fewer --groups or --decoders, or for parts of a card by --gpus"
         )
     return found
 
@@ -114,17 +130,10 @@ def _place(nodes: Sequence[dict[str, float]], needed: Mapping[str, float]) -> bo
     return False
 
 
-def _checked_without_layout(arguments: argparse.Namespace, cache: Path | None, device: str) -> Session:
-    """The call's checkpoint and requests, with all that can be refused of them refused."""
-    from launchers.runner import check_session
-
-    layout = {*DEGREES, "layout", "shard_weights", "attention"}
-    rest = {name: value for name, value in vars(arguments).items() if name not in layout}
-    return check_session(argparse.Namespace(**rest), cache, 1, device)
-
-
 def _card(arguments: argparse.Namespace, resources: Resources) -> Hardware:
-    """What a card of the cluster can do; the driver's machine need not have one."""
+    """`--hardware`, or what a card of the cluster can do; the driver's machine need not have one."""
+    if hasattr(arguments, "hardware"):
+        return find_hardware(arguments.hardware)
     if arguments.address == "local":
         return detect_hardware("cuda")
     look = ray.remote(detect_hardware).options(num_cpus=0, num_gpus=resources.rank_gpus)

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+NAMESPACE = "helios_cp"
+
 
 class StatusBoard:
     """Holds what the driver last said of its pipeline, for `launchers.status`."""
@@ -16,3 +21,10 @@ class StatusBoard:
 
     def read(self) -> dict[str, Any]:
         return self._shown
+
+
+def put_up(name: str, node: str) -> Any:
+    """A board on the driver's node, as nothing else of the cluster lives as long; a killed one comes back empty."""
+    where = NodeAffinitySchedulingStrategy(node, soft=False)
+    options = {"name": name, "namespace": NAMESPACE, "num_cpus": 0, "max_restarts": -1, "scheduling_strategy": where}
+    return ray.remote(StatusBoard).options(**options).remote()

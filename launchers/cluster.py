@@ -2,48 +2,54 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 import shutil
 import socket
 import tempfile
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import ray
 
+from launchers.address import host_and_port
+
 OBJECT_STORE_BYTES = 512 * 2**20
 """Of a private instance. A chunk is some megabytes, and only a few are under way."""
 
-
 KNOCK_SECONDS = 10.0
+"""For an answer from a machine that may not be there."""
+
+PAUSE = 0.5
+"""Seconds between two knocks."""
 
 
 class ClusterError(RuntimeError):
     """The cluster cannot be reached, or does not have what is needed. The message is one line."""
 
 
-@contextmanager
-def connected(address: str, *, cpus: float, gpus: float = 0) -> Iterator[None]:
+@contextlib.contextmanager
+def connected(address: str, *, cpus: int = 0, gpus: int = 0, wait: float = 0) -> Iterator[None]:
     """Be a driver inside the `with`.
 
     `address`: "local" for an instance of this process's own, of `cpus` and `gpus` and with its own temporary folder;
-    "auto" for the cluster that this machine belongs to; or HOST:PORT. Raises `ClusterError` if there is none.
+    "auto" for the cluster that this machine belongs to; or HOST:PORT, which has `wait` seconds to begin to answer.
+    Raises `ClusterError` if there is none.
     """
     options = {"logging_level": "error", "log_to_driver": False, "configure_logging": True}
     folder = None
     if address == "local":
         folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # a short path: Ray's sockets lie in it
         options |= {
-            "num_cpus": int(-(-cpus // 1)),
-            "num_gpus": int(-(-gpus // 1)),
+            "num_cpus": cpus,
+            "num_gpus": gpus,
             "include_dashboard": False,
             "object_store_memory": OBJECT_STORE_BYTES,
             "_temp_dir": folder,
         }
     try:
-        _knock(os.environ.get("RAY_ADDRESS", "") if address == "auto" else address)
+        knock(address, wait)
         try:
             ray.init(address, **options)
         except (ConnectionError, ValueError, RuntimeError) as error:
@@ -59,18 +65,21 @@ def connected(address: str, *, cpus: float, gpus: float = 0) -> Iterator[None]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _knock(address: str) -> None:
-    """Raises `ClusterError` if nothing listens at HOST:PORT. Ray itself would try for minutes."""
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal():
-        return
-    try:
-        socket.create_connection((host, int(port)), timeout=KNOCK_SECONDS).close()
-    except (OSError, OverflowError) as error:
-        raise ClusterError(
-            f"--address {address}: no Ray cluster answers there ({error}); start one with `ray start --head`, or use "
-            "--address local"
-        ) from None
+def knock(address: str, wait: float) -> None:
+    """Wait until something listens at HOST:PORT, or raise `ClusterError`. Ray itself would try for minutes."""
+    place = host_and_port(address)
+    deadline = time.monotonic() + wait
+    while place is not None:
+        try:
+            socket.create_connection(place, timeout=KNOCK_SECONDS).close()
+            return
+        except (OSError, UnicodeError) as error:  # the latter of a host name that cannot be one
+            if time.monotonic() + PAUSE > deadline:
+                raise ClusterError(
+                    f"--address {address}: no Ray cluster answers there ({error}); start one with `ray start --head`, "
+                    "or use --address local"
+                ) from None
+        time.sleep(PAUSE)
 
 
 @dataclass(frozen=True)

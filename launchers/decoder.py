@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 
 from helios_cp.conditioning import Inputs, initial_state, pixels_to_encode
 from helios_cp.config import Request
+from helios_cp.device import has_streams, to_host, wait_for
 from helios_cp.video import encode_segment
 from launchers.arrays import Array, StateArrays
 from launchers.loading import Loading
@@ -23,27 +25,28 @@ class Decoder:
     """The VAE on one device, on a stream of its own where it has one."""
 
     def __init__(self, loading: Loading) -> None:
-        from helios_cp.compilation import compile_decoder, keep_in
+        from helios_cp.compilation import compile_decoder
+        from helios_cp.environment import prepare
         from helios_cp.vae import Codec, prepare_codec
         from helios_cp.weights import load_vae, resolve
 
+        prepare(loading.execution, 1, os.environ)
         self.device = loading.torch_device()
         checkpoint = resolve(loading.model, loading.cache, weights=("vae",))
         self.channels = checkpoint.transformer.in_channels
         self.codec = Codec(load_vae(checkpoint, self.device))
         prepare_codec(self.codec, loading.execution)
-        if loading.execution.compile_cache is not None:
-            keep_in(loading.execution.compile_cache)
         if loading.execution.compile:
             compile_decoder(self.codec.vae)
-        self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self.stream = torch.Stream(self.device) if has_streams(self.device) else contextlib.nullcontext()
 
     @torch.no_grad()
     def decode(self, latents: Array, fps: int, *, segments: bool, frames: bool) -> tuple[Decoded, np.ndarray | None]:
         """MP4 segments and frames `[B, T, H, W, 3]` uint8 of a chunk's latents; each only if asked for."""
         clock = Clock()
-        with contextlib.nullcontext() if self.stream is None else torch.cuda.stream(self.stream):
-            pixels = self.codec.decode(latents.tensor(), "uint8").cpu()
+        with self.stream:
+            pixels = to_host(self.codec.decode(latents.tensor(), "uint8"))
+            wait_for(self.device)
         clock.part("decode")
         encoded = ()
         if segments:

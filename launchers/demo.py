@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import sys
 import tempfile
 from pathlib import Path
+
+from helios_cp.arguments import OneLineParser
+from helios_cp.config import RequestError
 
 PROMPTS = ("a red fox running through fresh snow", "a lighthouse in a storm at night")
 NODES = (3, 2)
@@ -15,24 +17,34 @@ NODES = (3, 2)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m launchers.demo", description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path("outputs/demo-ray"), metavar="DIR")
+    """Exit codes: those of `launchers.generate`. Of what is in DIR only its own files are replaced."""
+    parser = OneLineParser(prog="launchers.demo", usage="python -m launchers.demo [--output DIR]", description=__doc__)
+    parser.add_argument(
+        "--output", type=Path, default=Path("outputs/demo-ray"), metavar="DIR", help="default: outputs/demo-ray"
+    )
     output = parser.parse_args(argv).output
+    from helios_cp.files import check_folder_target
+
+    try:
+        check_folder_target("--output", output)
+    except RequestError as error:
+        parser.error(str(error))
+    output.mkdir(parents=True, exist_ok=True)
+    for index in range(len(PROMPTS)):
+        (output / f"{index}.mp4").unlink(missing_ok=True)  # what exists would be skipped
+    prompts = output / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS) + "\n")
     folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # short: Ray's sockets lie in it
     os.environ |= {"RAY_TMPDIR": folder, "OMP_NUM_THREADS": "1"}
     from ray.cluster_utils import Cluster
 
     from launchers.generate import main as generate
 
-    shutil.rmtree(output, ignore_errors=True)
-    output.mkdir(parents=True)
-    prompts = output / "prompts.txt"
-    prompts.write_text("\n".join(PROMPTS) + "\n")
     store = {"object_store_memory": 200 * 2**20}
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": NODES[0], "include_dashboard": False, **store})
     try:
         cluster.add_node(num_cpus=NODES[1], **store)
-        workers = ["--groups", "2", "--decoders", "2", "--wait", "60"]
+        workers = ["--groups", "2", "--decoders", "2", "--wait", "60", "--device", "cpu"]
         request = ["--height", "128", "--width", "192", "--num-frames", "264", "--pyramid-steps", "8", "8", "8"]
         files = ["--prompt-file", str(prompts), "--output", str(output), "--timeline", str(output / "timeline.png")]
         code = generate(["--address", cluster.address, *workers, *request, *files])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -41,10 +42,12 @@ class DenoiserRank(Watched):
 
     def load(self, meeting: tuple[str, int] | None) -> Place:
         """Join the group, which takes all its ranks, and load this rank's part."""
+        from helios_cp.environment import prepare
         from helios_cp.parallelize import load_parallel
         from parallel.mesh import Mesh
 
         loading = self.loading
+        prepare(loading.execution, loading.layout.degrees.world, os.environ)
         self.device = loading.torch_device()
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)

@@ -14,9 +14,13 @@ from pathlib import Path
 
 from helios_cp.arguments import OneLineParser, number, whole_number
 from helios_cp.config import RequestError
+from helios_cp.generate import DEFAULT_TIMEOUT, LONGEST_TIMEOUT
 from helios_cp.generate import build_parser as build_single_parser
+from launchers.address import address_of, check_address
+from launchers.limits import check_workers
 
 PROGRAM = "launchers.generate"
+DEVICES = ("auto", "cpu", "cuda")
 
 
 def build_parser() -> OneLineParser:
@@ -30,8 +34,8 @@ def build_parser() -> OneLineParser:
         "--address",
         default="local",
         metavar="WHERE",
-        help="local: an instance of this call's own; auto: the cluster that this machine belongs to; or HOST:PORT "
-        "(default: local)",
+        help="local: an instance of this call's own; auto: the cluster that RAY_ADDRESS names or that this machine "
+        "belongs to; or HOST:PORT (default: local)",
     )
     cluster.add_argument(
         "--groups", type=whole_number, default=1, metavar="G", help="groups of ranks that denoise (default: 1)"
@@ -51,7 +55,7 @@ def build_parser() -> OneLineParser:
         help="workers that decode; with 0 each group decodes on its first card, beside denoising (default: 1)",
     )
     cluster.add_argument(
-        "--spread", action="store_true", default=False, help="put each part of the ring on a node of its own"
+        "--spread", action="store_true", default=False, help="put each part of --ring on a node of its own"
     )
     cluster.add_argument(
         "--gpus",
@@ -72,7 +76,8 @@ def build_parser() -> OneLineParser:
         type=number,
         default=15.0,
         metavar="SECONDS",
-        help="how long to wait for nodes with what is needed; more where nodes come on demand (default: 15)",
+        help="how long to wait for the cluster to answer, and then for nodes with what is needed; give more where "
+        "nodes come on demand (default: 15)",
     )
     cluster.add_argument("--timeline", type=Path, metavar="FILE", help="also draw who worked when, as PNG")
     return parser
@@ -85,6 +90,7 @@ def main(argv: list[str] | None = None) -> int:
     cache = os.environ.get("HELIOS_CP_CACHE")
     try:
         check_cluster_flags(arguments)
+        arguments.address = address_of(arguments.address, os.environ)
     except RequestError as error:
         parser.error(str(error))
     # Imported here so that --help and misspelt flags need not wait for torch.
@@ -94,25 +100,27 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def check_cluster_flags(arguments: argparse.Namespace) -> None:
-    """Raises `RequestError`."""
-    for name, least in (("groups", 1), ("decoders", 0), ("undelivered", 1), ("wait", 0)):
+    """What can be refused of a cluster's flags without looking anywhere. Raises `RequestError`."""
+    check_address(arguments.address)
+    if arguments.device not in DEVICES:
+        raise RequestError(f"--device {arguments.device}: on a cluster allowed are {', '.join(DEVICES)}")
+    check_workers(arguments.groups, arguments.decoders, getattr(arguments, "vae_parallel", 1))
+    for name, least in (("undelivered", 1), ("wait", 1)):
         value = getattr(arguments, name)
         if not (math.isfinite(value) and value >= least):
             raise RequestError(f"--{name} {value:g}: at least {least} is allowed")
+    timeout = getattr(arguments, "timeout", DEFAULT_TIMEOUT)
+    if not 0 < timeout <= LONGEST_TIMEOUT:
+        raise RequestError(f"--timeout {timeout:g}: above 0 and up to {LONGEST_TIMEOUT:g} seconds are allowed")
     gpus = getattr(arguments, "gpus", [])
-    if not all(math.isfinite(share) and share >= 0 for share in gpus):
+    if not all(0 <= share <= 1 for share in gpus):
         given = " ".join(f"{share:g}" for share in gpus)
-        raise RequestError(f"--gpus {given}: three numbers of at least 0 are allowed")
+        raise RequestError(f"--gpus {given}: three numbers from 0 to 1 are allowed, parts of a card")
     for name in ("ranks", "cfg_parallel", "ring", "ulysses"):
         if getattr(arguments, name, 1) < 1:
             raise RequestError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: at least 1 is allowed")
-    if getattr(arguments, "vae_parallel", 1) != 1:
-        raise RequestError(
-            f"--vae-parallel {arguments.vae_parallel}: here one worker decodes a chunk, beside denoising; use more "
-            "--decoders"
-        )
-    if hasattr(arguments, "timeline") and arguments.timeline.suffix.lower() != ".png":
-        raise RequestError(f"--timeline {arguments.timeline}: allowed is a name that ends in .png")
+    if arguments.spread and getattr(arguments, "layout", None) == "auto" and not hasattr(arguments, "ranks"):
+        raise RequestError("--layout auto with --spread: say how many ranks a group has over all its nodes, by --ranks")
 
 
 if __name__ == "__main__":

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 
 from helios_cp.config import RequestError
 from launchers.messages import Span
-
-if TYPE_CHECKING:
-    from launchers.pipeline import ChunkPipeline
 
 
 @dataclass(frozen=True)
@@ -41,12 +39,26 @@ class VideoResult:
     latents: np.ndarray | None
 
 
+class Maker(Protocol):
+    """Whoever makes the videos, by their keys. Of a video that has ended nothing happens."""
+
+    def cancel(self, key: int) -> None: ...
+
+    def update_prompt(self, key: int, text: str) -> None: ...
+
+    def wanted(self, key: int) -> None:
+        """Somebody waits for the chunks of a streaming video."""
+
+    def taken(self, key: int) -> None:
+        """A chunk of a streaming video has been used."""
+
+
 class VideoHandle:
     """One video of a `ChunkPipeline`. Any thread may use it; only one at a time may take chunks."""
 
     def __init__(
         self,
-        pipeline: ChunkPipeline,
+        maker: Maker,
         key: int,
         *,
         streams: bool,
@@ -56,12 +68,13 @@ class VideoHandle:
     ) -> None:
         self.key = key
         self.streams = streams
-        self._pipeline = pipeline
+        self._maker = maker
         self._latents: list[np.ndarray] | None = [] if keep_latents else None
         self._saved_in = saved_in
         self._on_chunk = on_chunk
         self._chunks: deque[VideoChunk] = deque()
         self._changed = threading.Condition()
+        self._reader: int | None = None
         self._result: VideoResult | None = None
         self._error: BaseException | None = None
 
@@ -72,16 +85,17 @@ class VideoHandle:
         """
         if not self.streams:
             raise ValueError(f"video {self.key} goes to its file: to take its chunks too, submit it with stream=True")
-        while True:
+        self._reader = threading.get_ident()
+        try:
+            while (chunk := self._next(None)) is not None:
+                try:
+                    yield chunk
+                finally:  # whoever leaves the loop has had the chunk too
+                    self._maker.taken(self.key)
+        finally:
             with self._changed:
-                self._changed.wait_for(lambda: self._chunks or self.is_done)
-                if not self._chunks:
-                    break
-                chunk = self._chunks.popleft()
-            try:
-                yield chunk
-            finally:  # whoever leaves the loop has had the chunk too
-                self._pipeline.taken(self.key)
+                self._reader = None
+                self._changed.notify_all()
         if self._error is not None:
             raise self._error
 
@@ -92,7 +106,7 @@ class VideoHandle:
 
     def cancel(self) -> None:
         """Stop after the chunks in hand. The finished ones stay in a playable file."""
-        self._pipeline.cancel(self.key)
+        self._maker.cancel(self.key)
 
     def update_prompt(self, text: str) -> None:
         """From the next chunk to be denoised on, show this.
@@ -106,22 +120,37 @@ class VideoHandle:
                 f"video {self.key} is saved in {self._saved_in}, from where it could not be made again with another "
                 "prompt; submit it without a folder"
             )
-        self._pipeline.update_prompt(self.key, text)
+        self._maker.update_prompt(self.key, text)
 
     def result(self, timeout: float | None = None) -> VideoResult:
-        """Wait for the end; chunks of a stream that nobody takes are dropped.
+        """Wait for the end. Chunks of a stream are dropped, unless another thread takes them.
 
         Raises the error that ended the video, `CancelledError` if it was cancelled, and `TimeoutError`.
         """
-        if self.streams and timeout is None:
-            for _ in self:
-                pass
-        with self._changed:
-            if not self._changed.wait_for(lambda: self.is_done, timeout):
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while not self.is_done:
+            if self.streams and not self._is_read_elsewhere():
+                if self._next(deadline) is not None:
+                    self._maker.taken(self.key)
+            else:
+                with self._changed:
+                    can_go_on = lambda: self.is_done or (self.streams and not self._is_read_elsewhere())  # noqa: E731
+                    self._changed.wait_for(can_go_on, _left(deadline))
+            if not self.is_done and _left(deadline) == 0:
                 raise TimeoutError(f"video {self.key} is not finished after {timeout:g} s")
         if self._error is not None:
             raise self._error
         return self._result
+
+    def _is_read_elsewhere(self) -> bool:
+        return self._reader not in (None, threading.get_ident())
+
+    def _next(self, deadline: float | None) -> VideoChunk | None:
+        """Wait for the next chunk of a stream; `None` at its end, or when the time is over."""
+        self._maker.wanted(self.key)
+        with self._changed:
+            self._changed.wait_for(lambda: self._chunks or self.is_done, _left(deadline))
+            return self._chunks.popleft() if self._chunks else None
 
     # Called by the pipeline
 
@@ -136,7 +165,11 @@ class VideoHandle:
                 self._changed.notify_all()
 
     def finish(self, chunks: int, output: tuple[Path, ...]) -> None:
-        latents = np.concatenate(self._latents, axis=2) if self._latents else None
+        try:
+            latents = np.concatenate(self._latents, axis=2) if self._latents else None
+        except MemoryError as error:
+            self.end(error)
+            return
         with self._changed:
             self._result = VideoResult(chunks, output, latents)
             self._changed.notify_all()
@@ -150,3 +183,7 @@ class VideoHandle:
 
     def cancelled(self) -> None:
         self.end(CancelledError(f"video {self.key} was cancelled"))
+
+
+def _left(deadline: float | None) -> float | None:
+    return None if deadline is None else max(0.0, deadline - time.monotonic())

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from helios_cp.config import RequestError
 from helios_cp.device import dtype_name
 from launchers.cluster import Needs
+from launchers.course import Stage
 from launchers.decoder import VaeDecoder
 from launchers.denoiser import DenoiserRank
+from launchers.limits import check_offload, check_spread, check_workers
 from launchers.loading import Loading
-from launchers.schedule import Stage
 from launchers.text_encoder import TextEncoder
 from launchers.workers import Recipe
 from launchers.writer import VideoWriter
@@ -33,26 +33,20 @@ class Resources:
         return cls(1.0, 0.5, 0.5) if device == "cuda" else cls()
 
 
-def text_gpus(shard_weights: bool, resources: Resources) -> float:
-    """GPUs of the text encoder. Beside sharded weights it is on the CPU, as in `helios_cp.parallelize.load_parallel`:
-    the same prompt gives the same bits in both."""
-    return 0.0 if shard_weights else resources.text_gpus
+def text_gpus(shard_weights: bool, offload: str, resources: Resources) -> float:
+    """GPUs of the text encoder. Beside sharded weights it is on the CPU, as in `helios_cp.parallelize.load_parallel`,
+    where the same prompt gives the same bits; beside offloaded ones too, as no card there has room to keep it."""
+    return 0.0 if shard_weights or offload != "none" else resources.text_gpus
 
 
 def recipes(
     loading: Loading, groups: int, decoders: int, resources: Resources, spread: bool, driver_node: str
 ) -> list[Recipe]:
     """Text encoder, denoiser groups, decoders and writer. Raises `RequestError` for what no pipeline can have."""
-    if groups < 1:
-        raise RequestError(f"--groups {groups}: at least 1 is allowed")
-    if decoders < 0:
-        raise RequestError(f"--decoders {decoders}: 0 or more are allowed; with 0 each group decodes its own chunks")
-    if loading.layout.degrees.vae > 1:
-        raise RequestError(
-            f"--vae-parallel {loading.layout.degrees.vae}: here a chunk is decoded by one worker beside denoising; use "
-            "more --decoders"
-        )
-    gpus = text_gpus(loading.layout.shard_weights, resources)
+    check_workers(groups, decoders, loading.layout.degrees.vae)
+    check_spread(spread, loading.layout.degrees.ring)
+    check_offload(loading.execution.offload, decoders)
+    gpus = text_gpus(loading.layout.shard_weights, loading.execution.offload, resources)
     device, dtype = loading.device if gpus else "cpu", dtype_name(loading.torch_dtype())
     text = Recipe(
         "text",

@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 import argparse
-import math
+from collections.abc import Callable
 from concurrent.futures import CancelledError
 from contextlib import ExitStack
 from pathlib import Path
 from time import perf_counter
 
-import ray
-
 from helios_cp.arguments import OneLineParser
 from helios_cp.config import RequestError
 from helios_cp.device import dtype_name
-from helios_cp.distributed import Ranks
 from helios_cp.files import write_json, write_tensors
 from helios_cp.generate import DEFAULT_TIMEOUT
 from helios_cp.jobs import Job
 from helios_cp.report import Report
 from helios_cp.runner import quiet_libraries, run_folder_of, run_job, say
-from helios_cp.session import Session, check
+from helios_cp.session import Session
 from helios_cp.stopping import Stopped, StopSignal
 from helios_cp.weights import CheckpointError
+from launchers import checks
 from launchers.automatic import take_best_layout
 from launchers.cluster import ClusterError, connected
 from launchers.handle import VideoChunk, VideoHandle
 from launchers.pipeline import ChunkPipeline, PipelineError
-from launchers.recipes import Resources, text_gpus
+from launchers.recipes import Resources
 from launchers.schedule import Limits
 from launchers.timeline import draw
 
@@ -40,22 +38,25 @@ def run(parser: OneLineParser, arguments: argparse.Namespace, cache: Path | None
     quiet_libraries()
     try:
         with ExitStack() as stack:
-            if arguments.address != "local":
-                stack.enter_context(connected(arguments.address, cpus=0))
             try:
-                device = pick_cluster_device(arguments)
-                resources = Resources(*arguments.gpus) if hasattr(arguments, "gpus") else Resources.of(device)
+                checks.check_files(arguments)
+                if arguments.address != "local":
+                    checks.check_without_cluster(arguments, cache)
+                    stack.enter_context(connected(arguments.address, wait=arguments.wait))
+                device = checks.pick_cluster_device(arguments)
+                resources = checks.resources_of(arguments, device)
                 if getattr(arguments, "layout", None) == "auto":
                     take_best_layout(arguments, cache, device, resources)
-                ranks = ranks_of_group(arguments)
-                session = check_session(arguments, cache, ranks, device)
+                session = checks.check_session(arguments, cache, checks.ranks_of_group(arguments), device)
+                shares = checks.shares_of_workers(
+                    arguments, device, session.layout, session.execution.offload, resources
+                )
+                if arguments.address == "local" and session.jobs:
+                    checks.check_cards(arguments, shares)
             except RequestError as error:
                 parser.error(str(error))
             if arguments.address == "local" and session.jobs:
-                cpus = arguments.groups * ranks + arguments.decoders + 1
-                gpus = arguments.groups * ranks * resources.rank_gpus + arguments.decoders * resources.decoder_gpus
-                gpus += text_gpus(session.layout.shard_weights, resources)
-                stack.enter_context(connected("local", cpus=cpus, gpus=gpus))
+                stack.enter_context(connected("local", cpus=len(shares), gpus=checks.cards_for(shares)))
             return _generate(session, arguments, device, resources, cache)
     except (ClusterError, PipelineError, CheckpointError, RequestError, OSError) as error:
         say(f"{parser.prog}: error: {' '.join(str(error).split())}")
@@ -65,41 +66,6 @@ def run(parser: OneLineParser, arguments: argparse.Namespace, cache: Path | None
         return 130
 
 
-def ranks_of_group(arguments: argparse.Namespace) -> int:
-    """`--ranks`, or the product of the degrees given."""
-    degrees = (getattr(arguments, name, 1) for name in ("cfg_parallel", "ring", "ulysses"))
-    return getattr(arguments, "ranks", math.prod(degrees))
-
-
-def pick_cluster_device(arguments: argparse.Namespace) -> str:
-    """CUDA where the cluster has cards, for the driver's machine may have none."""
-    if arguments.device in ("cpu", "cuda"):
-        return arguments.device
-    if arguments.device != "auto":
-        raise RequestError(f"--device {arguments.device}: on a cluster allowed are auto, cpu and cuda")
-    if ray.is_initialized():
-        return "cuda" if ray.cluster_resources().get("GPU", 0) else "cpu"
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def check_session(arguments: argparse.Namespace, cache: Path | None, ranks: int, device: str) -> Session:
-    """As `helios_cp.session.check`, for a group of `ranks` whose cards this machine need not have."""
-    import torch
-
-    arguments.vae_parallel = 1
-    if device == "cuda" and not torch.cuda.is_available():
-        if getattr(arguments, "dtype", "auto") == "auto" and not hasattr(arguments, "resume"):
-            arguments.dtype = "bfloat16"
-        arguments.device = "cpu"
-        if getattr(arguments, "backend", None) == "nccl":
-            del arguments.backend
-    else:
-        arguments.device = device
-    return check(arguments, cache, Ranks(size=ranks, local_size=min(ranks, max(torch.cuda.device_count(), 1))))
-
-
 def _generate(
     session: Session, arguments: argparse.Namespace, device: str, resources: Resources, cache: Path | None
 ) -> int:
@@ -107,10 +73,14 @@ def _generate(
         say(f"{path} exists, skipped")
     if not session.jobs:
         return 0
-    layout = f" of {session.layout.degrees}" if session.layout.degrees.world > 1 else ""
     for remark in session.remarks():
         say(remark)
-    say(f"loading {session.model}: {arguments.groups} group(s){layout}, {arguments.decoders} decoder(s)")
+    if arguments.address != "local" and arguments.device == "auto" and device == "cpu":
+        say("no node has a card by now, so all runs on CPUs; where cards come on demand, give --device cuda")
+    layout = f" of {session.layout.degrees}" if session.layout.degrees.world > 1 else ""
+    workers = f"{arguments.groups} group(s){layout}, {arguments.decoders} decoder(s)"
+    say(f"loading {session.model} on {device} in {dtype_name(session.dtype)}: {workers}")
+    all_written = True
     with StopSignal().installed() as stop:
         pipeline = ChunkPipeline(
             session.model,
@@ -142,13 +112,11 @@ def _generate(
                 say(f"stopped; the finished chunks can be played{again}")
                 return reason.exit_code
             finally:
-                _write_report(session, videos)
-                if hasattr(arguments, "timeline") and pipeline.events:
-                    draw(list(pipeline.events), arguments.timeline, pipeline.nodes())
+                all_written = _write_records(session, arguments, videos, pipeline)
     failed = [f"{', '.join(video.report.output)}: {video.report.error}" for video in videos if video.report.error]
     if failed:
         say("\n  ".join([f"{len(failed)} of {len(videos)} videos failed:", *failed]))
-    return 1 if failed else 0
+    return 1 if failed or not all_written else 0
 
 
 class _Video:
@@ -233,7 +201,28 @@ def _cancel(videos: list[_Video]) -> None:
                 continue
 
 
-def _write_report(session: Session, videos: list[_Video]) -> None:
-    if session.report is not None:
+def _write_records(
+    session: Session, arguments: argparse.Namespace, videos: list[_Video], pipeline: ChunkPipeline
+) -> bool:
+    """Report and timeline. Returns whether both are there; what keeps one from it is told, and hides no other error."""
+
+    def write_report() -> None:
         values = [video.report.to_json() for video in videos]
         write_json(session.report, values if session.has_prompt_file else values[0])
+
+    def draw_timeline() -> None:
+        draw(list(pipeline.events), arguments.timeline, pipeline.nodes())
+
+    records: list[tuple[str, Callable[[], None]]] = []
+    if session.report is not None:
+        records.append((f"--report {session.report}", write_report))
+    if hasattr(arguments, "timeline") and pipeline.events:
+        records.append((f"--timeline {arguments.timeline}", draw_timeline))
+    all_written = True
+    for name, write in records:
+        try:
+            write()
+        except Exception as error:  # drawing can fail in ways of its own
+            all_written = False
+            say(f"{name}: it could not be written ({type(error).__name__}: {' '.join(str(error).split())})")
+    return all_written

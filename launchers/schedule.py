@@ -6,85 +6,26 @@ what became of it: `done`, `failed`, or `lose` for a worker that died with all i
 
 Nothing is lost or doubled: a task is in hand of one worker at most, what a dead worker held is handed out again, and
 news of a task that is no longer in hand is refused. Memory is bounded: at most `Limits.undelivered` chunks of a video
-lie between denoising and delivery, and at most `Limits.active` videos are under way.
+lie between denoising and delivery, and at most `Limits.active` videos are under way. A stream whose reader keeps it
+waiting has nothing to do: it does not hold up files, nor a stream that a reader is `wanted` by.
 """
 
 from __future__ import annotations
 
-import enum
 from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-
-class Stage(enum.Enum):
-    """The kinds of work, in the order of a chunk's way."""
-
-    TEXT = "text"
-    START = "start"
-    DENOISE = "denoise"
-    DECODE = "decode"
-    WRITE = "write"
-
+from launchers.course import Course, Limits, Stage, Status, Task
 
 LAST_STAGES_FIRST = (Stage.WRITE, Stage.DECODE, Stage.START, Stage.TEXT, Stage.DENOISE)
-
-
-class Status(enum.Enum):
-    """What became of a video."""
-
-    WAITING = "waiting"
-    RUNNING = "running"
-    FINISHED = "finished"
-    FAILED = "failed"
-    CANCELLED = "cancelled"
-
-    @property
-    def has_ended(self) -> bool:
-        return self not in (Status.WAITING, Status.RUNNING)
-
-
-@dataclass(frozen=True)
-class Limits:
-    """`undelivered` chunks of a video between denoising and delivery, those in hand included; `active` videos under
-    way; `attempts` at one task before its video fails, for a chunk may be what kills its workers."""
-
-    undelivered: int = 3
-    active: int = 4
-    attempts: int = 10
-
-
-@dataclass(frozen=True)
-class Course:
-    """The way of one video: chunks `first` to `chunks` − 1, and which stages they go through.
-
-    `starts`: a picture or clip is encoded first. `streams`: a chunk counts as delivered when it has been `taken`.
-    """
-
-    chunks: int
-    first: int = 0
-    starts: bool = False
-    decodes: bool = True
-    writes: bool = True
-    streams: bool = False
-
-
-@dataclass(frozen=True)
-class Task:
-    """One call of one worker. `prompt` is the version of the video's prompt that it is for."""
-
-    number: int
-    video: int
-    stage: Stage
-    chunk: int
-    prompt: int
-    worker: str
 
 
 @dataclass
 class _Video:
     course: Course
     status: Status = Status.WAITING
+    is_wanted: bool = False
     prompt: int = 0
     encoded: int = -1
     is_started: bool = False
@@ -146,8 +87,13 @@ class Schedule:
             raise ValueError(f"video {key}: it is there already; take another key")
         if not 0 <= course.first < course.chunks:
             raise ValueError(f"video {key}: chunks {course.first} to {course.chunks} are none; at least one is needed")
-        first = course.first
-        video = _Video(course, is_started=not course.starts, denoised=first, ready=first, delivered=first)
+        first, denoised = course.first, course.first + course.denoised
+        if not first <= denoised <= course.chunks:
+            raise ValueError(
+                f"video {key}: {course.denoised} of {course.chunks - first} chunks cannot be denoised already"
+            )
+        video = _Video(course, is_started=not course.starts, denoised=denoised, ready=first, delivered=first)
+        (video.to_decode if course.decodes else video.to_write).update(range(first, denoised))
         self._videos[key] = video
         self._waiting.append(key)
 
@@ -169,6 +115,11 @@ class Schedule:
             return None
         video.prompt += 1
         return video.prompt
+
+    def wanted(self, key: int) -> None:
+        """The consumer of a streaming video waits for its chunks."""
+        if key in self._videos:
+            self._videos[key].is_wanted = True
 
     def taken(self, key: int) -> None:
         """The consumer of a streaming video took its next chunk."""
@@ -259,10 +210,23 @@ class Schedule:
         return {"videos waiting": len(self._waiting), "in hand": len(self._running), **waiting}
 
     def _admit(self) -> None:
-        active = sum(video.status is Status.RUNNING for video in self._videos.values())
-        while self._waiting and active < self.limits.active:
-            self._videos[self._waiting.popleft()].status = Status.RUNNING
-            active += 1
+        """Let videos begin in order: any while there is room, those that somebody waits for or that wait for nobody
+        even beside streams that nobody reads now."""
+        active = [video for video in self._videos.values() if video.status is Status.RUNNING]
+        under_way, busy = len(active), sum(not self._waits_for_reader(video) for video in active)
+        for key in list(self._waiting):
+            video = self._videos[key]
+            has_room = under_way < self.limits.active
+            if busy < self.limits.active and (has_room or video.is_wanted or not video.course.streams):
+                self._waiting.remove(key)
+                video.status = Status.RUNNING
+                under_way, busy = under_way + 1, busy + 1
+
+    def _waits_for_reader(self, video: _Video) -> bool:
+        """Whether nothing of a stream can go on before its next chunk is taken."""
+        has_chunks = video.delivered < video.ready == video.denoised
+        is_held = video.denoised == video.course.chunks or not self._has_room(video)
+        return video.course.streams and has_chunks and is_held and not video.running
 
     def _dispatch(self, stage: Stage) -> list[Task]:
         """Free workers go to the videos in turn: first to the one whose last turn is longest ago."""

@@ -1,15 +1,20 @@
 """Command line: what the pipelines of a Ray cluster are doing.
 
-python -m launchers.status [--address auto] [--watch]
+python -m launchers.status [--address auto] [--watch SECONDS] [--json]
 """
 
 from __future__ import annotations
 
+import json
+import math
+import os
 import sys
 import time
 from typing import Any
 
 from helios_cp.arguments import OneLineParser, number
+from helios_cp.config import RequestError
+from launchers.address import address_of, check_address
 
 PROGRAM = "launchers.status"
 
@@ -17,34 +22,48 @@ PROGRAM = "launchers.status"
 def build_parser() -> OneLineParser:
     parser = OneLineParser(
         prog=PROGRAM,
-        usage="python -m launchers.status [--address auto] [--watch SECONDS]",
+        usage="python -m launchers.status [--address auto] [--watch SECONDS] [--json]",
         description="Show the pipelines of a Ray cluster: workers, where they are, what waits, chunks a second.",
     )
-    parser.add_argument("--address", default="auto", metavar="WHERE", help="auto or HOST:PORT (default: auto)")
+    parser.add_argument(
+        "--address",
+        default="auto",
+        metavar="WHERE",
+        help="auto: the cluster that RAY_ADDRESS names or that this machine belongs to; or HOST:PORT (default: auto)",
+    )
     parser.add_argument("--watch", type=number, metavar="SECONDS", help="show it again every so many seconds")
+    parser.add_argument(
+        "--json", action="store_true", help="print JSON instead: at each look a line, a list with an entry a pipeline"
+    )
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit codes: 0, 1 if there is no cluster or no pipeline."""
+    """Exit codes: 0, 1 if there is no cluster or no pipeline, 2 for bad input."""
     parser = build_parser()
     arguments = parser.parse_args(argv)
-    if arguments.address == "local":
-        parser.error("--address local: a new instance has no pipelines; allowed are auto and HOST:PORT")
+    try:
+        check_address(arguments.address, ("auto",))
+        address = address_of(arguments.address, os.environ)
+    except RequestError as error:
+        parser.error(str(error))
+    if arguments.watch is not None and not 0 < arguments.watch < math.inf:
+        parser.error(f"--watch {arguments.watch:g}: a number of seconds above 0 is allowed")
     from launchers.cluster import ClusterError, connected
 
     try:
-        with connected(arguments.address, cpus=0):
+        with connected(address):
             while True:
                 found = read_boards()
                 if not found:
                     print(f"{PROGRAM}: no pipeline runs on this cluster", file=sys.stderr)
                     return 1
-                print("\n\n".join(show(status) for status in found), flush=True)
+                print(json.dumps(found) if arguments.json else "\n\n".join(map(show, found)), flush=True)
                 if arguments.watch is None:
                     return 0
                 time.sleep(arguments.watch)
-                print()
+                if not arguments.json:
+                    print()
     except ClusterError as error:
         print(f"{PROGRAM}: error: {error}", file=sys.stderr)
         return 1
@@ -57,7 +76,7 @@ def read_boards() -> list[dict[str, Any]]:
     import ray
     from ray.exceptions import RayError
 
-    from launchers.pipeline import NAMESPACE
+    from launchers.board import NAMESPACE
 
     found = []
     for actor in ray.util.list_named_actors(all_namespaces=True):

@@ -52,7 +52,8 @@ def busy(events: Sequence[Event]) -> dict[str, float]:
 def draw(events: Sequence[Event], path: Path, places: dict[str, str] | None = None) -> None:
     """A picture of who worked when, one row a worker, one colour a video, chunks by number.
 
-    `places` says on which node each worker runs. Raises `ValueError` without events and `ImportError` without
+    Each bar lies where the clock of its worker's node puts it: rows of different nodes agree as well as their clocks
+    do. `places` says on which node each worker runs. Raises `ValueError` without events and `ImportError` without
     matplotlib.
     """
     draw_runs({"": events}, path, places)

@@ -9,10 +9,11 @@ import threading
 import ray
 
 from launchers.messages import Place
+from launchers.versions import own_versions
 
 
 def own_place() -> Place:
-    return Place(socket.gethostname(), ray.get_runtime_context().get_node_id(), os.getpid())
+    return Place(socket.gethostname(), ray.get_runtime_context().get_node_id(), os.getpid(), own_versions())
 
 
 class Watched:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from helios_cp.run_folder import RunFolder
 from helios_cp.video import Mp4Writer, Position
+from launchers import ahead
 from launchers.arrays import Array
 from launchers.messages import Clock, Decoded, Denoised, Place, Target, Written
 from launchers.watched import Watched, own_place
+
+NOTHING = Position(0, 0, 0, 0)
 
 
 class VideoWriter(Watched):
@@ -21,10 +26,14 @@ class VideoWriter(Watched):
     """
 
     def __init__(self) -> None:
-        self._open: dict[int, list[Mp4Writer | None]] = {}
+        self._open: dict[int, Sequence[Mp4Writer | None]] = {}
 
     def load(self) -> Place:
         return own_place()
+
+    def keep(self, folder: RunFolder, chunk: int, latents: Array, after: Denoised) -> None:
+        """Save a chunk as soon as it is denoised, while it is decoded."""
+        ahead.keep(folder, chunk, latents.tensor(), after.state.state(torch.device("cpu")))
 
     def write(
         self,
@@ -41,21 +50,26 @@ class VideoWriter(Watched):
         segments = [segment.tobytes() for segment in decoded.segments]
         if target.folder is not None:
             target.folder.save(_chunk(chunk, latents, after), segments)
+            ahead.forget(target.folder, chunk + 1)
         writers = self._writers(target, before, chunk, is_last)
         for writer, segment in zip(writers, segments, strict=True):
             if writer is not None:
                 writer.append(segment)
         positions = tuple(None if writer is None else writer.position for writer in writers)
         if is_last:
-            self.close(target.video)
+            self.close(target, None)
         clock.part("write")
         return Written(positions, clock.span())
 
-    def close(self, video: int) -> None:
-        """Finish the files of a video with what they have."""
-        for writer in self._open.pop(video, ()):
-            if writer is not None:
-                writer.close()
+    def close(self, target: Target, written: Written | None) -> None:
+        """Finish the files of a video with what they have, up to `written` if a lost writer left them open."""
+        writers = self._open.pop(target.video, None)
+        if writers is None:
+            writers = _left_open(target, written)
+        with ExitStack() as stack:  # an error of one does not leave the others open
+            for writer in writers:
+                if writer is not None:
+                    stack.callback(writer.close)
 
     def _writers(self, target: Target, before: Written | None, chunk: int, is_last: bool) -> Sequence[Mp4Writer | None]:
         """A writer for each file, with all chunks before this one in it; `None` where a lost one had just closed it."""
@@ -66,19 +80,34 @@ class VideoWriter(Watched):
             pairs = zip(target.paths, before.positions, strict=True)
             found = [_resume(path, target.fps, position, is_last) for path, position in pairs]
         else:
-            found = [Mp4Writer(path, target.fps) for path in target.paths]
-            for earlier in range(chunk):  # of the run that this one goes on with
-                for writer, segment in zip(found, target.folder.segments(earlier), strict=True):
-                    writer.append(segment)
+            found = _from_folder(target, chunk)
         self._open[target.video] = found
         return found
 
 
-def _resume(path: Path, fps: int, position: Position, is_last: bool) -> Mp4Writer | None:
+def _left_open(target: Target, written: Written | None) -> list[Mp4Writer | None]:
+    """Writers at what a lost writer left: without any answer of it, at what the run folder holds, or at nothing."""
+    if written is None and target.folder is not None:
+        return _from_folder(target, target.folder.finished_chunks())
+    positions = (NOTHING,) * len(target.paths) if written is None else written.positions
+    return [_resume(path, target.fps, position, True) for path, position in zip(target.paths, positions, strict=True)]
+
+
+def _from_folder(target: Target, chunks: int) -> list[Mp4Writer | None]:
+    """New writers with the first `chunks` of an earlier run in them."""
+    writers = [Mp4Writer(path, target.fps) for path in target.paths]
+    for earlier in range(chunks):
+        for writer, segment in zip(writers, target.folder.segments(earlier), strict=True):
+            writer.append(segment)
+    return writers
+
+
+def _resume(path: Path, fps: int, position: Position | None, may_be_closed: bool) -> Mp4Writer | None:
+    """`None` if the file is closed already."""
     try:
-        return Mp4Writer.resume(path, fps, position)
+        return None if position is None else Mp4Writer.resume(path, fps, position)
     except FileNotFoundError:
-        if not is_last:
+        if not may_be_closed:
             raise
         return None
 

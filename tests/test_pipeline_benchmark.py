@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from concurrent.futures import CancelledError
+
 import pytest
 
-from benchmarks.pipeline import STAGES, growth, hand_over_seconds, quartiles, stage_seconds, steady_seconds
+from benchmarks.pipeline import STAGES, growth, hand_over_seconds, outcome, quartiles, stage_seconds, steady_seconds
 from launchers.timeline import Event
 
 DENOISE, DECODE, WRITE = 2.0, 3.0, 0.5
@@ -66,3 +68,15 @@ def test_quartiles():
 )
 def test_growth(values, expected):
     assert growth(values) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("ends_with", "expected"), [(None, "finished"), (CancelledError(), "cancelled"), (ValueError(), "failed")]
+)
+def test_outcome(ends_with, expected):
+    class Handle:
+        def result(self):
+            if ends_with is not None:
+                raise ends_with
+
+    assert outcome(Handle()) == expected

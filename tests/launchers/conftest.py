@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import tempfile
 from dataclasses import replace
@@ -21,6 +20,9 @@ SMALL = Request(
     prompt=("a fox",), height=64, width=64, num_frames=99, pyramid_num_inference_steps_list=(1, 1, 1), seed=(7,)
 )
 STORE_BYTES = 200 * 2**20
+PATIENCE = 300
+"""Seconds for what takes a few on a quiet machine."""
+
 QUICK = ["--height", "64", "--width", "64", "--pyramid-steps", "1", "1", "1"]
 
 
@@ -75,12 +77,10 @@ def small(**changes) -> Request:
     return replace(SMALL, **changes)
 
 
-def is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
+def inside(worker, name: str) -> list:
+    """What an attribute of each of a worker's actors is, after all calls that were sent before."""
+    calls = [actor.__ray_call__.remote(lambda actor, name=name: getattr(actor, name)) for actor in worker._actors]
+    return ray.get(calls, timeout=PATIENCE)
 
 
 def frames_in(path) -> int:

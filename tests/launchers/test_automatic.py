@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -48,7 +50,7 @@ def test_cards_are_shared_by_decoder_and_text_encoder():
     assert largest_group(eight, 1, bundle(1, 1), [bundle(1, 0.5)] * 3) == 6
 
 
-def arguments_of(*flags: str, address: str = "HOST:1"):
+def arguments_of(*flags: str, address: str = "HOST:6379"):
     arguments = build_parser().parse_args(["--prompt", "a fox", "--layout", "auto", "--address", address, *flags])
     check_cluster_flags(arguments)
     return arguments
@@ -59,7 +61,7 @@ def take(presets, cache, monkeypatch):
     """Runs `take_best_layout` on a cluster of `NODES`; returns the arguments."""
     monkeypatch.setattr(automatic, "nodes_free", lambda: NODES)
 
-    def take(*flags: str, name: str = "tiny-mid", address: str = "HOST:1"):
+    def take(*flags: str, name: str = "tiny-mid", address: str = "HOST:6379"):
         arguments = arguments_of("--model", str(presets[name]), *flags, address=address)
         take_best_layout(arguments, cache, "cpu", Resources())
         assert not hasattr(arguments, "layout"), "from here on the degrees count"
@@ -115,6 +117,22 @@ def test_refused_in_one_line(take, flags, said):
 def loading(shard_weights: bool) -> Loading:
     layout = Layout(Degrees(ulysses=2), shard_weights=shard_weights)
     return Loading("tiny-distilled", "auto", "cuda", "nccl", layout, 60.0)
+
+
+@pytest.mark.parametrize(
+    ("degrees", "groups", "decoders", "spread", "said"),
+    [
+        (Degrees(ulysses=2), 0, 1, False, "--groups 0"),
+        (Degrees(ulysses=2), 1, -1, False, "--decoders -1"),
+        (Degrees(ulysses=2, vae=2), 1, 1, False, "--vae-parallel 2"),
+        (Degrees(ulysses=2), 1, 1, True, "--spread"),
+    ],
+)
+def test_workers_that_no_pipeline_can_have(degrees, groups, decoders, spread, said):
+    """In Python as by flags, which `test_command_line.py` looks at."""
+    asked = replace(loading(shard_weights=False), layout=Layout(degrees))
+    with pytest.raises(RequestError, match=said):
+        recipes(asked, groups, decoders, Resources(), spread, "node")
 
 
 @pytest.mark.parametrize(("shard_weights", "device", "gpus"), [(False, "cuda", 0.5), (True, "cpu", None)])

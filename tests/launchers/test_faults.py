@@ -9,6 +9,7 @@ import os
 import random
 import signal
 import time
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -18,15 +19,16 @@ from helios_cp.layout import Layout
 from launchers.pipeline import ChunkPipeline, PipelineError
 from launchers.schedule import Limits, Stage
 from parallel.mesh import Degrees
-from tests.launchers.conftest import frames_in, small
+from tests.launchers.conftest import PATIENCE, frames_in, small
 
 pytestmark = pytest.mark.ray
 
 KILLS = {"decoder": 7, "rank": 4, "group": 4, "writer": 8, "text": 7}
 """Thirty; a group takes longest to start again."""
 
-PATIENCE = 400
-"""Seconds for what takes some on a quiet machine."""
+STALLED = 150
+"""Seconds without a kill or a finished chunk after which nothing moves any more: restarts included, a few on a quiet
+machine."""
 
 REQUESTS = [small(seed=(seed,), num_frames=5 * 33) for seed in range(3)]
 
@@ -39,7 +41,6 @@ class Videos:
         self.expected = expected
         self.folder = folder
         self.handles = []
-        self.checked = 0
 
     def keep_under_way(self, count: int) -> None:
         while sum(not handle.is_done for handle, _, _ in self.handles) < count:
@@ -49,7 +50,10 @@ class Videos:
             handle = self.pipeline.submit(request, output=[path], keep_latents=True)
             self.handles.append((handle, request, path))
 
-    def check_all(self) -> None:
+    def check_all(self, progress: Progress) -> None:
+        while not all(handle.is_done for handle, _, _ in self.handles):
+            progress.check()
+            time.sleep(0.1)
         for handle, request, path in self.handles:
             result = handle.result(timeout=PATIENCE)
             assert np.array_equal(result.latents, self.expected(request)), path.name
@@ -57,21 +61,51 @@ class Videos:
         assert not list(self.folder.glob(".*")), "no partial file is left"
 
 
-def victims(pipeline: ChunkPipeline, kind: str) -> list[int]:
-    """Processes of a random ready worker of a kind: one of them for "rank", all for "group"; none if none is ready."""
-    name = "group" if kind == "rank" else kind
-    workers = [worker for worker in pipeline.workers.values() if worker.name.startswith(name) and worker.is_ready]
-    pids = [place.pid for place in random.choice(workers).places] if workers else []
-    return pids if kind == "group" else random.sample(pids, min(len(pids), 1))
+class Progress:
+    """Fails once the pipeline has made nothing for `STALLED` seconds, however long all takes on a busy machine."""
+
+    def __init__(self, pipeline: ChunkPipeline) -> None:
+        self.pipeline = pipeline
+        self.moved()
+
+    def moved(self) -> None:
+        self.latest, self.since = self._latest(), time.monotonic()
+
+    def check(self, *facts: object) -> None:
+        if self._latest() is not self.latest:
+            self.moved()
+        assert time.monotonic() < self.since + STALLED, (facts, self.pipeline.status())
+
+    def _latest(self) -> object:
+        return next(reversed(self.pipeline.events), None)
 
 
-def kill(pid: int) -> bool:
-    """Whether there was such a process."""
-    try:
-        os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return False
-    return True
+class Killer:
+    """Kills processes, each of them once: one that is dying already does not count again."""
+
+    def __init__(self) -> None:
+        self.killed: set[int] = set()
+
+    def victims(self, pipeline: ChunkPipeline, kind: str) -> list[int]:
+        """Living processes of a random ready worker: one of them for "rank", all for "group"; none if none is ready."""
+        name = "group" if kind == "rank" else kind
+        ready = [worker for worker in pipeline.workers.values() if worker.name.startswith(name) and worker.is_ready]
+        pids = [place.pid for place in list(random.choice(ready).places)] if ready else []
+        if self.killed & set(pids):
+            return []  # the pipeline does not know yet
+        return pids if kind == "group" else random.sample(pids, min(len(pids), 1))
+
+    def kill(self, pids: list[int]) -> bool:
+        """Whether there were any."""
+        found = False
+        for pid in pids:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+            self.killed.add(pid)
+            found = True
+        return found
 
 
 def test_thirty_kills(cluster, model, alone, tmp_path):
@@ -79,26 +113,27 @@ def test_thirty_kills(cluster, model, alone, tmp_path):
     random.seed(5)
     limits = Limits(active=4, attempts=10**6)
     with ChunkPipeline(
-        model, groups=2, decoders=2, layout=Layout(Degrees(ulysses=2)), limits=limits, timeout=60
+        model, groups=2, decoders=2, layout=Layout(Degrees(ulysses=2)), limits=limits, timeout=60, patience=PATIENCE
     ) as pipeline:
-        pipeline.wait_until_ready()
+        pipeline.wait_until_ready(PATIENCE)
         undisturbed = {}
         for request in REQUESTS:
-            undisturbed[request] = pipeline.submit(request, decode=False, keep_latents=True).result().latents
+            undisturbed[request] = pipeline.submit(request, decode=False, keep_latents=True).result(PATIENCE).latents
             reference = alone(request)
             assert np.abs(undisturbed[request] - reference).max() <= 1e-4 * (reference.max() - reference.min())
 
         before = pipeline.schedule.handed_out.copy()
         videos = Videos(pipeline, undisturbed.__getitem__, tmp_path)
-        left = dict(KILLS)
-        deadline = time.monotonic() + PATIENCE
+        left, killer, progress = dict(KILLS), Killer(), Progress(pipeline)
         while sum(left.values()):
-            assert time.monotonic() < deadline, left
+            progress.check(left)
             videos.keep_under_way(3)
             time.sleep(random.uniform(0.05, 0.3))
             kind = max(left, key=lambda kind: left[kind] / KILLS[kind] + random.random() / 4)
-            left[kind] -= left[kind] > 0 and any([kill(pid) for pid in victims(pipeline, kind)])
-        videos.check_all()
+            if left[kind] and killer.kill(killer.victims(pipeline, kind)):
+                left[kind] -= 1
+                progress.moved()
+        videos.check_all(progress)
 
         handed_out = pipeline.schedule.handed_out - before
         chunks = 5 * len(videos.handles)
@@ -112,18 +147,25 @@ def test_a_node_goes(cluster, model, alone, tmp_path):
     full = placement_group([{"CPU": 6, "head": 1}], strategy="STRICT_PACK")
     assert full.wait(PATIENCE)
     node = cluster.add_node(num_cpus=8, object_store_memory=200 * 2**20)
-    with ChunkPipeline(model, groups=2, decoders=2, patience=60) as pipeline:
-        pipeline.wait_until_ready()
+    with ChunkPipeline(model, groups=2, decoders=2, patience=PATIENCE) as pipeline:
+        pipeline.wait_until_ready(PATIENCE)
         remove_placement_group(full)
         gone = [w.name for w in pipeline.workers.values() if any(p.node == node.node_id for p in w.places)]
         assert gone, {w.name: w.places for w in pipeline.workers.values()}
-        videos = Videos(pipeline, alone, tmp_path)
+        videos, progress = Videos(pipeline, alone, tmp_path), Progress(pipeline)
         videos.keep_under_way(3)
         while not any(event.stage == "write" for event in list(pipeline.events)):
+            progress.check()
             time.sleep(0.01)
         cluster.remove_node(node, allow_graceful=False)
         videos.keep_under_way(4)
-        videos.check_all()
+        videos.check_all(progress)
+        denoised = Counter((e.video, e.chunk) for e in list(pipeline.events) if e.stage == "denoise")
+        chunks = 5 * len(videos.handles)
+        assert len(denoised) == chunks and set(denoised.values()) == {1}, "finished work is not redone"
+        in_flight = sum(name.startswith("group") for name in gone)
+        # A video's next chunk is handed out once more where what it starts from went with the node before it began.
+        assert pipeline.schedule.handed_out[Stage.DENOISE] <= chunks + in_flight + len(videos.handles)
         assert not any(
             place.node == node.node_id for w in pipeline.workers.values() for place in w.places if w.is_ready
         )
@@ -131,21 +173,19 @@ def test_a_node_goes(cluster, model, alone, tmp_path):
 
 def test_work_that_kills_its_workers_is_given_up(cluster, model):
     """After so many attempts its video fails and says so; the chunk takes long enough to be hit every time."""
-    with ChunkPipeline(model, decoders=0, limits=Limits(attempts=2)) as pipeline:
-        pipeline.wait_until_ready()
+    with ChunkPipeline(model, decoders=0, limits=Limits(attempts=2), patience=PATIENCE) as pipeline:
+        pipeline.wait_until_ready(PATIENCE)
         slow = small(height=256, width=256, pyramid_num_inference_steps_list=(200, 200, 200))
         handle = pipeline.submit(slow, decode=False)
-        killed = set()
+        killer = Killer()
         deadline = time.monotonic() + PATIENCE
         while not handle.is_done and time.monotonic() < deadline:
             time.sleep(0.1)
-            group = pipeline.workers["group-0"]
-            if group.is_ready and group.places[0].pid not in killed and "denoise" in in_hand(pipeline):
-                killed.add(group.places[0].pid)
-                assert kill(group.places[0].pid)
+            if "denoise" in in_hand(pipeline):
+                killer.kill(killer.victims(pipeline, "group"))
         with pytest.raises(PipelineError, match="died 2 times"):
-            handle.result()
-        assert len(killed) == 2
+            handle.result(PATIENCE)
+        assert len(killer.killed) == 2
 
 
 def in_hand(pipeline: ChunkPipeline) -> str:

@@ -6,9 +6,11 @@ are held to what `helios_cp` promises of them, which its own tests derive: 1e-4 
 
 from __future__ import annotations
 
+import copyreg
 import io
 import os
 import pickle
+import signal
 import time
 from concurrent.futures import CancelledError
 
@@ -19,23 +21,31 @@ import torch
 
 from helios_cp.config import RequestError, ScheduledPrompt
 from helios_cp.layout import Layout
+from helios_cp.run_folder import Run, RunFolder
+from launchers import ahead
 from launchers.arrays import Array
-from launchers.pipeline import ChunkPipeline, PipelineError
+from launchers.pipeline import NAMESPACE, ChunkPipeline, PipelineError
 from launchers.schedule import Limits
+from launchers.workers import Worker
 from parallel.mesh import Degrees
-from tests.launchers.conftest import frames_in, small
+from tests.launchers.conftest import PATIENCE, frames_in, inside, small
 
 pytestmark = pytest.mark.ray
-
-PATIENCE = 300
-"""Seconds for what takes a few on a quiet machine."""
 
 
 @pytest.fixture(scope="module")
 def pipeline(cluster, model):
-    with ChunkPipeline(model, groups=2, decoders=2, limits=Limits(undelivered=2, active=3)) as pipeline:
-        pipeline.wait_until_ready()
+    limits = Limits(undelivered=2, active=3)
+    with ChunkPipeline(model, groups=2, decoders=2, limits=limits, patience=PATIENCE) as pipeline:
+        pipeline.wait_until_ready(PATIENCE)
         yield pipeline
+
+
+def holds_nothing(pipeline: ChunkPipeline) -> bool:
+    """Whether no actor keeps anything of a video any more. Actors take calls in turn, so all before have had effect."""
+    groups = [worker for name, worker in pipeline.workers.items() if name.startswith("group")]
+    kept = [found for group in groups for found in inside(group, "_kept")]
+    return kept == [None] * len(kept) and inside(pipeline.workers["writer"], "_open") == [{}]
 
 
 def test_several_videos_are_those_of_one_process(pipeline, alone, tmp_path):
@@ -48,7 +58,7 @@ def test_several_videos_are_those_of_one_process(pipeline, alone, tmp_path):
         result = handle.result(timeout=PATIENCE)
         assert result.chunks == 3 and np.array_equal(result.latents, alone(request))
         assert frames_in(tmp_path / f"{index}.mp4") == 99
-    assert {event.worker for event in pipeline.events if event.stage == "denoise"} == {"group-0", "group-1"}
+    assert {event.stage for event in list(pipeline.events)} == {"text", "denoise", "decode", "write"}
 
 
 def test_chunks_of_a_stream(pipeline, alone):
@@ -60,22 +70,22 @@ def test_chunks_of_a_stream(pipeline, alone):
         assert chunk.index == other.index
         assert np.array_equal(chunk.latents, other.latents.numpy())
         assert np.array_equal(chunk.frames, other.frames.numpy())
-        made = sum(event.video == handle.key and event.stage == "denoise" for event in pipeline.events)
+        made = sum(event.video == handle.key and event.stage == "denoise" for event in list(pipeline.events))
         assert made <= chunk.index + 2, "undelivered=2 holds the denoiser back"
-    assert handle.result().chunks == 5
+    assert handle.result(PATIENCE).chunks == 5
 
 
 def test_start_from_a_picture(pipeline, alone, astronaut, tmp_path):
     astronaut.save(tmp_path / "a.png")
     request = small(image=str(tmp_path / "a.png"), num_frames=66)
-    result = pipeline.submit(request, decode=False, keep_latents=True).result()
+    result = pipeline.submit(request, decode=False, keep_latents=True).result(PATIENCE)
     assert np.array_equal(result.latents, alone(request))
 
 
 def test_a_prompt_schedule(pipeline, alone):
     schedule = (ScheduledPrompt("a fox", 2), ScheduledPrompt("an owl", 2))
     request = small(prompt=(), prompt_schedule=schedule, interpolation_steps=2)
-    result = pipeline.submit(request, decode=False, keep_latents=True).result()
+    result = pipeline.submit(request, decode=False, keep_latents=True).result(PATIENCE)
     assert np.array_equal(result.latents, alone(request))
 
 
@@ -101,7 +111,7 @@ def test_update_prompt(pipeline, alone):
 
 
 def test_cancel(pipeline, alone, tmp_path):
-    """The finished chunks can be played, the video after it is not disturbed, and nothing of it is kept."""
+    """The finished chunks can be played, the video after it is not disturbed, and no process keeps anything of it."""
     request = small(num_frames=1000 * 33)
     handle = pipeline.submit(request, output=[tmp_path / "long.mp4"], stream=True)
     for chunk in handle:
@@ -112,34 +122,115 @@ def test_cancel(pipeline, alone, tmp_path):
         handle.result(timeout=PATIENCE)
     assert 2 * 33 <= frames_in(tmp_path / "long.mp4") <= 5 * 33
     assert not list(tmp_path.glob(".*")), "no partial file is left"
-    result = pipeline.submit(small(), decode=False, keep_latents=True).result()
+    assert holds_nothing(pipeline)
+    result = pipeline.submit(small(), decode=False, keep_latents=True).result(PATIENCE)
     assert np.array_equal(result.latents, alone(small()))
     assert pipeline.status()["videos"] == {} and pipeline.status()["queue"]["in hand"] == 0
 
 
-def test_a_video_that_fails_ends_alone(pipeline, alone, tmp_path):
-    """Its picture is gone when its turn comes."""
-    bad = pipeline.submit(small(image=str(tmp_path / "no.png")), decode=False)
+def test_videos_that_fail_end_alone(pipeline, alone, tmp_path):
+    """One before any worker has it, as its picture is gone when its turn comes; one inside a worker, as its picture is
+    none; one in the middle, as nobody wants its chunks. No process keeps anything of them."""
+    (tmp_path / "bad.png").write_bytes(b"not a picture")
+
+    def unwanted(chunk) -> None:
+        raise BrokenPipeError(f"nobody takes chunk {chunk.index}")
+
+    gone = pipeline.submit(small(image=str(tmp_path / "no.png")), decode=False)
+    bad = pipeline.submit(small(image=str(tmp_path / "bad.png")), decode=False)
+    stopped = pipeline.submit(small(num_frames=1000 * 33), output=[tmp_path / "a.mp4"], on_chunk=unwanted)
     good = pipeline.submit(small(), decode=False, keep_latents=True)
     with pytest.raises(FileNotFoundError):
-        bad.result()
-    assert np.array_equal(good.result().latents, alone(small()))
+        gone.result(PATIENCE)
+    with pytest.raises(Exception, match=r"bad\.png"):
+        bad.result(PATIENCE)
+    with pytest.raises(BrokenPipeError, match="nobody takes chunk 0"):
+        stopped.result(PATIENCE)
+    assert np.array_equal(good.result(PATIENCE).latents, alone(small()))
+    assert 33 <= frames_in(tmp_path / "a.mp4") <= 4 * 33 and not list(tmp_path.glob(".*"))
+    assert holds_nothing(pipeline)
 
 
-def test_payloads_hold_no_torch_objects(pipeline):
-    """Every answer goes through the object store as arrays: serialised with torch out of reach, nothing is missed."""
+class WithoutTorch(pickle.Pickler):
+    """Refuses whatever is of torch. Arrays may stay where they are, and references are names of what was looked at."""
 
-    class WithoutTorch(pickle.Pickler):
-        def reducer_override(self, thing):
-            assert not type(thing).__module__.startswith("torch"), thing
-            return NotImplemented
+    def __init__(self) -> None:
+        super().__init__(io.BytesIO(), protocol=5, buffer_callback=lambda buffer: None)
+        self.dispatch_table = {**copyreg.dispatch_table, ray.ObjectRef: lambda reference: (str, (reference.hex(),))}
 
-    handle = pipeline.submit(small(num_frames=33))
-    chunk = next(iter(handle))
-    WithoutTorch(io.BytesIO(), protocol=5, buffer_callback=lambda buffer: None).dump((chunk.latents, chunk.frames))
+    def reducer_override(self, thing):
+        assert not type(thing).__module__.startswith("torch"), thing
+        return NotImplemented
+
+
+def test_payloads_hold_no_torch_objects(pipeline, astronaut, model, tmp_path, monkeypatch):
+    """Whatever goes to a worker and comes from it, over all stages and with a run folder."""
+    seen, call = {}, Worker.call
+
+    def looking(worker, method, arguments, answered, **options) -> None:
+        def look(answer) -> None:
+            seen[method] = arguments, [payload.value for payload in answer] if isinstance(answer, list) else answer
+            answered(answer)
+
+        seen[method] = arguments, None
+        call(worker, method, arguments, look, **options)
+
+    monkeypatch.setattr(Worker, "call", looking)
+    astronaut.save(tmp_path / "a.png")
+    request = small(image=str(tmp_path / "a.png"), num_frames=33).resolve(pipeline.checkpoint)
+    run = Run(request, model, "float32", (str(tmp_path / "a.mp4"),))
+    folder = RunFolder.create(tmp_path / "run", run)
+    handle = pipeline.submit(request, output=[tmp_path / "a.mp4"], folder=folder, stream=True)
+    (chunk,) = handle
+    assert seen.keys() >= {"encode", "start", "denoise", "decode", "keep", "write"}
+    for arguments, values in list(seen.values()):
+        WithoutTorch().dump((list(arguments), values))
+    with pytest.raises(AssertionError):
+        WithoutTorch().dump([torch.zeros(1)])
     assert not chunk.latents.flags.writeable and not chunk.latents.flags.owndata, "a view of shared memory"
     assert not chunk.frames.flags.writeable and not chunk.frames.flags.owndata
-    handle.result()
+    handle.result(PATIENCE)
+
+
+def test_a_run_goes_on_with_what_was_denoised(pipeline, alone, model, tmp_path):
+    """Of four chunks one is written and one more denoised: two are denoised, and the MP4 has all of them."""
+    request = small(num_frames=4 * 33).resolve(pipeline.checkpoint)
+    with torch.no_grad():
+        made = list(alone.pipeline.stream(request))
+    folder = RunFolder.create(tmp_path / "run", Run(request, model, "float32", (str(tmp_path / "a.mp4"),)))
+    whole = pipeline.submit(request, output=[tmp_path / "whole.mp4"], folder=folder, keep_latents=True)
+    assert np.array_equal(whole.result(PATIENCE).latents, alone(request))
+    assert not list(folder.path.glob("ahead-*"))
+    part = RunFolder.create(tmp_path / "part", folder.run)
+    part.save(made[0], folder.segments(0))
+    ahead.keep(part, 1, made[1].latents, made[1].state)
+    handle = pipeline.submit(request, output=[tmp_path / "a.mp4"], folder=part, keep_latents=True)
+    assert np.array_equal(handle.result(PATIENCE).latents, alone(request)[:, :, 9:])
+    denoised = [event.chunk for event in list(pipeline.events) if (event.video, event.stage) == (handle.key, "denoise")]
+    assert denoised == [2, 3]
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "whole.mp4").read_bytes()
+    assert part.finished_chunks() == 4 and not list(part.path.glob("ahead-*"))
+
+
+def test_the_status_board_is_on_the_drivers_node_and_comes_back(pipeline):
+    name = next(a["name"] for a in ray.util.list_named_actors(all_namespaces=True) if a["namespace"] == NAMESPACE)
+    board = ray.get_actor(name, NAMESPACE)
+
+    def where() -> tuple[str, int]:
+        look = lambda _: (ray.get_runtime_context().get_node_id(), os.getpid())  # noqa: E731
+        return ray.get(board.__ray_call__.remote(look), timeout=PATIENCE)
+
+    node, pid = where()
+    assert node == ray.get_runtime_context().get_node_id()
+    os.kill(pid, signal.SIGKILL)
+    deadline, shown = time.monotonic() + PATIENCE, {}
+    while not shown and time.monotonic() < deadline:
+        try:
+            shown = ray.get(board.read.remote(), timeout=PATIENCE) if where()[1] != pid else {}
+        except ray.exceptions.RayActorError:  # not back yet
+            shown = {}
+        time.sleep(0.1)
+    assert shown["workers"]
 
 
 def test_refusals(pipeline, tmp_path):
@@ -157,18 +248,18 @@ def test_a_group_spread_over_nodes_that_decodes_its_own(cluster, model, alone, t
     """Two ranks on a node each; in the end closing the pipeline ends all its processes."""
     request, expected = small(), alone(small())
     layout = Layout(Degrees(ring=2))
-    with ChunkPipeline(model, groups=1, decoders=0, layout=layout, spread=True) as pipeline:
+    with ChunkPipeline(model, decoders=0, layout=layout, spread=True, patience=PATIENCE) as pipeline:
         result = pipeline.submit(request, output=[tmp_path / "a.mp4"], keep_latents=True).result(PATIENCE)
         assert np.abs(result.latents - expected).max() <= 1e-4 * (expected.max() - expected.min())
         assert frames_in(tmp_path / "a.mp4") == 99
-        assert {event.worker for event in pipeline.events if event.stage == "decode"} == {"group-0"}
+        assert {event.worker for event in list(pipeline.events) if event.stage == "decode"} == {"group-0"}
         assert len({place.node for place in pipeline.workers["group-0"].places}) == 2
 
         pids = [place.pid for worker in pipeline.workers.values() for place in worker.places]
         handle = pipeline.submit(small(num_frames=1000 * 33))
         next(iter(handle))
     with pytest.raises(CancelledError):
-        handle.result()
+        handle.result(PATIENCE)
     assert len(pids) == 4 and os.getpid() not in pids
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and any(_runs_actor(pid) for pid in pids):
@@ -190,10 +281,10 @@ def test_missing_resources_are_named(cluster, model):
     with ChunkPipeline(model, groups=1, layout=Layout(Degrees(ulysses=4, ring=3)), patience=1) as pipeline:
         handle = pipeline.submit(small())
         with pytest.raises(PipelineError, match="group-0 needs 12 CPU on one node") as caught:
-            pipeline.wait_until_ready()
+            pipeline.wait_until_ready(PATIENCE)
         assert "no node has 12 CPU at all" in str(caught.value) and "of 8 CPU free" in str(caught.value)
         with pytest.raises(PipelineError, match="group-0 needs 12 CPU"):
-            handle.result()
+            handle.result(PATIENCE)
 
 
 def test_bf16_travels_unchanged():

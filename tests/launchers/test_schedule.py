@@ -5,12 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from launchers.schedule import Course, Limits, Schedule, Stage, Status
+from launchers.course import Course, Limits, Stage, Status
+from launchers.schedule import Schedule
 
 WORKERS = {
     "text": {Stage.TEXT: 1},
@@ -20,7 +22,11 @@ WORKERS = {
     "decoder-1": {Stage.DECODE: 2, Stage.START: 1},
     "writer": {Stage.WRITE: 2},
 }
-ACTIONS = ("complete", "complete", "complete", "complete", "fail", "lose", "restore", "cancel", "prompt", "take", "add")
+BUSY = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+"""A busy machine is no fault of the schedule."""
+
+OFTEN = ("complete",) * 4
+ACTIONS = (*OFTEN, "fail", "lose", "restore", "cancel", "prompt", "want", "take", "add")
 
 
 class World:
@@ -39,6 +45,7 @@ class World:
         self.written: dict[int, list[int]] = {}
         self.prompts: dict[int, dict[int, int]] = {}
         self.wanted: Counter = Counter()
+        self.read: set[int] = set()
         self.taken: Counter = Counter()
         self.ended: dict[int, Status] = {}
         self.spoilt: set[int] = set()
@@ -47,7 +54,9 @@ class World:
     def add(self, course: Course) -> int:
         key = len(self.courses)
         self.courses[key] = course
-        self.progress[key], self.written[key], self.prompts[key] = Counter(), [], {}
+        kept = range(course.first, course.first + course.denoised)
+        self.progress[key] = Counter({(Stage.DENOISE, chunk): 1 for chunk in kept})
+        self.written[key], self.prompts[key] = [], dict.fromkeys(kept, 0)
         self.schedule.add(key, course)
         return key
 
@@ -88,10 +97,13 @@ class World:
                 continue
             denoised = course.first + sum(stage is Stage.DENOISE for stage, _ in self.progress[key])
             denoising = sum(t.video == key and t.stage is Stage.DENOISE for t in self.hand)
-            assert denoised + denoising - self.schedule.delivered(key) <= self.schedule.limits.undelivered
-            if self.progress[key] or any(t.video == key for t in self.hand):
+            most = max(self.schedule.limits.undelivered, course.denoised)
+            assert denoised + denoising - self.schedule.delivered(key) <= most
+            if self.schedule.status(key) is Status.RUNNING or any(t.video == key for t in self.hand):
                 under_way.add(key)
-        assert len(under_way) <= self.schedule.limits.active
+        active = self.schedule.limits.active
+        assert len(under_way) <= 2 * active + len(self.read)
+        assert sum(self.courses[key].streams for key in under_way) <= active + len(self.read)
 
     def complete(self, task) -> None:
         self.hand.remove(task)
@@ -133,24 +145,34 @@ class World:
                 version = self.schedule.update_prompt(key)
                 if version is not None:
                     self.wanted[key] = version
+            elif action == "want":
+                self.want(key)
             elif action == "take":
                 self.schedule.taken(key)
 
-    def drain(self) -> None:
-        """Let everything come to its end."""
+    def want(self, key: int) -> None:
+        self.schedule.wanted(key)
+        self.read.add(key)
+
+    def drain(self, order: Sequence[int] | None = None) -> None:
+        """Let everything come to its end. The streams are read one after the other in `order`, the last first by
+        default: none may wait for the reader of another one, and no file for any."""
         for name in self.workers:
             self.schedule.restore(name)
+        order = sorted(self.courses, reverse=True) if order is None else order
         for _ in range(10_000):
             self.step()
+            left = [key for key in order if key not in self.ended]
             if self.hand:
                 self.complete(self.hand[0])
-            elif len(self.ended) < len(self.courses):
-                before = [self.schedule.delivered(k) for k in self.courses if k not in self.ended]
-                for key in self.courses:
-                    self.schedule.taken(key)
+            elif left:
+                assert all(self.courses[key].streams for key in left), "a file waits for the reader of a stream"
+                self.want(left[0])
+                before = self.schedule.delivered(left[0])
+                self.schedule.taken(left[0])
+                after = self.schedule.delivered(left[0])
                 self.step()
-                left = [self.schedule.delivered(k) for k in self.courses if k not in self.ended]
-                assert self.hand or before != left, "nothing moves, and videos are not finished"
+                assert self.hand or before != after, "nothing moves, and videos are not finished"
             else:
                 break
         for task in self.stale:
@@ -173,9 +195,10 @@ class World:
 
 
 courses = st.builds(
-    lambda chunks, first, **flags: Course(first + chunks, first, **flags),
+    lambda chunks, first, denoised, **flags: Course(first + chunks, first, min(denoised, chunks), **flags),
     st.integers(1, 6),
     st.integers(0, 2),
+    st.sampled_from([0, 0, 1, 3, 6]),
     starts=st.booleans(),
     decodes=st.booleans(),
     writes=st.booleans(),
@@ -193,17 +216,17 @@ def play(schedule: Schedule, data, first: list[Course]) -> World:
             world.add(data.draw(courses))
         world.act(action, lambda items: data.draw(st.sampled_from(items)))
         world.step()
-    world.drain()
+    world.drain(data.draw(st.permutations(sorted(world.courses))))
     return world
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, **BUSY)
 @given(limits, st.lists(courses, min_size=1, max_size=3), st.data())
 def test_nothing_is_lost_doubled_or_out_of_order(limits, first, data):
     play(Schedule(limits), data, first).check_outcome()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, **BUSY)
 @given(st.lists(courses, min_size=1, max_size=3), st.data())
 def test_too_many_attempts_end_a_video_and_no_other(first, data):
     world = play(Schedule(Limits(attempts=2)), data, first)
@@ -257,6 +280,40 @@ def test_the_checks_see_news_of_a_dead_worker_that_counts(monkeypatch):
         world.drain()
 
 
+def test_the_checks_see_streams_that_hold_up_others(monkeypatch):
+    """A schedule that counts videos which wait for their readers as under way never begins the third."""
+    monkeypatch.setattr(Schedule, "_waits_for_reader", lambda self, video: False)
+    world = World(Schedule(Limits(active=2)))
+    for _ in range(3):
+        world.add(Course(10, writes=False, streams=True))
+    with pytest.raises(AssertionError, match="nothing moves"):
+        world.drain()
+
+
+def test_streams_that_nobody_reads_wait_for_their_turn():
+    """However many there are: only those in the first places, and those that are read, take memory."""
+    schedule = Schedule(Limits(active=2, undelivered=3))
+    world = World(schedule)
+    for _ in range(10):
+        world.add(Course(10, writes=False, streams=True))
+    schedule.wanted(7)
+    for _ in range(200):
+        world.read.add(7)
+        world.step()
+        if world.hand:
+            world.complete(world.hand[0])
+    assert [schedule.ready(key) for key in range(10)] == [3, 3, 0, 0, 0, 0, 0, 3, 0, 0]
+
+
+def test_chunks_denoised_before_are_not_denoised_again():
+    world = World(Schedule(Limits(undelivered=2)))
+    key = world.add(Course(8, first=1, denoised=4))
+    world.drain()
+    handed = Counter(task.stage for task in world.order)
+    assert handed[Stage.DENOISE] == 3 and handed[Stage.DECODE] == handed[Stage.WRITE] == 7
+    assert world.written[key] == list(range(1, 8))
+
+
 def test_videos_take_turns():
     """Two long videos share one group evenly, and a third is not kept waiting by them for ever."""
     schedule = Schedule(Limits(active=2))
@@ -297,6 +354,12 @@ def test_decoding_stays_where_it_was_denoised():
 @pytest.mark.parametrize("course", [Course(0), Course(3, first=3), Course(2, first=-1)])
 def test_courses_without_chunks_are_refused(course):
     with pytest.raises(ValueError, match="at least one is needed"):
+        Schedule().add(0, course)
+
+
+@pytest.mark.parametrize("course", [Course(3, denoised=4), Course(3, first=2, denoised=2), Course(3, denoised=-1)])
+def test_more_denoised_chunks_than_there_are(course):
+    with pytest.raises(ValueError, match="cannot be denoised already"):
         Schedule().add(0, course)
 
 

@@ -13,6 +13,7 @@ from helios_cp.video import Mp4Writer, encode_segment
 from launchers.messages import Decoded, Span, Target
 from launchers.timeline import Event, busy, draw, overlap, union
 from launchers.writer import VideoWriter
+from tests.launchers.conftest import frames_in
 
 CHUNKS = 3
 
@@ -74,6 +75,34 @@ def test_a_missing_file_in_the_middle_is_an_error(decoded, tmp_path):
     next(tmp_path.glob(".*")).unlink()
     with pytest.raises(FileNotFoundError):
         write(VideoWriter(), target, before, 1, decoded)
+
+
+@pytest.mark.parametrize("finished", [0, 1, 2])
+@pytest.mark.parametrize("heard", [True, False], ids=["after the answer", "before the answer"])
+def test_a_video_that_ends_while_its_writer_is_lost(decoded, tmp_path, finished, heard):
+    """What was answered is in the finished file, what was not may be lost, and nothing hidden is left."""
+    target = Target(0, (tmp_path / "a.mp4",), 24, None)
+    writer, before = VideoWriter(), None
+    for chunk in range(finished):
+        before = write(writer, target, before, chunk, decoded)
+    if not heard:
+        write(writer, target, before, finished, decoded)
+    VideoWriter().close(target, before)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"] * (finished > 0 or (not heard and finished == 2))
+    if finished:
+        assert frames_in(target.paths[0]) == 5 * (CHUNKS if finished == 2 and not heard else finished)
+    VideoWriter().close(target, before)  # of a file that is finished already
+
+
+def test_one_file_that_cannot_be_finished_leaves_no_other_open(decoded, tmp_path):
+    paths = tmp_path / "a.mp4", tmp_path / "b.mp4"
+    target, both = Target(0, paths, 24, None), Decoded(decoded[0].segments * 2, Span(0, 0, {}))
+    writer = VideoWriter()
+    writer.write(target, None, 0, False, both, None, None)
+    (tmp_path / ".b.mp4.partial").unlink()
+    with pytest.raises(FileNotFoundError):
+        writer.close(target, None)
+    assert frames_in(paths[0]) == 5 and not writer._open
 
 
 EVENTS = [

@@ -1,0 +1,180 @@
+"""Workers without Ray, in this process, for tests of the thread that makes videos. The writer writes real files."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from helios_cp.conditioning import Inputs
+from helios_cp.config import Request
+from helios_cp.video import encode_segment
+from launchers.calls import Payload
+from launchers.conductor import Conductor
+from launchers.course import Course, Limits, Stage
+from launchers.faults import WorkerLostError
+from launchers.handle import VideoHandle
+from launchers.messages import Decoded, Denoised, Span, Target, Text
+from launchers.videos import Video
+from launchers.workers import Standing
+from launchers.writer import VideoWriter
+
+SPAN = Span(0.0, 1.0, {})
+FRAMES = 5
+"""Of a chunk."""
+
+PATIENCE = 30
+"""Seconds for what takes none."""
+
+
+@dataclass
+class Numbers:
+    """In place of `Array`."""
+
+    values: np.ndarray
+
+
+@dataclass
+class StandIn:
+    """A worker that answers in the calling thread, but for methods in `held`: those wait in `waiting`."""
+
+    name: str
+    capacity: dict
+    tell: object
+    held: set = field(default_factory=set)
+    is_gang: bool = False
+
+    def __post_init__(self) -> None:
+        self.recipe = self
+        self.places, self.standing = [], Standing.STARTING
+        self.deaths = self.failed_starts = self.life = self.starts = 0
+        self.waiting: list = []
+        self.calls: list[str] = []
+        self.writer = VideoWriter()
+
+    @property
+    def is_ready(self) -> bool:
+        return self.standing is Standing.READY
+
+    def start(self) -> None:
+        self.life += 1
+        self.starts += 1
+        self.standing = Standing.STARTING
+        self.writer = VideoWriter()
+
+    def stop(self) -> None:
+        self.life += 1
+        self.standing = Standing.STARTING
+
+    def restart(self) -> None:
+        self.stop()
+        self.start()
+
+    def give_up(self) -> None:
+        self.stop()
+        self.standing = Standing.GIVEN_UP
+
+    def says(self, event: str, value: object = ()) -> None:
+        self.tell(self, self.life, event, value)
+
+    def call(self, method, arguments, answered, results=1, thread=None, gang=False) -> None:
+        self.calls.append(method)
+        if method in self.held:
+            self.waiting.append((method, arguments, answered))
+        else:
+            self.answer(method, arguments, answered)
+
+    def answer(self, method, arguments, answered) -> None:
+        if not self.is_ready:
+            answered(WorkerLostError(f"{self.name} is not there"))
+            return
+        try:
+            answered([Payload(value, value) for value in getattr(self, "_" + method)(*arguments)])
+        except Exception as error:
+            answered(error)
+
+    def release(self) -> None:
+        """Answer what was held."""
+        self.held.clear()
+        while self.waiting:
+            self.answer(*self.waiting.pop(0))
+
+    def _encode(self, request, is_guided):
+        return [Text(None, None, SPAN)]
+
+    def _start(self, request, media):
+        return [Denoised(None, SPAN)]
+
+    def _denoise(self, job, text, before):
+        return [Denoised(None, SPAN), Numbers(np.zeros((1, 1, 1, 2, 2), np.float32))]
+
+    def _forget(self, video):
+        return [None]
+
+    def _decode(self, latents, fps, segments, frames):
+        return [Decoded((segment(),) if segments else (), SPAN), None]
+
+    def _write(self, *arguments):
+        return [self.writer.write(*arguments)]
+
+    def _close(self, *arguments):
+        return [self.writer.close(*arguments)]
+
+    def _keep(self, *arguments):
+        return [None]
+
+
+def segment() -> np.ndarray:
+    frames = torch.zeros((FRAMES, 16, 16, 3), dtype=torch.uint8)
+    return np.frombuffer(encode_segment(frames, 24), np.uint8)
+
+
+class Studio:
+    """A conductor with stand-ins: text, group-0 and more, decoder-0, writer."""
+
+    def __init__(self, groups: int = 1, limits: Limits | None = None, is_ready: bool = True, **held: set) -> None:
+        self.shown: list = []
+        self.conductor = Conductor("model", limits or Limits(), False, self.shown.append)
+        names = {"text": {Stage.TEXT: 1}, "decoder-0": {Stage.DECODE: 1, Stage.START: 1}, "writer": {Stage.WRITE: 4}}
+        names |= {f"group-{index}": {Stage.DENOISE: 1} for index in range(groups)}
+        workers = {
+            name: StandIn(name, capacity, self.conductor.tell, held.get(name.partition("-")[0], set()))
+            for name, capacity in names.items()
+        }
+        self.workers = workers
+        self.handles = 0
+        self.conductor.start(workers)
+        if is_ready:
+            for worker in workers.values():
+                worker.says("ready")
+            self.conductor.wait_until_ready(PATIENCE)
+
+    def __enter__(self) -> Studio:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.conductor.close()
+
+    def video(self, chunks: int, output: Path | None = None, streams: bool = False, on_chunk=None) -> Video:
+        handle = VideoHandle(
+            self.conductor, self.handles, streams=streams, keep_latents=True, saved_in=None, on_chunk=on_chunk
+        )
+        self.handles += 1
+        target = None if output is None else Target(handle.key, (output,), 24, None)
+        course = Course(chunks, decodes=output is not None, writes=output is not None, streams=streams)
+        return Video(handle, Request(prompt=("a fox",)), Inputs(), course, target, False)
+
+    def submit(self, *arguments, **keywords) -> VideoHandle:
+        video = self.video(*arguments, **keywords)
+        self.conductor.add(video)
+        return video.handle
+
+    def until(self, is_so) -> None:
+        """Wait until the thread sees that it is so."""
+        deadline = time.monotonic() + PATIENCE
+        while not is_so():
+            assert time.monotonic() < deadline, self.conductor.status()
+            time.sleep(0.005)

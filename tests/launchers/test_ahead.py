@@ -1,0 +1,126 @@
+"""Unit, without a cluster: chunks of a run that were denoised and not written when its driver was killed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from helios_cp.config import Request, RequestError
+from helios_cp.pipeline import Chunk
+from helios_cp.run_folder import Run, RunFolder
+from helios_cp.state import ChunkState
+from helios_cp.weights import resolve
+from launchers import ahead
+from launchers.arrays import Array, StateArrays
+from launchers.calls import Payload
+from launchers.course import Course
+from launchers.handle import VideoHandle
+from launchers.messages import Denoised, Span
+from launchers.submission import Submission
+from launchers.writer import VideoWriter
+
+CHUNKS = 5
+
+
+@pytest.fixture
+def checkpoint(presets, cache):
+    return resolve(str(presets["tiny-distilled"]), cache, weights=())
+
+
+@pytest.fixture
+def request_of_run(checkpoint):
+    return Request(prompt=("a fox",), height=64, width=64, num_frames=CHUNKS * 33, seed=(0,)).resolve(checkpoint)
+
+
+@pytest.fixture
+def folder(request_of_run, tmp_path):
+    return RunFolder.create(tmp_path / "run", Run(request_of_run, "tiny-distilled", "float32", ("a.mp4",)))
+
+
+def latents(chunk: int) -> torch.Tensor:
+    return torch.full((1, 16, 9, 8, 8), float(chunk))
+
+
+def state(chunk: int) -> ChunkState:
+    """After `chunk`."""
+    return ChunkState(
+        chunk + 1, torch.full((1, 16, 19, 8, 8), float(chunk)), None, torch.zeros(1, 4, dtype=torch.uint8)
+    )
+
+
+def keep(folder: RunFolder, *chunks: int) -> None:
+    """As the worker does, with what travels to it."""
+    for chunk in chunks:
+        after = Denoised(StateArrays.of(state(chunk)), Span(0, 0, {}))
+        VideoWriter().keep(folder, chunk, Array.of(latents(chunk)), after)
+
+
+def finish(folder: RunFolder, chunk: int) -> None:
+    folder.save(Chunk(chunk, latents(chunk), None, state(chunk), {}), [b"segment"])
+    ahead.forget(folder, chunk + 1)
+
+
+def submitted(folder: RunFolder, request: Request, checkpoint) -> object:
+    """The video that would run."""
+    submission = Submission.of(request, checkpoint, ["a.mp4"], folder, None, True)
+    handle = VideoHandle(None, 0, streams=False, keep_latents=False, saved_in=None, on_chunk=None)
+    return submission.video(handle, put=lambda value: Payload(None, value))
+
+
+def test_kept_chunks_are_gone_on_with(folder, request_of_run, checkpoint):
+    finish(folder, 0)
+    keep(folder, 1, 2)
+    video = submitted(folder, request_of_run, checkpoint)
+    assert video.course == Course(CHUNKS, first=1, denoised=2) and video.ready == 1
+    assert sorted(video.made) == [1, 2]
+    for chunk, made in video.made.items():
+        assert made.latents.value.tensor().equal(latents(chunk))
+        assert made.after.value.state.index == chunk + 1
+    assert video.before.value.state.state(torch.device("cpu")).history.equal(state(2).history)
+
+
+def test_without_any_finished_chunk(folder, request_of_run, checkpoint):
+    keep(folder, 0)
+    video = submitted(folder, request_of_run, checkpoint)
+    assert video.course == Course(CHUNKS, denoised=1) and video.before.value.state.index == 1
+
+
+def test_finished_chunks_need_not_be_kept(folder):
+    keep(folder, 0, 1, 2)
+    finish(folder, 0)
+    finish(folder, 1)
+    assert sorted(path.name for path in folder.path.glob("ahead-*")) == ["ahead-00003.safetensors"]
+    assert len(ahead.load(folder, 2)) == 1
+    finish(folder, 2)
+    assert not list(folder.path.glob("ahead-*"))
+
+
+def test_a_gap_ends_what_is_kept(folder):
+    """A writer that was lost keeps nothing of what it had in hand."""
+    keep(folder, 0, 2)
+    assert [following.index for _, following in ahead.load(folder, 0)] == [1]
+
+
+@pytest.mark.parametrize("name", ["ahead-00002.safetensors", "chunk-00001.safetensors"])
+def test_torn_files_are_made_again(folder, name):
+    keep(folder, 0, 1, 2)
+    path = folder.path / name
+    path.write_bytes(path.read_bytes()[:100])
+    assert len(ahead.load(folder, 0)) == 1
+
+
+def test_one_process_goes_on_with_the_folder_too(folder):
+    """It knows nothing of what is kept, and is not led astray by it."""
+    finish(folder, 0)
+    keep(folder, 1, 2)
+    opened = RunFolder.open(folder.path)
+    assert opened.finished_chunks() == 1 and opened.state(torch.device("cpu")).index == 1
+    opened.save(Chunk(1, latents(1), None, state(1), {}), [b"segment"])
+    assert [following.index for _, following in ahead.load(opened, 2)] == [3]
+
+
+def test_all_finished_is_refused(folder, request_of_run, checkpoint):
+    for chunk in range(CHUNKS):
+        finish(folder, chunk)
+    with pytest.raises(RequestError, match="all 5 chunks are finished"):
+        submitted(folder, request_of_run, checkpoint)
