@@ -173,6 +173,12 @@ def add_layout_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("auto",),
         help="auto: what is modelled as fastest here and fits in memory, see helios_cp.plan; flags given are kept",
     )
+    layout.add_argument(
+        "--hardware",
+        metavar="NAME",
+        help="what --layout auto plans for: h100, h200, a100-80, rtx4090, cpu, or a JSON file of benchmarks.calibrate "
+        "(default: the cards here)",
+    )
     layout.add_argument("--ulysses", type=whole_number, metavar="U", help="share the sequence, tokens against heads")
     layout.add_argument("--ring", type=whole_number, metavar="R", help="share the sequence, keys and values passed on")
     layout.add_argument(

@@ -1,7 +1,8 @@
 """Device memory of one rank while text is encoded, a step is denoised and a chunk is decoded, by execution.
 
-Weights are counted from configs, by the same cuts that `helios_cp.offload` makes; what a forward and a decoding need
-beside them is modelled, as in `helios_cp.predict`. Memory of the CUDA context is assumed.
+Weights are counted from configs, by the same cuts that `helios_cp.offload` and `helios_cp.shard_weights` make; what a
+forward and a decoding need beside them is modelled. Memory of the CUDA context is assumed. The planner and the table of
+cards both rest on it.
 """
 
 from __future__ import annotations
@@ -17,23 +18,25 @@ from helios_cp import vae_cost, weight_cost
 from helios_cp.config import Checkpoint, Request, TransformerConfig
 from helios_cp.cost import shares
 from helios_cp.device_weights import SLOTS
+from helios_cp.empty_model import empty_model
 from helios_cp.execution import Execution
 from helios_cp.host_weights import Place, packed_bytes, tensors_at
+from helios_cp.layout import PLAIN
 from helios_cp.offload import transformer_layers
-from helios_cp.predict import Workload
 from helios_cp.quantize import empty_components
 from helios_cp.transformer import HeliosTransformer
 from helios_cp.vae_cost import VaeConfig
 from helios_cp.weight_cost import TextEncoderConfig
+from helios_cp.workload import Workload
 from parallel.mesh import Degrees
 from parallel.segments import split
 from parallel.tensor import shard_sizes
 
+ALONE = Degrees()
 CONTEXT = 0.5e9  # bytes of a CUDA context and its libraries
-GROUP = 128  # weights that share a scale and a zero point in int4
-
-QUANTIZED_BITS: Mapping[str, float] = {"fp8": 8, "int8": 8, "int4": 4 + 2 * 16 / GROUP}
-"""Bits of a weight of a block's linear layer. A scale for each row of thousands is left out."""
+FITTING_SHARE = 0.95
+"""Of a card's memory that is planned with: for communicators, for what the allocator cannot use, and because the model
+of what a decoding needs may say 2 % too little."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,7 @@ def transformer_bytes(
 ) -> TransformerBytes:
     """Counted on a model without memory. `streamed` is what a forward brings with `--offload group`."""
     own = replace(config, ffn_dim=max(shard_sizes(config.ffn_dim, ffn_tp)))
-    with torch.device("meta"):
-        model = HeliosTransformer(own).cast(dtype)
+    model = empty_model(own, dtype)
     modules = [module for block in model.blocks for module in block.modules()]
     linear = {id(module.weight) for module in modules if isinstance(module, nn.Linear)}
     layers, rest, first_block = transformer_layers(model)
@@ -86,8 +88,9 @@ def text_encoder_bytes(config: TextEncoderConfig, dtype: torch.dtype, offload: s
     return (min(SLOTS, config.num_layers) * layers // config.num_layers + config.d_model) * dtype.itemsize
 
 
-def working_bytes(workload: Workload, degrees: Degrees, batch: int = 1, vae_itemsize: int = 4) -> dict[str, int]:
+def working_bytes(workload: Workload, degrees: Degrees, vae_itemsize: int = 4) -> dict[str, int]:
     """What each part of the model needs beside its weights, on the rank that needs most. Modelled."""
+    batch = workload.batch
     core = Degrees(degrees.cfg, degrees.ring, degrees.ulysses, degrees.ffn_tp)
     denoising = max(
         weight_cost.activation_bytes(workload.config, own, core, workload.dtype)
@@ -118,7 +121,7 @@ def expected_bytes(
         sizes = {name: getattr(vae.config, name) for name in VaeConfig.__dataclass_fields__}
         sizes = {name: tuple(size) if isinstance(size, list) else size for name, size in sizes.items()}
         workload, itemsize = replace(workload, vae=VaeConfig(**sizes)), vae.dtype.itemsize
-    return working_bytes(workload, degrees, request.batch_size, itemsize)
+    return working_bytes(workload, degrees, itemsize)
 
 
 @dataclass(frozen=True)
@@ -138,33 +141,55 @@ class CardMemory:
 
 
 def card_memory(
-    workload: Workload, execution: Execution, degrees: Degrees | None = None, together: Iterable[str] = ()
+    workload: Workload,
+    execution: Execution = PLAIN,
+    degrees: Degrees = ALONE,
+    together: Iterable[str] = (),
+    *,
+    shard: bool = False,
+    has_decoders: bool = False,
 ) -> CardMemory:
     """Of rank 0, which has a text encoder and a VAE beside its part of the transformer.
 
-    `together` are phases in which the transformer stays on the card with `--offload model`, where it fits.
+    With `shard`, weights are spread over the ranks and text is encoded on the CPU. With `has_decoders` other workers
+    hold text encoder and VAE, and the decoding phase is theirs. `together` are phases in which the transformer stays on
+    the card with `--offload model`, where it fits.
     """
-    degrees = degrees or Degrees()
     vae_dtype = getattr(torch, execution.vae_dtype)
-    transformer = transformer_bytes(workload.config, workload.dtype, execution.quantize, degrees.ffn_tp)
     text = text_encoder_bytes(workload.text_encoder, workload.dtype, execution.offload)
     vae = vae_cost.parameters(workload.vae) * vae_dtype.itemsize
     decoder = vae_cost.decoder_parameters(workload.vae) * vae_dtype.itemsize
-    prompts = workload.branches if degrees.cfg == 1 else 1
+    prompts = workload.batch * (workload.branches if shard or degrees.cfg == 1 else 1)
     keys_values = prompts * weight_cost.text_bytes(workload.config, workload.dtype, workload.text_tokens)
     working = working_bytes(workload, degrees, vae_itemsize=vae_dtype.itemsize)
     common = {"context": CONTEXT, "text keys and values": keys_values}
     if execution.offload == "none":
-        weights = {"transformer": transformer.whole, "text encoder": text, "VAE": vae}
-        beside = working["transformer"] + working["decoder"]  # a chunk is decoded while the next is denoised
-        return CardMemory({"denoise and decode": {**common, **weights, "working": beside}})
-    denoiser = transformer.whole if execution.offload == "model" else transformer.rest + sum(transformer.slots)
+        denoiser = {**common, "transformer": _resident(workload, execution, degrees, shard)}
+        coders = {"text encoder": 0 if shard and degrees.world > 1 else text, "VAE": vae}
+        if has_decoders:
+            decode = {"context": CONTEXT, **coders, "text encoder": text, "working": working["decoder"]}
+            return CardMemory({"denoise": {**denoiser, "working": working["transformer"]}, "decode": decode})
+        if degrees.vae == 1:  # a chunk is decoded while the next is denoised
+            beside = working["transformer"] + working["decoder"]
+            return CardMemory({"denoise and decode": {**denoiser, **coders, "working": beside}})
+        parts = {"denoise": working["transformer"], "decode": working["decoder"]}
+        return CardMemory({name: {**denoiser, **coders, "working": size} for name, size in parts.items()})
+    transformer = transformer_bytes(workload.config, workload.dtype, execution.quantize, degrees.ffn_tp)
+    weights = transformer.whole if execution.offload == "model" else transformer.rest + sum(transformer.slots)
     kept = set(together) if execution.offload == "model" else set()
     phases = {
         "text": {"context": CONTEXT, "text encoder": text, "working": working["text encoder"]},
-        "denoise": {**common, "transformer": denoiser, "working": working["transformer"]},
+        "denoise": {**common, "transformer": weights, "working": working["transformer"]},
         "decode": {**common, "VAE": decoder, "working": working["decoder"]},
     }
     return CardMemory(
-        {name: {**parts, **({"transformer": denoiser} if name in kept else {})} for name, parts in phases.items()}
+        {name: {**parts, **({"transformer": weights} if name in kept else {})} for name, parts in phases.items()}
     )
+
+
+def _resident(workload: Workload, execution: Execution, degrees: Degrees, shard: bool) -> int:
+    """Weights of the transformer that stay on the card, and those gathered for a block."""
+    if execution.quantize is not None:
+        return transformer_bytes(workload.config, workload.dtype, execution.quantize, degrees.ffn_tp).whole
+    found = weight_cost.transformer_bytes(workload.config, workload.dtype, degrees.world, degrees.ffn_tp, shard)
+    return found.resident + found.gathered

@@ -20,7 +20,6 @@ from helios_cp.execution import Execution
 
 PROGRAM = "helios_cp.cards"
 GIBIBYTE = 2**30  # what sellers of cards call a gigabyte
-SHARE = 0.95  # of a card's memory that is planned with; the model of what a decoding needs may say 2 % too little
 PCIE = 0.8 * 32e9  # bytes/s to the card: assumed, of PCIe 4.0 x16
 CARDS = {8: None, 12: None, 16: None, 24: "rtx4090", 32: None, 40: None, 48: None, 80: "h100", 141: "h200"}
 """Gigabytes of a card, and the hardware profile that stands for it, where there is one."""
@@ -87,7 +86,10 @@ def _memory(choice: Choice, workload):
 
 
 def _first(choices: Sequence[Choice], workload, gigabytes: int) -> Choice | None:
-    fitting = (choice for choice in choices if _memory(choice, workload).bytes <= SHARE * GIBIBYTE * gigabytes)
+    from helios_cp.card_memory import FITTING_SHARE
+
+    most = FITTING_SHARE * GIBIBYTE * gigabytes
+    fitting = (choice for choice in choices if _memory(choice, workload).bytes <= most)
     return next(fitting, None)
 
 
@@ -193,7 +195,7 @@ def table(arguments: argparse.Namespace) -> str:
     import torch
 
     from helios_cp.plan import find_checkpoint, part_configs
-    from helios_cp.predict import Workload
+    from helios_cp.workload import Workload
 
     checkpoint = find_checkpoint(arguments.model)
     size = {name: getattr(arguments, name) for name in ("height", "width") if hasattr(arguments, name)}

@@ -11,7 +11,7 @@ import functools
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from helios_cp.config import TransformerConfig
 from parallel.mesh import Degrees
@@ -75,6 +75,10 @@ class Traffic:
     def __add__(self, other: Traffic) -> Traffic:
         return Traffic(self.calls + other.calls, self.sent_bytes + other.sent_bytes)
 
+    def __mul__(self, batch: int) -> Traffic:
+        """The messages of one sample with those of so many in them."""
+        return Traffic(self.calls, batch * self.sent_bytes)
+
 
 @dataclass(frozen=True)
 class ForwardCost:
@@ -101,6 +105,18 @@ class ForwardCost:
     @property
     def total_traffic(self) -> Traffic:
         return sum(self.traffic.values(), Traffic())
+
+    def of_batch(self, samples: int) -> ForwardCost:
+        """That of so many samples at once: larger products, passes and messages, and no more of them."""
+        if samples == 1:
+            return self
+        return ForwardCost(
+            products=tuple(replace(each, rows=samples * each.rows) for each in self.products),
+            attentions=tuple(replace(each, times=samples * each.times) for each in self.attentions),
+            passes={kind: samples * moved for kind, moved in self.passes.items()},
+            kernels=self.kernels,
+            traffic={axis: each * samples for axis, each in self.traffic.items()},
+        )
 
 
 @dataclass(frozen=True)
@@ -288,7 +304,7 @@ def _kernels(config: TransformerConfig, own: Share, degrees: Degrees, itemsize: 
     Casts are kernels of their own below fp32, and history tokens are normed, scaled and added to apart from noisy ones.
     """
     casts, history = itemsize < FP32, own.history > 0
-    block = 24 + 6 * casts + (6 + 2 * casts) * history
+    block = 23 + 6 * casts + (6 + 2 * casts) * history
     block += (1 + 2 * casts) * config.cross_attn_norm + 4 * (history and config.is_amplify_history)
     uneven_heads = config.num_attention_heads % degrees.ulysses > 0
     block += (3 * (1 + uneven_heads) + 5) * (degrees.ulysses > 1)

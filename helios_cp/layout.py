@@ -6,16 +6,22 @@ import argparse
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from helios_cp.config import Checkpoint, Request, RequestError
+from helios_cp.execution import Execution
 from helios_cp.sampling import SamplingPlan
 from parallel.engines import unavailable_engine
 from parallel.mesh import Degrees, default_degrees
 
+if TYPE_CHECKING:
+    from helios_cp.hardware import Hardware
+
 DEGREES = {"cfg_parallel": "cfg", "ring": "ring", "ulysses": "ulysses", "ffn_tp": "ffn_tp", "vae_parallel": "vae"}
+PLAIN = Execution()
+"""Nothing compiled, quantised or offloaded."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,11 @@ class Layout:
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
+    def as_planned(self, hardware: str) -> str:
+        """One line for the user of `--layout auto`."""
+        shards = ", weights sharded" if self.shard_weights else ""
+        return f"--layout auto: {self.degrees}{shards} is modelled as fastest on {hardware}"
+
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Layout:
         return cls(Degrees(**values["degrees"]), values["attention"], values["shard_weights"])
@@ -41,21 +52,24 @@ def choose_layout(
     world_size: int,
     device: torch.device,
     dtype: torch.dtype,
+    execution: Execution = PLAIN,
+    ranks_of_node: int | None = None,
 ) -> Layout:
     """The layout of the flags given, or a sound default for `world_size` ranks. Raises `RequestError`.
 
     By default guidance is split first where it is on, then the sequence by Ulysses; a degree that is given is kept and
     the others follow from it. With `--layout auto` they are what `helios_cp.plan` models as fastest here, in memory's
-    bounds.
+    bounds, which depend on the execution and on how many of the ranks share a node: all, unless told otherwise.
     """
     given = {name: getattr(arguments, flag) for flag, name in DEGREES.items() if hasattr(arguments, flag)}
     attention = getattr(arguments, "attention", "native")
     shard_weights = getattr(arguments, "shard_weights", False)
-    if getattr(arguments, "layout", None) == "auto":
-        from helios_cp.plan import choose  # which needs this module
+    hardware = planning_hardware(arguments, device.type, ranks_of_node or world_size)
+    if hardware is not None:
+        from helios_cp.search import choose  # which needs this module
 
         kept = {**given, **({"shard_weights": shard_weights} if hasattr(arguments, "shard_weights") else {})}
-        planned = choose(checkpoint, requests, dtype, world_size, device.type, kept)
+        planned = choose(checkpoint, requests, dtype, world_size, device.type, kept, execution, hardware)
         given = {name: getattr(planned.degrees, name) for name in DEGREES.values()}
         shard_weights = planned.shard_weights
     guidance = any(SamplingPlan.of(request, checkpoint).is_guided for request in requests)
@@ -70,16 +84,44 @@ def choose_layout(
         degrees.check(world_size, **limits)
     except ValueError as error:
         raise RequestError(f"{_flags(given)}: {error}") from None
-    if shard_weights and degrees.ffn_tp > 1:
-        raise RequestError(
-            f"--shard-weights with --ffn-tp {degrees.ffn_tp}: give one of the two; --shard-weights saves more memory"
-        )
+    check_shard(shard_weights, degrees.ffn_tp)
     sequences = {lengths for request in requests for lengths in segment_lengths(request, checkpoint)}
     backend = getattr(arguments, "backend", None)
     reason = unavailable_engine(attention, device, dtype, degrees, sequences, limits["heads"], backend)
     if reason is not None:
         raise RequestError(f"--attention {attention}: {reason}")
     return Layout(degrees, attention, shard_weights)
+
+
+def planning_hardware(arguments: argparse.Namespace, device_type: str, ranks_of_node: int) -> Hardware | None:
+    """What `--layout auto` plans for, with so many ranks a node; `None` without that flag. Raises `RequestError`."""
+    name = getattr(arguments, "hardware", None)
+    if getattr(arguments, "layout", None) != "auto":
+        if name is not None:
+            raise RequestError(f"--hardware {name}: only allowed beside --layout auto")
+        return None
+    from helios_cp.hardware import detect_hardware, find_hardware
+
+    if name is None:
+        return detect_hardware(device_type, ranks_of_node)
+    return replace(find_hardware(name), gpus_per_node=ranks_of_node)
+
+
+def check_shard(shard_weights: bool, ffn_tp: int) -> None:
+    """Raises `RequestError` for both ways to spread weights at once."""
+    if shard_weights and ffn_tp > 1:
+        raise RequestError(
+            f"--shard-weights with --ffn-tp {ffn_tp}: give one of the two; --shard-weights saves more memory"
+        )
+
+
+def refusal(given: dict[str, int], world_size: int, **limits: Any) -> str | None:
+    """Why the degrees given cannot be completed, in the words of a layout without `--layout auto`."""
+    try:
+        _fill(given, world_size, **limits).check(world_size, **limits)
+    except ValueError as error:
+        return f"{_flags(given)}: {error}"
+    return None
 
 
 def _fill(

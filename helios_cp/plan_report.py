@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,14 +14,16 @@ from rich.table import Table
 from helios_cp.config import Request
 from helios_cp.cost import forward_cost, repeated_flops, whole
 from helios_cp.hardware import Hardware
-from helios_cp.predict import Candidate, Prediction, StageCost, Workload, limit_fps
+from helios_cp.predict import Candidate, Prediction, StageCost, limit_fps
 from helios_cp.weight_cost import parameters
+from helios_cp.workload import Workload
 from parallel.mesh import Degrees
 
 if TYPE_CHECKING:
-    from helios_cp.plan import Plan
+    from helios_cp.search import Plan
 
 WIDTH = 118
+AXES = "cfg x ring x uly"
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ def to_json(plan: Plan, subject: Subject) -> dict[str, Any]:
     """Plain JSON values; FLOPs, bytes and calls are counts, seconds and FPS are modelled."""
     workload, request = subject.workload, subject.request
     return {
-        "note": "seconds, FPS and memory are modelled, not measured",
+        "note": "seconds, FPS and memory are modelled, not measured, of eager PyTorch: nothing compiled or quantised",
         "model": subject.model,
         "height": request.height,
         "width": request.width,
@@ -104,6 +108,7 @@ def _layout(candidate: Candidate) -> dict[str, Any]:
 def _prediction(prediction: Prediction, subject: Subject) -> dict[str, Any]:
     return {
         **_layout(prediction.candidate),
+        "command": command(prediction.candidate, subject),
         "modelled_fps": prediction.fps,
         "modelled_latency_seconds": prediction.latency,
         "modelled_interval_seconds": prediction.interval,
@@ -136,19 +141,64 @@ def video_seconds(prediction: Prediction, subject: Subject) -> float:
     return first + prediction.latency + (subject.request.num_chunks - 1) * prediction.interval
 
 
-def print_tables(plan: Plan, subject: Subject) -> None:
+def command(candidate: Candidate, subject: Subject) -> str:
+    """What to type for this layout; `--model` and `--prompt` are left to the user."""
+    layout = candidate.layout
+    degrees = layout.degrees
+    flags = {"cfg-parallel": degrees.cfg, "ring": degrees.ring, "ulysses": degrees.ulysses, "ffn-tp": degrees.ffn_tp}
+    words = [f"--{name} {degree}" for name, degree in flags.items() if degree > 1]
+    words += ["--shard-weights"] * layout.shard_weights
+    if candidate.decoders:
+        words = [f"--ranks {degrees.world}", *words, f"--decoders {candidate.decoders}"]
+        return " ".join(["python -m launchers.generate --address auto", *words])
+    if degrees.world > 1:
+        words.append(f"--vae-parallel {degrees.vae}")
+    if subject.ranks == 1:
+        return " ".join(["python -m helios_cp.generate", *words])
+    nodes = f"--nnodes {subject.nodes} " if subject.nodes > 1 else ""
+    per_node = subject.ranks // subject.nodes
+    return " ".join([f"torchrun {nodes}--nproc_per_node {per_node} -m helios_cp.generate", *words])
+
+
+def print_tables(plan: Plan, subject: Subject, top: int) -> None:
+    """The `top` fastest layouts, what to type for the best, and as many reasons why others are impossible."""
     console = Console(soft_wrap=False, highlight=False)
     if not console.is_terminal:
         console = Console(width=WIDTH, highlight=False)
+
+    def say(line: str) -> None:
+        console.print("\n".join(textwrap.wrap(line, console.width, break_on_hyphens=False)), soft_wrap=True)
+
     console.print(_counts(subject))
     if plan.fitting:
-        console.print(_plans(plan, subject))
+        console.print(_plans(plan, subject, top))
+        if len(plan.fitting) > top:
+            say(f"{len(plan.fitting) - top} slower ones are left out; --top {len(plan.fitting)} prints all.")
+        for line in _advice(plan, subject):
+            say(line)
     if plan.refused:
-        console.print(_impossible(plan))
+        console.print(_impossible(plan, top))
     bounds = limits(subject.workload, subject.hardware)
-    console.print(
+    say(
         f"One rank at the data sheet's rates, which nothing exceeds: {bounds['fps_at_peak']:.1f} FPS "
-        f"({bounds['fps_at_peak_with_diffusers_flops']:.1f} with the FLOPs of diffusers). All times are modelled."
+        f"({bounds['fps_at_peak_with_diffusers_flops']:.1f} with the FLOPs of diffusers). All times are modelled, of "
+        "eager PyTorch: --compile, --quantize and --offload are not in them."
+    )
+
+
+def _advice(plan: Plan, subject: Subject) -> Iterator[str]:
+    """What to type for the fastest layout, for the fastest without decoders, and how long the video takes."""
+    best = plan.fitting[0]
+    alone = next((each for each in plan.fitting if not each.candidate.decoders), None)
+    yield f"Best: {command(best.candidate, subject)}"
+    if best.candidate.decoders:
+        yield "  Rows with decoders need launchers.generate, which runs on Ray."
+        if alone is not None:
+            yield f"Best with torchrun, {alone.fps:.4g} FPS: {command(alone.candidate, subject)}"
+    request = subject.request
+    yield (
+        f"{request.num_chunks} chunks of {request.frames_per_chunk} frames take {video_seconds(best, subject):.3g} s, "
+        "text encoding apart."
     )
 
 
@@ -176,22 +226,19 @@ def _counts(subject: Subject) -> Table:
     return table
 
 
-def _plans(plan: Plan, subject: Subject) -> Table:
+def _plans(plan: Plan, subject: Subject, top: int) -> Table:
     table = Table(
-        title=f"{subject.ranks} rank(s) on {subject.nodes} node(s) of {subject.hardware.name}; all times are modelled"
+        title=f"{subject.ranks} rank(s) on {subject.nodes} node(s) of {subject.hardware.name}, eager; all times are "
+        "modelled"
     )
-    for name in ("cfg x uly x ring", "ffn-tp", "shard", "VAE"):
+    for name in (AXES, "ffn-tp", "shard", "VAE"):
         table.add_column(name)
-    for name in ("FPS", "latency s", "GB a rank", "GB sent", "most time"):
+    for name in ("FPS", "latency s", "GB a rank", "GB sent a chunk", "most time"):
         table.add_column(name, justify="right")
-    for each in plan.fitting:
-        candidate = each.candidate
+    for each in plan.fitting[:top]:
         total = sum(each.seconds.values())
         table.add_row(
-            _axes(candidate),
-            _degree(candidate.layout.degrees.ffn_tp),
-            "yes" if candidate.layout.shard_weights else "-",
-            candidate.vae,
+            *_cells(each.candidate),
             f"{each.fps:.4g}",
             f"{each.latency:.3g}",
             f"{each.memory_bytes / 1e9:.1f}",
@@ -201,30 +248,30 @@ def _plans(plan: Plan, subject: Subject) -> Table:
     return table
 
 
-def _impossible(plan: Plan) -> Table:
-    """One line a reason and kind of layout, with how many share it."""
-    table = Table(title="Impossible")
-    for name in ("cfg x uly x ring", "ffn-tp", "shard", "VAE", "why"):
-        table.add_column(name)
+def _impossible(plan: Plan, top: int) -> Table:
+    """One line a reason and kind of layout, with how many share it; `top` of them."""
     alike = defaultdict(list)
     for each in plan.refused:
         alike[each.reason].append(each.candidate)
-    for reason, found in alike.items():
-        first = found[0]
-        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
-        table.add_row(
-            _axes(first) + more,
-            _degree(first.layout.degrees.ffn_tp),
-            "yes" if first.layout.shard_weights else "-",
-            first.vae,
-            reason,
-        )
+    more = f", the first {top} of {len(alike)} reasons" if len(alike) > top else ""
+    table = Table(title=f"Impossible{more}")
+    for name in (AXES, "ffn-tp", "shard", "VAE", "why"):
+        table.add_column(name)
+    for reason, found in list(alike.items())[:top]:
+        axes, *rest = _cells(found[0])
+        table.add_row(axes + (f" and {len(found) - 1} more" if len(found) > 1 else ""), *rest, reason)
     return table
+
+
+def _cells(candidate: Candidate) -> tuple[str, str, str, str]:
+    layout = candidate.layout
+    shard = "yes" if layout.shard_weights else "-"
+    return _axes(candidate), _degree(layout.degrees.ffn_tp), shard, candidate.vae
 
 
 def _axes(candidate: Candidate) -> str:
     degrees = candidate.layout.degrees
-    return f"{degrees.cfg} x {degrees.ulysses} x {degrees.ring}"
+    return f"{degrees.cfg} x {degrees.ring} x {degrees.ulysses}"
 
 
 def _degree(degree: int) -> str:

@@ -12,84 +12,19 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-import torch
-
 from helios_cp import vae_cost, weight_cost
-from helios_cp.config import Checkpoint, Request, TransformerConfig
+from helios_cp.card_memory import card_memory
 from helios_cp.cost import ForwardCost, Traffic, forward_cost, guidance_traffic, shares
+from helios_cp.execution import Execution
 from helios_cp.hardware import Hardware
-from helios_cp.layout import Layout, segment_lengths
-from helios_cp.sampling import SamplingPlan
-from helios_cp.vae_cost import VaeConfig
-from helios_cp.weight_cost import TextEncoderConfig
+from helios_cp.layout import PLAIN, Layout
+from helios_cp.split_vae_cost import decode_kernels, split_extra
+from helios_cp.workload import Workload
 from parallel.mesh import Degrees, axis_groups
 from parallel.segments import split
 
-RESERVED = 1.5e9  # bytes of a CUDA context, communicators and what the allocator cannot use
-
-
-@dataclass(frozen=True)
-class Stage:
-    """Tokens of a pyramid stage (long · mid · short · noisy), and its forwards in a chunk, those of one branch."""
-
-    lengths: tuple[int, ...]
-    forwards: int
-
-    @property
-    def noisy(self) -> int:
-        return self.lengths[-1]
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What a steady chunk of one video asks for, whatever it runs on."""
-
-    config: TransformerConfig
-    vae: VaeConfig
-    text_encoder: TextEncoderConfig
-    stages: tuple[Stage, ...]
-    is_guided: bool
-    dtype: torch.dtype
-    text_tokens: int
-    latent_frames: int
-    latent_size: tuple[int, int]
-    frames: int
-
-    @classmethod
-    def of(
-        cls,
-        checkpoint: Checkpoint,
-        request: Request,
-        dtype: torch.dtype,
-        vae: VaeConfig | None = None,
-        text_encoder: TextEncoderConfig | None = None,
-    ) -> Workload:
-        """Of a resolved request; steps that CFG-Zero* zeroes need no forward."""
-        plan = SamplingPlan.of(request, checkpoint)
-        lengths = segment_lengths(request, checkpoint)
-        forwards = [
-            sum(not plan.is_zeroed(stage, step) for step in range(steps)) for stage, steps in enumerate(plan.steps)
-        ]
-        return cls(
-            config=checkpoint.transformer,
-            vae=vae or VaeConfig(),
-            text_encoder=text_encoder or TextEncoderConfig(),
-            stages=tuple(Stage(tuple(each), count) for each, count in zip(lengths, forwards, strict=True)),
-            is_guided=plan.is_guided,
-            dtype=dtype,
-            text_tokens=request.max_sequence_length,
-            latent_frames=request.num_latent_frames_per_chunk,
-            latent_size=request.latent_size,
-            frames=request.frames_per_chunk,
-        )
-
-    @property
-    def branches(self) -> int:
-        return 2 if self.is_guided else 1
-
-    @property
-    def decode_flops(self) -> int:
-        return vae_cost.decode_flops(self.vae, self.latent_frames, *self.latent_size)
+EXCHANGES = ("ring", "vae")
+"""Axes on which ranks exchange messages two by two."""
 
 
 @dataclass(frozen=True)
@@ -123,8 +58,8 @@ class StageCost:
 class Prediction:
     """Seconds are modelled. `seconds` are of one chunk, by what they go to; `interval` lies between two chunks.
 
-    `memory` is bytes on the rank that holds most, by what they are; `sent_bytes` leave the rank that waits longest, in
-    one chunk.
+    `fps` counts the frames of all videos of a batch. `memory` is bytes on the rank that holds most when it holds most,
+    by what they are; `sent_bytes` leave the rank that waits longest, in one chunk.
     """
 
     candidate: Candidate
@@ -146,11 +81,11 @@ class Prediction:
         return max(self.seconds, key=lambda name: self.seconds[name])
 
 
-def predict(workload: Workload, candidate: Candidate, hardware: Hardware) -> Prediction:
-    """One layout, which must be one that the engine accepts."""
+def predict(workload: Workload, candidate: Candidate, hardware: Hardware, execution: Execution = PLAIN) -> Prediction:
+    """One layout, which must be one that the engine accepts. Of the execution, only the memory is modelled."""
     degrees, shard = candidate.layout.degrees, candidate.layout.shard_weights
     stages = _stage_costs(workload, replace(degrees, vae=1), shard, hardware)  # the VAE changes no forward
-    own_branches = workload.branches // degrees.cfg
+    own_branches = max(1, workload.branches // degrees.cfg)  # a request without guidance leaves a half idle
     seconds: Counter[str] = Counter()
     sent = 0.0
     for stage, each in zip(workload.stages, stages, strict=True):
@@ -158,7 +93,7 @@ def predict(workload: Workload, candidate: Candidate, hardware: Hardware) -> Pre
             seconds[name] += stage.forwards * own_branches * time
         sent += stage.forwards * own_branches * each.cost.total_traffic.sent_bytes
         if degrees.cfg > 1:
-            exchanged = guidance_traffic(workload.config, stage.noisy, workload.dtype.itemsize)
+            exchanged = guidance_traffic(workload.config, stage.noisy, workload.dtype.itemsize) * workload.batch
             seconds["messages"] += stage.forwards * message_seconds(exchanged, degrees, "cfg", hardware)
             sent += stage.forwards * exchanged.sent_bytes
     if shard:
@@ -178,8 +113,8 @@ def predict(workload: Workload, candidate: Candidate, hardware: Hardware) -> Pre
         decode,
         interval,
         denoise + decode,
-        workload.frames / interval,
-        memory(workload, candidate),
+        workload.batch * workload.frames / interval,
+        memory(workload, candidate, execution),
         sent,
         stages,
     )
@@ -191,7 +126,7 @@ def _stage_costs(workload: Workload, degrees: Degrees, shard: bool, hardware: Ha
     itemsize = workload.dtype.itemsize
     for stage in workload.stages:
         costs = [
-            forward_cost(workload.config, own, degrees, workload.text_tokens, itemsize)
+            forward_cost(workload.config, own, degrees, workload.text_tokens, itemsize).of_batch(workload.batch)
             for own in dict.fromkeys(shares(workload.config, stage.lengths, degrees))
         ]
         timed = [StageCost(cost, forward_seconds(workload, cost, degrees, shard, hardware)) for cost in costs]
@@ -242,7 +177,8 @@ def forward_seconds(
 def message_seconds(traffic: Traffic, degrees: Degrees, axis: str, hardware: Hardware) -> float:
     """Seconds of a rank's messages on an axis, for the rank with most partners on other nodes."""
     away = _share_on_other_nodes(degrees, axis, hardware.gpus_per_node)
-    latency = hardware.network_latency if away else hardware.node_latency
+    within = (hardware.node_exchange_latency if axis in EXCHANGES else None) or hardware.node_latency
+    latency = hardware.network_latency if away else within
     outside = traffic.sent_bytes * away / hardware.network_bandwidth
     return traffic.calls * latency + max(outside, traffic.sent_bytes * (1 - away) / hardware.node_bandwidth)
 
@@ -261,50 +197,41 @@ def _share_on_other_nodes(degrees: Degrees, axis: str, ranks_per_node: int) -> f
 
 
 def _decode(workload: Workload, degrees: Degrees, hardware: Hardware) -> tuple[float, float]:
-    """Seconds of decoding a chunk and bytes that a rank sends for it."""
-    rows, columns = workload.latent_size
-    own = max(split(rows, degrees.vae))
-    flops = vae_cost.decode_flops_by_channels(workload.vae, workload.latent_frames, rows, columns)
-    seconds = sum(each / hardware.vae_rate(channels) for channels, each in flops.items()) * own / rows
-    if degrees.vae == 1:
-        return seconds, 0.0
-    traffic = Traffic(*vae_cost.decode_traffic(workload.vae, workload.latent_frames, own, columns, degrees.vae))
-    return seconds + message_seconds(traffic, degrees, "vae", hardware), traffic.sent_bytes
+    """Seconds of decoding a chunk and bytes that a rank sends for it.
 
-
-def memory(workload: Workload, candidate: Candidate) -> dict[str, float]:
-    """Bytes by what they are, on the rank that holds most: rank 0, or a decoder, which has the text encoder beside it.
-
-    With sharded weights text is encoded on the CPU. The text encoder is never released.
+    A split VAE has as many launches as a whole one, rows to fetch and to join, and a frame's keys and values to make
+    again. What a whole decoding launches is in its rate already.
     """
-    degrees, shard = candidate.layout.degrees, candidate.layout.shard_weights
-    weights = weight_cost.transformer_bytes(workload.config, workload.dtype, degrees.world, degrees.ffn_tp, shard)
-    prompts = workload.branches if shard or degrees.cfg == 1 else 1
-    core = replace(degrees, vae=1)
-    working = max(
-        weight_cost.activation_bytes(workload.config, own, core, workload.dtype)
-        for stage in workload.stages
-        for own in dict.fromkeys(shares(workload.config, stage.lengths, core))
-    )
     rows, columns = workload.latent_size
-    decoding = vae_cost.decode_bytes(workload.vae, workload.latent_frames, max(split(rows, degrees.vae)), columns)
-    vae = vae_cost.FP32 * vae_cost.parameters(workload.vae)
-    text = workload.text_encoder.parameters * workload.dtype.itemsize
-    denoiser = {
-        "transformer": weights.resident + weights.gathered,
-        "text keys and values": prompts * weight_cost.text_bytes(workload.config, workload.dtype, workload.text_tokens),
-        "working": working,
-        "reserved": RESERVED,
-    }
-    if candidate.decoders:
-        decoder = {"text encoder": text, "VAE": vae, "working": decoding, "reserved": RESERVED}
-        return max(denoiser, decoder, key=lambda parts: sum(parts.values()))
-    return {
-        **denoiser,
-        "text encoder": 0 if shard and degrees.world > 1 else text,
-        "VAE": vae,
-        "working": max(working, decoding),
-    }
+    own, videos = max(split(rows, degrees.vae)), workload.batch
+    flops = vae_cost.decode_flops_by_channels(workload.vae, workload.latent_frames, rows, columns)
+    whole = videos * sum(each / hardware.vae_rate(channels) for channels, each in flops.items())
+    if degrees.vae == 1:
+        return whole, 0.0
+    share = own / rows
+    extra = split_extra(workload.vae, workload.latent_frames, rows, own, columns, degrees.vae)
+    computing = whole * share + videos * extra.bytes / hardware.pass_bandwidth("copy")
+    computing += videos * extra.flops / hardware.vae_rate(max(flops))
+    if hardware.launches_overlap:
+        computing = max(computing, extra.kernels * hardware.kernel_seconds)
+    else:
+        launched = decode_kernels(workload.vae, workload.latent_frames)
+        computing += (extra.kernels - share * launched) * hardware.kernel_seconds
+    traffic = Traffic(*vae_cost.decode_traffic(workload.vae, workload.latent_frames, own, columns, degrees.vae))
+    traffic *= videos
+    return computing + message_seconds(traffic, degrees, "vae", hardware), traffic.sent_bytes
+
+
+def memory(workload: Workload, candidate: Candidate, execution: Execution = PLAIN) -> dict[str, float]:
+    """Bytes by what they are, on the rank that holds most when it holds most: see `helios_cp.card_memory`."""
+    found = card_memory(
+        workload,
+        execution,
+        candidate.layout.degrees,
+        shard=candidate.layout.shard_weights,
+        has_decoders=candidate.decoders > 0,
+    )
+    return dict(found.phases[found.largest])
 
 
 def limit_fps(frames: int, transformer_flops: float, vae_flops: float, rate: float, vae_rate: float) -> float:

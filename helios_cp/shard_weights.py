@@ -13,19 +13,20 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 
 from helios_cp.config import TransformerConfig
+from helios_cp.empty_model import empty_model
 from helios_cp.transformer import HeliosTransformer
 from helios_cp.transformer_weights import stored_names
 from parallel.collectives import Group
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
 
 def shard_weights(transformer: HeliosTransformer, group: Group, device: torch.device) -> None:
@@ -36,6 +37,10 @@ def shard_weights(transformer: HeliosTransformer, group: Group, device: torch.de
     """
     if group.size == 1:
         return
+    # Imported here, as the bytes of shards are planned without them, and they take a second.
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
     # A communicator of their own, as gathers under way would hold up the exchanges of attention in the world's.
     process_group = dist.new_group(list(group.ranks), timeout=group.timeout)
     mesh = DeviceMesh.from_group(process_group, device.type)
@@ -94,7 +99,7 @@ def own_rows(transformer: HeliosTransformer, group: Group) -> tuple[dict[str, Te
         for kind, parameter in module.named_parameters(recurse=False):
             names = stored_names(path, module, kind)
             rows = _local(parameter.detach())
-            is_sharded = isinstance(parameter, DTensor)
+            is_sharded = _is_sharded(parameter)
             first = group.rank * _chunk_rows(parameter.shape[0], group.size) if is_sharded else 0
             height = parameter.shape[0] // len(names)
             for index, part, place in stacked_rows([height] * len(names), first, first + rows.shape[0]):
@@ -114,7 +119,13 @@ def stacked_rows(heights: Sequence[int], first: int, last: int) -> Iterator[tupl
 
 
 def _local(parameter: Tensor) -> Tensor:
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    return parameter.to_local() if _is_sharded(parameter) else parameter
+
+
+def _is_sharded(parameter: Tensor) -> bool:
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(parameter, DTensor)
 
 
 def _chunk_rows(rows: int, ranks: int) -> int:
@@ -140,8 +151,7 @@ def predicted_bytes(config: TransformerConfig, dtype: torch.dtype, ranks: int) -
     Ranks with fewer rows hold as much as the others, as FSDP pads them. Two units are gathered at most: one that
     computes, and the next as it arrives (or one as it arrives and as it is put in place).
     """
-    with torch.device("meta"):
-        transformer = HeliosTransformer(config).cast(dtype)
+    transformer = empty_model(config, dtype)
     text_units, block_units = _units(transformer)
     texts, blocks = ({p for unit in units for p in _linear_parameters(unit)} for units in (text_units, block_units))
 

@@ -13,17 +13,26 @@ import dataclasses
 import pytest
 import torch
 
-from helios_cp.card_memory import CONTEXT, card_memory, expected_bytes, text_encoder_bytes, transformer_bytes
-from helios_cp.cards import CARDS, EXACT, GIBIBYTE, SHARE, Choice, chunk_seconds, main, rows, table
+from helios_cp.card_memory import (
+    CONTEXT,
+    FITTING_SHARE,
+    card_memory,
+    expected_bytes,
+    text_encoder_bytes,
+    transformer_bytes,
+)
+from helios_cp.cards import CARDS, EXACT, GIBIBYTE, Choice, chunk_seconds, main, rows, table
 from helios_cp.config import Request
 from helios_cp.device_weights import SLOTS
 from helios_cp.execution import Execution
+from helios_cp.layout import Layout
 from helios_cp.offload import offload
 from helios_cp.pipeline import Pipeline
 from helios_cp.plan import BuiltInCheckpoint, part_configs
-from helios_cp.predict import Workload
+from helios_cp.predict import Candidate, memory
 from helios_cp.quantize import quantize_blocks
 from helios_cp.vae_cost import decoder_parameters
+from helios_cp.workload import Workload
 from parallel.mesh import Degrees
 
 BF16 = torch.bfloat16
@@ -66,6 +75,24 @@ def test_a_rank_that_splits_feed_forward_layers_holds_less(workload):
     assert whole.whole - half.whole == lost
 
 
+@pytest.mark.parametrize("degrees", [Degrees(), Degrees(ulysses=2), Degrees(ulysses=2, ffn_tp=2, vae=2)], ids=str)
+@pytest.mark.parametrize("execution", [Execution(), Execution(offload="group"), Execution(quantize="int8")], ids=str)
+def test_the_planner_and_the_table_of_cards_say_the_same(workload, execution, degrees):
+    planned = memory(workload, Candidate(Layout(degrees)), execution)
+    assert sum(planned.values()) == card_memory(workload, execution, degrees).bytes
+
+
+def test_a_chunk_is_decoded_beside_the_next_one_by_a_vae_that_is_whole(workload):
+    """And in turn by one that is split, or by a decoder's own card."""
+    beside = card_memory(workload).phases["denoise and decode"]
+    apart = card_memory(workload, degrees=Degrees(ulysses=2, vae=2)).phases
+    assert set(apart) == {"denoise", "decode"}
+    alone = card_memory(workload, has_decoders=True)
+    assert beside["working"] == sum(parts["working"] for parts in alone.phases.values())
+    assert "VAE" not in alone.phases["denoise"] and "transformer" not in alone.phases["decode"]
+    assert card_memory(workload, degrees=Degrees(ulysses=2), shard=True).bytes < card_memory(workload).bytes
+
+
 def test_the_goal_of_7_gb(workload):
     memory = card_memory(workload, Execution(offload="group"))
     assert memory.bytes < 7e9
@@ -103,7 +130,7 @@ def found():
 def test_every_card_has_an_exact_row_that_fits(found, workload):
     assert {row.gigabytes for row in found} == set(CARDS)
     for row in found:
-        assert row.bytes <= SHARE * GIBIBYTE * row.gigabytes
+        assert row.bytes <= FITTING_SHARE * GIBIBYTE * row.gigabytes
     exact = {row.gigabytes: row.choice for row in found if row.choice in EXACT}
     assert exact[8].flags == exact[24].flags == "--offload group"
     assert exact[40].flags == "--offload model"

@@ -15,8 +15,11 @@ from benchmarks import validate_plan
 from benchmarks.validate_plan import (
     RANKS,
     Comparison,
+    best_layouts,
+    by_kind,
     cases,
     compare,
+    kind_of,
     layout_name,
     main,
     median_error,
@@ -27,8 +30,9 @@ from helios_cp.config import Checkpoint, TransformerConfig
 from helios_cp.hardware import CPU
 from helios_cp.layout import Layout, segment_lengths, smallest_tokens
 from helios_cp.plan import make_plan, part_configs
-from helios_cp.predict import Candidate, Workload, predict
+from helios_cp.predict import Candidate, predict
 from helios_cp.vae_cost import VaeConfig
+from helios_cp.workload import Workload
 from parallel.mesh import Degrees
 from tests.ranks import RankError, shared_pool
 
@@ -84,6 +88,36 @@ def test_a_wrong_prediction_is_seen(folder):
     honest = dataclasses.replace(right, measured=ChunkTimes((right.modelled.interval,), right.measured.stages))
     wrong = dataclasses.replace(honest.modelled, interval=2 * honest.modelled.interval)
     assert honest.error == 0 and dataclasses.replace(honest, modelled=wrong).error == pytest.approx(1)
+
+
+def test_kinds_and_choices(folder):
+    """The planner takes the ring, where Ulysses was faster by a quarter."""
+    times = {Layout(): (4.0, 4.0), Layout(Degrees(ring=2)): (2.0, 2.5), Layout(Degrees(ulysses=2)): (2.2, 2.0)}
+    found = [
+        dataclasses.replace(comparison(folder, measured, modelled), layout=layout)
+        for layout, (modelled, measured) in times.items()
+    ]
+    kinds = {kind: median_error(each) for kind, each in by_kind(found).items()}
+    assert kinds == pytest.approx({"1 rank": 0, "ring": 0.2, "ulysses": 0.1})
+    (choice,) = best_layouts(found)
+    assert (choice.taken, choice.best) == (Layout(Degrees(ring=2)), Layout(Degrees(ulysses=2)))
+    assert (
+        choice.lost == pytest.approx(0.25)
+        and "ring 2 is taken, ulysses 2 was the best; it costs 25.0%" in choice.sentence
+    )
+    assert [kind_of(each.layout) for each in found] == ["1 rank", "ring", "ulysses"]
+
+
+@pytest.mark.parametrize(("factor", "flags", "code"), [(1.0, [], 0), (2.0, [], 1), (2.0, ["--quick"], 0)])
+def test_a_missed_goal_is_an_exit_code(folder, tmp_path, monkeypatch, factor, flags, code):
+    right = comparison(folder, 1.0)
+    seconds = right.modelled.interval / factor
+    made = dataclasses.replace(right, measured=ChunkTimes((seconds,), ({"decode": seconds / 2},)))
+    monkeypatch.setattr(validate_plan, "compare", lambda *_: iter([made]))
+    profile = tmp_path / "profile.json"
+    profile.write_text(json.dumps(CPU.to_json()))
+    flags = ["--hardware", str(profile), "--output", str(tmp_path / "validation.json"), *flags]
+    assert main(flags, shared_pool()) == code
 
 
 def test_the_model_is_the_one_that_was_meant(folder):
@@ -161,15 +195,17 @@ def test_the_result_is_whole(tiny_case, tmp_path, capsys):
     profile, output = tmp_path / "profile.json", tmp_path / "validation.json"
     profile.write_text(json.dumps(CPU.to_json()))
     flags = ["--hardware", str(profile), "--chunks", "2", "--output", str(output)]
-    assert main(flags, shared_pool()) == 0
+    code = main(flags, shared_pool())
     results = json.loads(output.read_text())["results"]
     errors = [abs(each["modelled_seconds"] / each["measured_seconds"] - 1) for each in results["comparisons"]]
     assert results["median_error"] == pytest.approx(sum(errors) / 2)
-    assert results["met"] == (results["median_error"] <= results["goal"])
+    assert results["met"] == (results["median_error"] <= results["goal"]) == (code == 0)
+    assert set(results["median_error_by_kind"]) == {"1 rank", "ring"}
+    assert [each["case"] for each in results["best_layouts"]] == [tiny_case.name]
     assert results["hardware"] == json.loads(profile.read_text()) and results["calibration"] is None
     assert all(len(each["measured"]["seconds"]) == 2 for each in results["comparisons"])
     printed = capsys.readouterr().out
-    for text in ("1 rank", "ring 2", "modelled", "measured", "median error"):
+    for text in ("1 rank", "ring 2", "modelled", "measured", "median error", "by kind of layout", "is taken"):
         assert text in printed
 
 
