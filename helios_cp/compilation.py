@@ -6,36 +6,49 @@ frame by latent frame with a cache of features: for the first frame, the second,
 and graphs are whole: a break in one is an error, not a slow path. What a layer or a sequence-parallel algorithm
 computes otherwise when it is compiled, it decides itself by `torch.compiler.is_compiling()`.
 
+A process that has made very many sizes drops its compiled code and starts over, from the cache of compiled code where
+there is one.
+
 Hooks of the blocks stay outside, so that weights which are sharded are gathered before the compiled code is called.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import types
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+import warnings
+from collections.abc import Callable, Iterable, MutableMapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch._dynamo.exc import FailOnRecompileLimitHit
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from helios_cp.layers import Block
 
 if TYPE_CHECKING:
     from helios_cp.pipeline import Pipeline
 
+logger = logging.getLogger(__name__)
+
 Backend = str | Callable
 MOST_GRAPHS = 96
-"""Of a function in one process; six serve a size of video. PyTorch's own limit is 8, beyond which it raises."""
+"""Of a function at a time; six of the blocks serve a size of video. PyTorch's own limit is 8."""
 
 
 def compile_pipeline(pipeline: Pipeline, cache: str | None = None, backend: Backend = "inductor") -> None:
     """Compile a loaded pipeline's blocks, and its decoder where the VAE is not split over ranks.
 
-    Nothing is compiled before it first runs. `cache` is a folder that keeps compiled code for the next start.
+    Nothing is compiled before it first runs. `cache` is the folder that keeps compiled code for the next start; warns
+    where this process has not been told so by `keep_in`.
     """
-    if cache is not None:
-        keep_in(cache)
+    if cache is not None and os.path.realpath(cache) != os.path.realpath(cache_dir()):
+        warnings.warn(
+            f"compiled code goes to {cache_dir()} and not to {cache}: call helios_cp.environment.prepare beforehand",
+            stacklevel=2,
+        )
     compile_blocks(pipeline.transformer.blocks, backend)
     if pipeline.codec.vae is not None and pipeline.codec.is_local:
         compile_decoder(pipeline.codec.vae, backend)
@@ -53,16 +66,26 @@ def compile_decoder(vae: nn.Module, backend: Backend = "inductor") -> None:
     vae.decoder.forward = _compile(vae.decoder.forward, backend)
 
 
-def keep_in(folder: str) -> None:
-    """Keep compiled code in a folder from now on, and look for it there first.
+def keep_in(folder: str, environment: MutableMapping[str, str] = os.environ) -> None:
+    """Keep compiled code in a folder from now on, and look for it there first. To be called when a process starts.
 
-    PyTorch's compilers learn of it through the environment alone.
+    PyTorch's compilers learn of it through the environment of the process alone.
     """
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+    environment["TORCHINDUCTOR_CACHE_DIR"] = folder
     torch._inductor.config.fx_graph_cache = True
 
 
 def _compile(function: Callable, backend: Backend) -> Callable:
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, MOST_GRAPHS)
-    return torch.compile(function, backend=backend, fullgraph=True, dynamic=False)
+    compiled = torch.compile(function, backend=backend, fullgraph=True, dynamic=False)
+
+    def run(*arguments: Any, **options: Any) -> Any:
+        try:
+            return compiled(*arguments, **options)
+        except FailOnRecompileLimitHit:  # before anything was computed
+            logger.warning("%d graphs are compiled; all are dropped, to compile anew what is asked for", MOST_GRAPHS)
+            torch.compiler.reset()
+            return compiled(*arguments, **options)
+
+    return run

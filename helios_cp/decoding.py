@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
+from helios_cp.device import to_host, wait_for
 from helios_cp.sampling import Step
-from helios_cp.timing import Stopwatch
+from helios_cp.timing import Mark, Stopwatch, Times
 
 if TYPE_CHECKING:
     from helios_cp.pipeline import Chunk
@@ -24,27 +25,33 @@ if TYPE_CHECKING:
 Decode = Callable[[Tensor], Tensor | None]
 """Latents `[B, C, T, h, w]` to frames `[B, T', H, W, 3]` on the device, or `None` on ranks without frames."""
 
-
-class Mark(Protocol):
-    """A place in a stream's work, as `torch.Event` is."""
-
-    def query(self) -> bool: ...
-    def synchronize(self) -> None: ...
-    def elapsed_time(self, end: Any) -> float: ...
+MARGIN = 1.1  # on the memory that work is expected to need, as free memory lies in pieces
 
 
 class Side(Protocol):
     """Where work runs beside the current stream, as in `helios_cp.device.SideStream`."""
 
     def mark(self) -> Mark: ...
-    def after(self, mark: Mark, *inputs: Tensor) -> contextlib.AbstractContextManager[None]: ...
+    def after(self, mark: Mark | None, *inputs: Tensor) -> contextlib.AbstractContextManager[None]: ...
     def to_host(self, tensor: Tensor) -> Tensor: ...
 
 
-class Decoding(Protocol):
-    """Takes chunks as they are denoised, and gives each back with its frames, in order."""
+@dataclass(frozen=True)
+class Denoised:
+    """A chunk whose denoising is on its way: still without frames, and without the seconds that its stages take."""
 
-    def hand_in(self, chunk: Chunk) -> Chunk | None:
+    chunk: Chunk
+    times: Times
+
+    def finished(self, frames: Tensor | None, **seconds: float) -> Chunk:
+        """With its frames, and with `seconds` of further stages; once the device is past all of it."""
+        return replace(self.chunk, frames=frames, seconds=self.times.read() | seconds)
+
+
+class Decoding(Protocol):
+    """Takes chunks as they are denoised, and gives each back with its frames, in order, when the device is done."""
+
+    def hand_in(self, denoised: Denoised) -> Chunk | None:
         """A chunk is denoised; returns one that has its frames."""
 
     def between_steps(self) -> Chunk | None:
@@ -62,15 +69,15 @@ class AtOnce:
         self.device = device
         self.keep_on_device = keep_on_device
 
-    def hand_in(self, chunk: Chunk) -> Chunk:
-        if self.decode is None:
-            return chunk
-        watch = Stopwatch(self.device)
-        with watch.measure("decode"):
-            frames = self.decode(chunk.latents)
-            if frames is not None and not self.keep_on_device:
-                frames = frames.cpu()
-        return replace(chunk, frames=frames, seconds=chunk.seconds | watch.seconds)
+    def hand_in(self, denoised: Denoised) -> Chunk:
+        watch, frames = Stopwatch(self.device), None
+        if self.decode is not None:
+            with watch.measure("decode"):
+                frames = self.decode(denoised.chunk.latents)
+                if frames is not None and not self.keep_on_device:
+                    frames = to_host(frames)
+        wait_for(self.device)
+        return denoised.finished(frames, **watch.take().read())
 
     def between_steps(self) -> None:
         return None
@@ -91,10 +98,10 @@ class Beside:
         self.side = side
         self._flight: _Flight | None = None
 
-    def hand_in(self, chunk: Chunk) -> Chunk | None:
-        denoised = self.side.mark()
+    def hand_in(self, denoised: Denoised) -> Chunk | None:
+        mark = self.side.mark()
         before = self.finish()
-        self._flight = _Flight(chunk, denoised)
+        self._flight = _Flight(denoised, mark)
         return before
 
     def between_steps(self) -> Chunk | None:
@@ -117,31 +124,32 @@ class Beside:
 
     def _launch(self, flight: _Flight) -> None:
         self._flight = None  # what fails is not tried again
-        with self.side.after(flight.denoised, flight.chunk.latents):
+        latents = flight.denoised.chunk.latents
+        with self.side.after(flight.mark, latents):
             flight.begin = self.side.mark()
-            flight.frames = self.side.to_host(self.decode(flight.chunk.latents))
+            frames = self.decode(latents)
+            flight.frames = None if frames is None else self.side.to_host(frames)
             flight.end = self.side.mark()
         self._flight = flight
 
     def _land(self, flight: _Flight) -> Chunk:
         self._flight = None
-        seconds = {"decode": flight.begin.elapsed_time(flight.end) / 1000}
-        return replace(flight.chunk, frames=flight.frames, seconds=flight.chunk.seconds | seconds)
+        return flight.denoised.finished(flight.frames, decode=flight.begin.elapsed_time(flight.end) / 1000)
 
 
 @dataclass
 class _Flight:
     """The one chunk that is on its way from latents to frames."""
 
-    chunk: Chunk
-    denoised: Mark
+    denoised: Denoised
+    mark: Mark
     begin: Mark | None = None
     end: Mark | None = None
     frames: Tensor | None = None
 
 
 def with_frames(
-    events: Iterable[Step | Chunk], decoding: Decoding, on_step: Callable[[Step], None] | None = None
+    events: Iterable[Step | Denoised], decoding: Decoding, on_step: Callable[[Step], None] | None = None
 ) -> Iterator[Chunk]:
     """The chunks of a run with their frames, each as soon as these are there.
 

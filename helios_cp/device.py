@@ -7,9 +7,11 @@ every rounding; and random numbers come from CPU generators, so that every devic
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import platform
 import resource
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor
 
 from helios_cp.config import DTYPES, RequestError
+from helios_cp.execution import Target
 
 KINDS = ("cpu", "cuda", "mps", "xpu", "npu")
 TESTED = ("cpu", "cuda")
@@ -85,6 +88,11 @@ def capability(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
+def target(kind: str) -> Target:
+    """The device of a kind on this machine, for a machine that has none to check a call for it."""
+    return Target(kind, capability(torch.device(kind)))
+
+
 def has_tf32(device: torch.device) -> bool:
     """Whether convolutions in fp32 can run on TF32 tensor cores: CUDA cards from Ampere on."""
     found = capability(device)
@@ -112,7 +120,7 @@ def card_count(device: torch.device) -> int:
 
 def make_current(device: torch.device) -> None:
     """What names no index, such as a communicator, goes to this device from now on."""
-    if device.index is not None:
+    if device.index is not None and device.type != "cpu":
         torch.accelerator.set_device_index(device)
 
 
@@ -129,6 +137,56 @@ def allocated_memory(device: torch.device) -> int:
     if device.type == "mps":
         return torch.mps.current_allocated_memory()
     return 0 if device.type == "cpu" else torch.accelerator.memory_allocated(device)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that PyTorch could still allocate on a CUDA card; 0 elsewhere, where there is no telling."""
+    if device.type != "cuda":
+        return 0
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
+def free_host_memory() -> int:
+    """Bytes that programs could still get without swapping, as Linux estimates them."""
+    with open("/proc/meminfo") as file:
+        line = next(line for line in file if line.startswith("MemAvailable:"))
+    return int(line.split()[1]) * 1024
+
+
+def grow_segments(device: torch.device) -> None:
+    """Have PyTorch's allocator grow its pieces of a CUDA card's memory from now on, in place of adding more.
+
+    What one part of a model frees in pieces then serves the next as a whole. Nothing changes where the allocator was
+    given settings already, as by PYTORCH_ALLOC_CONF or PYTORCH_CUDA_ALLOC_CONF. They can be changed while it works, but
+    PyTorch has no public name for that; the variables are read too early for what a resumed run says.
+    """
+    if device.type == "cuda" and not _allocator_settings():
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+
+
+def _allocator_settings() -> str:
+    if hasattr(torch._C, "_accelerator_getAllocatorSettings"):
+        return torch._C._accelerator_getAllocatorSettings()
+    found = torch.cuda.memory._snapshot()["allocator_settings"]
+    return found.get("PYTORCH_CUDA_ALLOC_CONF") or found.get("PYTORCH_ALLOC_CONF", "")
+
+
+def pin(memory: Tensor, device: torch.device) -> int:
+    """Let a CUDA card copy from host memory `[N]`, whole pages of uint8, while that lives; returns CUDA's error or 0.
+
+    A failed call leaves its error for whoever asks CUDA next, and PyTorch asks after the next kernel: that would be
+    blamed for it. So a kernel that nobody needs is launched to that end.
+    """
+    runtime = torch.cuda.cudart()
+    with torch.cuda.device(device):  # else the context of another card could be made for it
+        failure = int(runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
+    if failure:
+        with contextlib.suppress(RuntimeError):
+            torch.ones(1, device=device)
+    else:
+        weakref.finalize(memory, runtime.cudaHostUnregister, memory.data_ptr()).atexit = False
+    return failure
 
 
 def peak_memory(device: torch.device) -> int:
@@ -154,6 +212,24 @@ def mark(device: torch.device) -> torch.Event:
     event = torch.Event(device, enable_timing=True)
     event.record(torch.accelerator.current_stream(device))
     return event
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device. From the host it goes through pinned memory, so that the host need not wait for it."""
+    if tensor.device.type != "cpu" or not has_streams(device):
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """A copy in pinned host memory, whole once a later mark is reached; where there are no streams, whole at once.
+
+    torch keeps pinned memory that nothing uses any more, so that later copies of this size take it over. It does so
+    only when the copy itself is done, even where its result was dropped before.
+    """
+    if not has_streams(tensor.device):
+        return tensor.cpu()
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
 class Pace:
@@ -187,21 +263,17 @@ class SideStream:
         return mark(self.device)
 
     @contextmanager
-    def after(self, mark: torch.Event, *inputs: Tensor) -> Iterator[None]:
-        """What is launched inside runs on the side stream once `mark` is reached.
+    def after(self, mark: torch.Event | None, *inputs: Tensor) -> Iterator[None]:
+        """What is launched inside runs on the side stream once `mark` is reached, at once without one.
 
         `inputs` are tensors of the current stream that it reads: their memory is given to nobody else before it has.
         """
-        self.stream.wait_event(mark)
+        if mark is not None:
+            self.stream.wait_event(mark)
         for tensor in inputs:
             tensor.record_stream(self.stream)
         with self.stream:
             yield
 
     def to_host(self, tensor: Tensor) -> Tensor:
-        """A copy in pinned host memory, whole once a later mark is reached.
-
-        torch keeps pinned memory that nothing uses any more, so that later copies of this size take it over. It does so
-        only when the copy itself is done, even where its result was dropped before.
-        """
-        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+        return to_host(tensor)

@@ -22,6 +22,19 @@ if TYPE_CHECKING:
 
 QUANTIZATIONS = ("fp8", "int8", "int4")
 OFFLOADS = ("none", "model", "group")
+OWN_ENGINES = ("native", "cudnn", "flash")
+"""Attention whose messages are our own, of which it is known what a graph makes of them."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """The kind of device that work is done on, which the machine that checks a call need not have.
+
+    `capability` is the CUDA compute capability of the card, if it is one and it is known.
+    """
+
+    kind: str
+    capability: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -52,8 +65,9 @@ class Adapter:
 class Execution:
     """Choices of speed and memory that leave the request as it is; the defaults change no bit.
 
-    `compile_cache` is a folder where compiled code is kept for the next start. `block_cache` is the relative change of
-    the first block's output below which a step reuses the other blocks' last one (`helios_cp.block_cache`).
+    `compile_cache` is a folder where compiled code is kept for the next start, once `helios_cp.environment.prepare`
+    has said so to PyTorch, as command lines do. `block_cache` is the relative change of the first block's output below
+    which a step reuses the other blocks' last one (`helios_cp.block_cache`).
     """
 
     compile: bool = False
@@ -114,6 +128,21 @@ class Execution:
             if not Path(adapter.path).exists():
                 raise RequestError(f"--lora {adapter.path}: there is no such file or folder")
 
+    def check_all(
+        self,
+        target: Target,
+        *,
+        is_distilled: bool,
+        backend: str = "gloo",
+        ranks: int = 1,
+        shard_weights: bool = False,
+        attention: str = "native",
+    ) -> None:
+        """All of `check`, `check_layout` and `check_graphs`, before anything is loaded. Raises `RequestError`."""
+        self.check(device=target.kind, capability=target.capability, is_distilled=is_distilled)
+        self.check_layout(shard_weights)
+        self.check_graphs(backend, ranks, shard_weights, attention)
+
     def check_layout(self, shard_weights: bool) -> None:
         """Raises `RequestError` for what does not go with weights that are sharded over the ranks."""
         if shard_weights and self.offload != "none":
@@ -144,7 +173,7 @@ class Execution:
                 f"--cuda-graphs with --block-cache {self.block_cache:g}: give one of the two; a graph skips no block"
             )
 
-    def check_graphs(self, backend: str, ranks: int, shard_weights: bool) -> None:
+    def check_graphs(self, backend: str, ranks: int, shard_weights: bool, attention: str = "native") -> None:
         """Raises `RequestError` where a graph cannot hold what this layout does in a forward."""
         if not self.cuda_graphs:
             return
@@ -157,6 +186,11 @@ class Execution:
             raise RequestError(
                 "--cuda-graphs with --shard-weights: give one of the two; a graph needs its weights in one place on "
                 "the card"
+            )
+        if attention not in OWN_ENGINES:
+            raise RequestError(
+                f"--cuda-graphs with --attention {attention}: allowed are {', '.join(OWN_ENGINES)}; that package's "
+                "messages are not made to be captured"
             )
 
     def bits(self) -> dict[str, Any]:
@@ -232,12 +266,15 @@ def add_execution_arguments(parser: argparse.ArgumentParser) -> None:
 def apply(pipeline: Pipeline, execution: Execution) -> None:
     """Prepare a loaded pipeline, in the one order that works: adapt, quantise, cache, offload, compile, capture.
 
-    A transformer that was loaded adapted and quantised is so already.
+    A transformer that was loaded adapted and quantised is so already. Raises `RequestError`, before anything is
+    changed, for what does not go together or not on the pipeline's device.
     """
-    if execution.lora:
-        from helios_cp.transformer_weights import set_adapters
+    from helios_cp.device import capability
 
-        set_adapters(pipeline, execution.lora)
+    is_distilled, device = pipeline.checkpoint.is_distilled, pipeline.device
+    execution.check(device=device.type, capability=capability(device), is_distilled=is_distilled)
+    if execution.lora:
+        pipeline.set_adapters(execution.lora)
     if execution.quantize is not None:
         from helios_cp.quantize import quantize_blocks
 

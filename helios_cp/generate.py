@@ -21,7 +21,7 @@ from helios_cp.arguments import (
     whole_number,
 )
 from helios_cp.config import RequestError
-from helios_cp.execution import add_execution_arguments
+from helios_cp.execution import Execution, add_execution_arguments
 from helios_cp.jobs import INTERPOLATE_TIME
 
 PROGRAM = "helios_cp.generate"
@@ -86,9 +86,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.is_quiet = os.environ.get("RANK", "0") != "0"
     arguments = parser.parse_args(argv)
     cache = os.environ.get("HELIOS_CP_CACHE")
-    if getattr(arguments, "offload", "none") != "none":
-        # Read when torch is imported: what one part of the model frees in pieces then serves the next as a whole.
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     try:
         return _run(parser, arguments, Path(cache) if cache else None)
     except KeyboardInterrupt:
@@ -101,6 +98,7 @@ def _run(parser: OneLineParser, arguments: argparse.Namespace, cache: Path | Non
     # Imported here so that --help and misspelt flags need not wait for torch.
     from helios_cp.device import pick_device
     from helios_cp.distributed import Ranks, World, device_of_rank, end_process
+    from helios_cp.environment import prepare
     from helios_cp.runner import PATIENCE, follow, run
     from helios_cp.session import Followed, Session, check
     from helios_cp.stopping import exit_late
@@ -127,6 +125,7 @@ def _run(parser: OneLineParser, arguments: argparse.Namespace, cache: Path | Non
     decided = world.share(decide)
     if "refused" in decided:
         parser.error(decided["refused"])
+    prepare(Execution.from_json(decided["execution"]), ranks.size, os.environ)
     if session is not None:
         device = session.device
     else:

@@ -1,18 +1,21 @@
 """A whole forward of the transformer as one CUDA graph: launched at once, with the host out of the way.
 
 A graph reads and writes fixed memory. Inputs are copied into static buffers before it is replayed: latents and timestep
-at every step; keys and values of the prompt, and the history with its rotary table, only when they are other ones than
-those in the buffer. The buffers of equal shapes are shared, so that all pyramid stages have the text and the history
+at every step; keys and values of a prompt, and the history with its rotary table, only when they are other ones than
+those in the buffer. The buffers of equal shapes are shared, so that all pyramid stages have the texts and the history
 once. What a forward reads besides (weights, rotary table, t = 0 rows) is read where it lies, and a graph is captured
 anew when any of that lies elsewhere.
 
-One graph serves inputs of the same shapes and frame indices, that is one stage in one layout; collectives of NCCL are
-captured with the rest, so all ranks capture and replay in step. Nothing here but `CudaCapture` needs a GPU.
+One graph serves inputs of the same shapes and frame indices, that is one stage in one layout, and one text: prompt and
+negative prompt, which take turns in every step, have buffers and graphs of their own, so that neither is ever copied
+over the other. Collectives of NCCL are captured with the rest, so all ranks capture and replay in step. Nothing here
+but `CudaCapture` needs a GPU.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable
@@ -28,8 +31,10 @@ from helios_cp.transformer import HeliosTransformer, HistoryCondition, TextCondi
 if TYPE_CHECKING:
     from helios_cp.pipeline import Pipeline
 
-MOST_GRAPHS = 12
-"""Kept at a time: four sizes of three stages. What the least recently used one holds is freed for others."""
+MOST_GRAPHS = 24
+"""Kept at a time: four sizes of three stages, guided. What the least recently used one holds is freed for others."""
+MOST_TEXTS = 2
+"""In buffers of equal shapes: the prompt and the negative prompt."""
 WARM_UPS = 2
 
 Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
@@ -40,8 +45,10 @@ class CudaCapture:
     """Captures on a stream of its own, into memory that all graphs share: never two of them run at a time."""
 
     def __init__(self, device: torch.device) -> None:
-        self.stream = torch.cuda.Stream(device)
-        self.pool = torch.cuda.graph_pool_handle()
+        with torch.cuda.device(device):
+            self.stream = torch.cuda.Stream(device)
+            # Held here, and not by the graphs alone: once the last of them is gone the allocator would refuse the next.
+            self.memory = torch.cuda.MemPool()
 
     def __call__(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         current = torch.cuda.current_stream(self.stream.device)
@@ -52,7 +59,7 @@ class CudaCapture:
         current.wait_stream(self.stream)
         graph = torch.cuda.CUDAGraph()
         # Other threads, such as NCCL's watchdog and a writer of frames, may go on calling CUDA meanwhile.
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self.memory.id, stream=self.stream, capture_error_mode="thread_local"):
             output = function()
         return graph.replay, output
 
@@ -64,6 +71,12 @@ class StaticInputs:
         tensors, self._structure = _flatten(value)
         self.tensors = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors]
         self._content: weakref.ref | None = None
+        self.last_used = 0
+
+    @property
+    def content(self) -> Any:
+        """The condition that was last copied there, while somebody has it; `None` for tensors."""
+        return None if self._content is None else self._content()
 
     @property
     def value(self) -> Any:
@@ -72,7 +85,7 @@ class StaticInputs:
 
     def fill(self, value: Any) -> None:
         """Copy, unless this very object is in place already. Conditions are never changed, tensors are."""
-        if not isinstance(value, Tensor) and self._content is not None and self._content() is value:
+        if not isinstance(value, Tensor) and self.content is value:
             return
         for target, source in zip(self.tensors, _flatten(value)[0], strict=True):
             target.copy_(source)
@@ -102,6 +115,7 @@ class GraphedForward:
         self.most = most
         self.captured: OrderedDict[Hashable, CapturedForward] = OrderedDict()
         self._buffers: weakref.WeakValueDictionary[Hashable, StaticInputs] = weakref.WeakValueDictionary()
+        self._clock = itertools.count(1)
 
     def __call__(
         self,
@@ -115,6 +129,7 @@ class GraphedForward:
         values = (latents, timestep, text) if history is None else (latents, timestep, text, history)
         reads = tuple(self.transformer.reads_besides(latents, frame_indices))
         kinds = tuple((place, *_kind(value)) for place, value in enumerate(values))
+        kinds = tuple((*kind, self._number(kind, value)) for kind, value in zip(kinds, values, strict=True))
         key = (kinds, frame_indices, tuple(map(_address, reads)))
         found = self.captured.get(key)
         if found is None:
@@ -124,6 +139,7 @@ class GraphedForward:
             inputs = found.inputs
         for buffer, value in zip(inputs, values, strict=True):
             buffer.fill(value)
+            buffer.last_used = next(self._clock)
         if found is None:
             static = [buffer.value for buffer in inputs]
             static += [None] * (4 - len(static))
@@ -139,6 +155,23 @@ class GraphedForward:
             del self.captured[key]
         while len(self.captured) >= self.most:
             self.captured.popitem(last=False)
+
+    def _number(self, kind: tuple[Hashable, ...], value: Any) -> int:
+        """Which of the buffers of a kind is for this value: that with it, one whose text is gone, or the oldest.
+
+        Ranks let go of their texts in step, so all of them choose alike.
+        """
+        if not isinstance(value, TextCondition):
+            return 0
+        found = {number: self._buffers.get((*kind, number)) for number in range(MOST_TEXTS)}
+        there = {number: buffer for number, buffer in found.items() if buffer is not None}
+        for content in (value, None):
+            for number, buffer in there.items():
+                if buffer.content is content:
+                    return number
+        if len(there) < MOST_TEXTS:
+            return next(number for number in found if number not in there)
+        return min(there, key=lambda number: there[number].last_used)
 
     def _buffer(self, kind: Hashable, value: Any) -> StaticInputs:
         buffer = self._buffers.get(kind)

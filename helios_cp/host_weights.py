@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import itertools
 import warnings
-import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass, transform_subclass
+
+from helios_cp.device import free_host_memory, pin
 
 ALIGNMENT = 256  # bytes, as CUDA's allocator gives; kernels may count on 16
 PAGE = 4096
@@ -136,14 +137,10 @@ def _host_memory(size: int, device: torch.device) -> Tensor:
     whole = torch.empty(pages + PAGE, dtype=torch.uint8)
     first = -whole.data_ptr() % PAGE
     memory = whole[first : first + pages]
-    runtime = torch.cuda.cudart()
-    failure = int(runtime.cudaHostRegister(memory.data_ptr(), pages, 0))
-    if failure:
+    if failure := pin(memory, device):
         warnings.warn(
-            f"{pages / 1e9:.1f} GB of host memory cannot be pinned (CUDA error {failure}): offloading will be slow; "
-            "a higher `ulimit -l` or more free memory lets it",
+            f"{pages / 1e9:.1f} GB of host memory cannot be pinned (CUDA error {failure}; "
+            f"{free_host_memory() / 1e9:.1f} GB are free): offloading will be slow",
             stacklevel=2,
         )
-    else:
-        weakref.finalize(memory, runtime.cudaHostUnregister, memory.data_ptr()).atexit = False
     return memory

@@ -14,7 +14,8 @@ from torch import Tensor
 from torchao.quantization.quant_primitives import MappingType, choose_qparams_affine, quantize_affine
 from torchao.utils import TorchAOBaseTensor
 
-GROUP = 32
+from helios_cp.quantize import INT4_GROUP
+
 LOWEST, HIGHEST = -8, 7
 
 
@@ -37,12 +38,12 @@ class Int4Weight(TorchAOBaseTensor):
         """`[N, K]`; each value is rounded once, to the dtype."""
         dtype = dtype or self.dtype
         values = torch.stack([self.qdata & 15, self.qdata >> 4], -1).flatten(1).to(dtype) + LOWEST
-        return (values.unflatten(1, (-1, GROUP)) * self.scale.to(dtype).unsqueeze(-1)).flatten(1)
+        return (values.unflatten(1, (-1, INT4_GROUP)) * self.scale.to(dtype).unsqueeze(-1)).flatten(1)
 
 
 def quantise_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
     """`qdata` and `scale` of a weight `[N, K]` in fp32; K is a multiple of 32."""
-    block = (1, GROUP)
+    block = (1, INT4_GROUP)
     bounds = (torch.int8, LOWEST, HIGHEST)
     scale, zero_point = choose_qparams_affine(
         weight, MappingType.SYMMETRIC, block, *bounds, scale_dtype=torch.bfloat16, zero_point_dtype=torch.int8

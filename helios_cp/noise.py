@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from helios_cp.device import to_device
+
 
 def make_generators(seeds: Sequence[int]) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -18,7 +20,7 @@ def make_generators(seeds: Sequence[int]) -> list[torch.Generator]:
 
 def normal(shape: Sequence[int], generators: Sequence[torch.Generator], device: torch.device) -> Tensor:
     """Standard normal `[B, *shape]` in fp32."""
-    return torch.cat([torch.randn(1, *shape, generator=generator) for generator in generators]).to(device)
+    return to_device(torch.cat([torch.randn(1, *shape, generator=generator) for generator in generators]), device)
 
 
 def block_noise_factor(gamma: float, block: int) -> Tensor:
@@ -46,7 +48,7 @@ def block_noise(
     blocks = channels * frames * (height // ph) * (width // pw)
     samples = [torch.randn(blocks, ph * pw, generator=generator) @ factor.T for generator in generators]
     grid = torch.stack(samples).view(len(samples), channels, frames, height // ph, width // pw, ph, pw)
-    return grid.transpose(4, 5).reshape(len(samples), channels, frames, height, width).to(device)
+    return to_device(grid.transpose(4, 5).reshape(len(samples), channels, frames, height, width), device)
 
 
 def per_frame(function, latents: Tensor) -> Tensor:

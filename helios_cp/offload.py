@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from helios_cp.device import has_streams
+from helios_cp.device import free_memory, grow_segments, has_streams
 from helios_cp.device_weights import Copies, HostCopies, MemoryCounter, Resident, StreamCopies, Streamed
 from helios_cp.host_weights import HostWeights, Place, places, tensors_at
 from helios_cp.transformer import BlockInputs, Body, HeliosTransformer
@@ -132,14 +132,6 @@ class Card:
         return self.free() >= MARGIN * (part.working + (0 if part.is_here else part.device_bytes))
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that PyTorch could still allocate on a card; 0 where there is no telling."""
-    if device.type != "cuda":
-        return 0
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + unused
-
-
 def offload(pipeline: Pipeline, how: str, card: Card | None = None) -> Card:
     """Take a pipeline's weights, which are in host memory, into the care of a card: `how` is "model" or "group".
 
@@ -147,6 +139,7 @@ def offload(pipeline: Pipeline, how: str, card: Card | None = None) -> Card:
     while their part is at work; `Card.stored` has them.
     """
     device = pipeline.device
+    grow_segments(device)
     if card is None:
         card = Card(device, free=None if how == "group" else lambda: free_memory(device))
     text_encoder, vae = pipeline.prompt_encoder.text_encoder, pipeline.codec.vae

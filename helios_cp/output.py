@@ -7,6 +7,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Generic, TypeVar
 
+import torch
+from torch import Tensor
+
+from helios_cp.decoding import Side
+from helios_cp.device import SideStream, has_streams
 from helios_cp.pipeline import Chunk
 
 T = TypeVar("T")
@@ -53,10 +58,31 @@ class BackgroundWriter(Generic[T]):
             self._thread.shutdown()
 
 
-def to_host(chunk: Chunk) -> Chunk:
-    """The same chunk with nothing on the device, so that another thread can write it without touching the device."""
+class HostCopies:
+    """Copies of finished chunks with nothing on the device, so that other threads can write them without touching it.
+
+    They are made on a stream of their own, through pinned memory: the host waits for these copies and not for the steps
+    of the next chunk, which the device has been given already. `side` stands for that stream.
+    """
+
+    def __init__(self, device: torch.device, side: Side | None = None) -> None:
+        self.side = side or (SideStream(device) if has_streams(device) else None)
+
+    def __call__(self, chunk: Chunk) -> Chunk:
+        """The same chunk on the host. The device must be past all of it, as it is when a pipeline yields it."""
+        if self.side is None:
+            return _with_tensors(chunk, Tensor.cpu)
+        with self.side.after(None):
+            copy = _with_tensors(chunk, self.side.to_host)
+            end = self.side.mark()
+        end.synchronize()
+        return copy
+
+
+def _with_tensors(chunk: Chunk, function: Callable[[Tensor], Tensor]) -> Chunk:
+    """A chunk whose tensors are what a function makes of them."""
     state = chunk.state
-    anchor = None if state.anchor is None else state.anchor.cpu()
-    state = replace(state, history=state.history.cpu(), anchor=anchor)
-    frames = None if chunk.frames is None else chunk.frames.cpu()
-    return replace(chunk, latents=chunk.latents.cpu(), frames=frames, state=state)
+    anchor = None if state.anchor is None else function(state.anchor)
+    state = replace(state, history=function(state.history), anchor=anchor)
+    frames = None if chunk.frames is None else function(chunk.frames)
+    return replace(chunk, latents=function(chunk.latents), frames=frames, state=state)

@@ -13,12 +13,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from helios_cp.block_cache import Total
 from helios_cp.conditioning import Inputs, initial_state, pixels_to_encode
 from helios_cp.config import Checkpoint, Request
-from helios_cp.execution import Execution, apply
+from helios_cp.device import capability, make_current
+from helios_cp.execution import Execution, Target, apply
 from helios_cp.layers import FeedForward, TokenOperations, gelu_tanh
 from helios_cp.pipeline import Branches, Pipeline, Prompts
 from helios_cp.split_vae import split_decode, split_encode
@@ -52,13 +54,21 @@ def load_parallel(
     weights only this rank's slice. With `shard_weights` every rank keeps an equal share of the blocks' weights (see
     `helios_cp.shard_weights`), and text is encoded on the CPU, as there is no room for the encoder. A mesh of one rank
     gives the plain pipeline. Raises `ValueError` for `shard_weights` where the mesh splits the feed-forward weights
-    already, and for an `attention` engine that cannot run here.
+    already, and for an `attention` engine that cannot run here, and `RequestError` for an `execution` that cannot.
     """
     weights = ("transformer",) if denoise_only else WEIGHTS
     checkpoint = model if isinstance(model, Checkpoint) else resolve(model, cache, weights=weights)
-    execution = execution or Execution()
-    execution.check_layout(shard_weights)
-    device, home = torch.device(device), execution.home(device)
+    execution, device = execution or Execution(), torch.device(device)
+    execution.check_all(
+        Target(device.type, capability(device)),
+        is_distilled=checkpoint.is_distilled,
+        backend=dist.get_backend() if mesh.world.size > 1 else "gloo",
+        ranks=mesh.world.size,
+        shard_weights=shard_weights,
+        attention=attention,
+    )
+    make_current(device)
+    home = execution.home(device)
     narrow = functools.partial(narrow_feed_forward, group=mesh.ffn_tp) if mesh.ffn_tp.size > 1 else None
     sequence = ShardedSequence(mesh, attention, device)
     transformer = load_transformer(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +16,9 @@ from helios_cp.block_cache import BlockCache, Total, own_total
 from helios_cp.card_memory import expected_bytes
 from helios_cp.conditioning import Inputs, initial_state, pixels_to_encode
 from helios_cp.config import Checkpoint, Request, RequestError
-from helios_cp.decoding import AtOnce, Beside, Decoding, with_frames
-from helios_cp.device import Pace, SideStream, has_streams
-from helios_cp.execution import Execution, apply
+from helios_cp.decoding import MARGIN, AtOnce, Beside, Decoding, Denoised, with_frames
+from helios_cp.device import Pace, SideStream, capability, free_memory, has_streams, make_current, to_device
+from helios_cp.execution import Adapter, Execution, Target, apply
 from helios_cp.noise import normal
 from helios_cp.offload import Card
 from helios_cp.sampling import SamplingPlan, Step, denoise
@@ -27,6 +27,7 @@ from helios_cp.state import ChunkState
 from helios_cp.text import PromptEncoder
 from helios_cp.timing import Stopwatch
 from helios_cp.transformer import HeliosTransformer, History, TextCondition
+from helios_cp.transformer_weights import set_adapters
 from helios_cp.vae import OUTPUT_TYPES, Codec
 from helios_cp.weights import load_scheduler, load_text_encoder, load_transformer, load_vae, resolve
 from parallel.mesh import Degrees
@@ -37,9 +38,9 @@ class Chunk:
     """One finished chunk.
 
     `latents` `[B, C, T, h, w]` fp32; `frames` `[B, 33, H, W, 3]`, uint8 or fp32 in [0, 1], or `None` for output type
-    "latent". `state` is what the next chunk starts from; saved, it resumes the video. `seconds` by stage; those of
-    "decode" may have passed beside the stages of the next chunk. `skipped` are the steps that left blocks out (see
-    `helios_cp.block_cache`), of those that had a forward, counted from 0.
+    "latent". `state` is what the next chunk starts from; saved, it resumes the video. `seconds` by stage, as the device
+    took them; those of "decode" may have passed beside the stages of the next chunk. `skipped` are the steps that left
+    blocks out (see `helios_cp.block_cache`), of those that had a forward, counted from 0.
     """
 
     index: int
@@ -55,8 +56,9 @@ class Pipeline:
 
     `prompt_encoder`, `codec`, `branches` and the transformer's `sequence` are what `helios_cp.parallelize` exchanges to
     spread the work over ranks; every rank then runs `stream` with the same request. `device` is where the work is done,
-    by default where the transformer is. `decodes_beside` lets a chunk be decoded beside the denoising of the next,
-    where the device has streams for it; the memory that decoding takes then comes on top of that of denoising.
+    by default where the transformer is. `decodes_beside` says whether a chunk is decoded beside the denoising of the
+    next, where the device has streams for it; the memory that decoding takes then comes on top of that of denoising.
+    `None` leaves it to what is free on a card when a video begins.
     """
 
     def __init__(
@@ -68,7 +70,7 @@ class Pipeline:
         scheduler,
         branches: Branches | None = None,
         device: torch.device | None = None,
-        decodes_beside: bool = True,
+        decodes_beside: bool | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.transformer = transformer
@@ -91,10 +93,15 @@ class Pipeline:
         cache: Path | None = None,
         execution: Execution | None = None,
     ) -> Pipeline:
-        """Load a preset, a folder in the diffusers layout or a hub id onto one device; the VAE stays in fp32."""
+        """Load a preset, a folder in the diffusers layout or a hub id onto one device; the VAE stays in fp32.
+
+        Raises `RequestError` for an `execution` that does not go together, or not on this device.
+        """
         checkpoint = model if isinstance(model, Checkpoint) else resolve(model, cache)
-        execution = execution or Execution()
-        device, home = torch.device(device), execution.home(device)
+        execution, device = execution or Execution(), torch.device(device)
+        execution.check_all(Target(device.type, capability(device)), is_distilled=checkpoint.is_distilled)
+        make_current(device)
+        home = execution.home(device)
         pipeline = cls(
             checkpoint,
             load_transformer(
@@ -107,6 +114,14 @@ class Pipeline:
         )
         apply(pipeline, execution)
         return pipeline
+
+    def set_adapters(self, adapters: Iterable[Adapter]) -> None:
+        """Run with these adapters and no others from the next request on; `[]` gives the checkpoint itself.
+
+        The result has the bits of a fresh load; every rank calls it. Raises `RequestError` for adapters that do not
+        fit, before anything is changed. `helios_cp.transformer_weights.set_adapters` says what it takes.
+        """
+        set_adapters(self, adapters)
 
     @torch.no_grad()
     def stream(
@@ -139,7 +154,8 @@ class Pipeline:
             with watch.measure("media"):
                 state = self.initial_state(request, inputs)
         events = self._events(request, inputs, prompts, state, watch)
-        for chunk in with_frames(events, self._decoding(output_type, keep_on_device), on_step):
+        decoding = self._decoding(request, output_type, keep_on_device)
+        for chunk in with_frames(events, decoding, on_step):
             with watch.paused():
                 yield chunk
 
@@ -183,7 +199,7 @@ class Pipeline:
 
     def _events(
         self, request: Request, inputs: Inputs, prompts: Prompts, state: ChunkState, watch: Stopwatch
-    ) -> Iterator[Step | Chunk]:
+    ) -> Iterator[Step | Denoised]:
         """The steps of each chunk, followed by the chunk without its frames."""
         scheduler, pace = copy.deepcopy(self.scheduler), Pace(self.device)
         for index in range(state.index, request.num_chunks):
@@ -195,10 +211,8 @@ class Pipeline:
                     yield event
                 else:
                     latents, state = event
-            seconds = dict(watch.seconds)
-            watch.seconds.clear()
             skipped = () if self.block_cache is None else tuple(self.block_cache.skipped)
-            yield Chunk(index, latents.float(), None, state, seconds, skipped)
+            yield Denoised(Chunk(index, latents.float(), None, state, {}, skipped), watch.take())
 
     @property
     def degrees(self) -> Degrees:
@@ -210,12 +224,24 @@ class Pipeline:
         """How sums over this rank's tokens become those over all tokens of the prompt's branch."""
         return own_total
 
-    def _decoding(self, output_type: str, keep_on_device: bool) -> Decoding:
+    def _decoding(self, request: Request, output_type: str, keep_on_device: bool) -> Decoding:
         if output_type == "latent":
             return AtOnce(None, self.device)
         decode = functools.partial(self.codec.decode, output_type=output_type)
-        is_beside = self.decodes_beside and has_streams(self.device) and self.codec.is_local and not keep_on_device
-        return Beside(decode, self._side) if is_beside else AtOnce(decode, self.device, keep_on_device=keep_on_device)
+        has_nothing = self.codec.vae is None  # other ranks decode, and this one goes on with its steps
+        is_beside = has_streams(self.device) and not keep_on_device and (has_nothing or self.codec.is_local)
+        if is_beside and self._has_room_beside(request):
+            return Beside(decode, self._side)
+        return AtOnce(decode, self.device, keep_on_device=keep_on_device)
+
+    def _has_room_beside(self, request: Request) -> bool:
+        """Whether denoising and decoding are to be on the device together; asked when all weights are there."""
+        if self.decodes_beside is not None:
+            return self.decodes_beside
+        if self.device.type != "cuda" or self.codec.vae is None:
+            return True  # nobody can tell, or there is nothing to decode
+        working = expected_bytes(self.checkpoint, request, self.transformer, self.codec.vae, self.degrees)
+        return free_memory(self.device) >= MARGIN * (working["transformer"] + working["decoder"])
 
     @functools.cached_property
     def _side(self) -> SideStream:
@@ -267,7 +293,7 @@ class Pipeline:
         if inputs.latents is None:
             shape = (self.checkpoint.transformer.in_channels, frames, *request.latent_size)
             return normal(shape, generators, self.device)
-        return inputs.latents[:, :, state.index * frames :][:, :, :frames].to(self.device, torch.float32)
+        return to_device(inputs.latents[:, :, state.index * frames :][:, :, :frames].float(), self.device)
 
 
 class Branches:

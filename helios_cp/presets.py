@@ -12,7 +12,8 @@ import json
 import math
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -156,7 +157,22 @@ def write_preset(name: str, folder: Path) -> None:
         **preset.flags,
     )
     pipeline.register_to_config(random_weights=True)
-    pipeline.save_pretrained(folder, safe_serialization=True, max_shard_size=SHARD_SIZE)
+    with _without_progress_bars():
+        pipeline.save_pretrained(folder, safe_serialization=True, max_shard_size=SHARD_SIZE)
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """transformers shows one for its shards, however small they are."""
+    from transformers.utils import logging
+
+    were_shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if were_shown:
+            logging.enable_progress_bar()
 
 
 def _fill(module: Any, seed: int) -> None:

@@ -5,7 +5,9 @@ only, each row of int8 and each 32 values of int4 with a scale; activations and 
 
 Embeddings, norms, modulation and the output layer stay as they are: 2 % of the 14B model. Every row is quantised alone
 and in fp32, whatever the dtype of the model, so that layers fused into one, and ranks that hold some rows or columns,
-have the values of the whole layer. `import torchao` takes a second, hence not before it is needed.
+have the values of the whole layer. Activations in float8 differ from layout to layout by its rounding: the last bit of
+a sum decides between two values, and with `--ffn-tp` a token is scaled by the hidden features that a rank has of it.
+`import torchao` takes a second, hence not before it is needed.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ MARKER = "quantization_config"
 METHOD = "helios_cp"
 FORMAT = 1
 INT4_GROUP = 32
+"""Values of a row that share a scale."""
 SMALLEST = 1e-12
 """What the largest value of a row or token counts as at least: a scale of 0 would make NaN of zeros in float8."""
 STORED_DTYPES = {"fp8": ("F8_E4M3", "F32"), "int8": ("I8", "F32"), "int4": ("U8", "BF16")}
@@ -78,6 +81,7 @@ def assemble(found: Components, kind: str, dtype: torch.dtype) -> Tensor:
         return Int4Weight(qdata, scale, dtype)
     from torchao.float8.inference import Float8MMConfig
     from torchao.quantization import Float8Tensor, Int8Tensor, PerRow
+    from torchao.quantization.quantize_.common import KernelPreference
     from torchao.quantization.quantize_.workflows import QuantizeTensorToFloat8Kwargs
 
     block = [1, qdata.shape[1]]
@@ -88,7 +92,10 @@ def assemble(found: Components, kind: str, dtype: torch.dtype) -> Tensor:
         scale,
         block_size=block,
         mm_config=Float8MMConfig(use_fast_accum=True),
-        act_quant_kwargs=QuantizeTensorToFloat8Kwargs(torch.float8_e4m3fn, PerRow(), hp_value_lb=SMALLEST),
+        act_quant_kwargs=QuantizeTensorToFloat8Kwargs(
+            torch.float8_e4m3fn, PerRow(), hp_value_lb=SMALLEST, kernel_preference=KernelPreference.TORCH
+        ),
+        kernel_preference=KernelPreference.TORCH,  # as in `quantise`
         dtype=dtype,
     )
 

@@ -18,7 +18,7 @@ from helios_cp.device import dtype_name
 from helios_cp.distributed import World
 from helios_cp.files import write_json, write_tensors
 from helios_cp.jobs import Job
-from helios_cp.output import BackgroundWriter, to_host
+from helios_cp.output import BackgroundWriter, HostCopies
 from helios_cp.parallelize import ParallelPipeline, load_parallel
 from helios_cp.pipeline import Chunk
 from helios_cp.progress import ProgressReporter
@@ -140,7 +140,7 @@ def run_job(
             for writer, segment in zip(writers, segments, strict=True):
                 writer.append(segment)
             if session.save_latents is not None:
-                latents.append(chunk.latents)
+                latents.append(chunk.latents.clone())  # the pinned memory that they came by is for the next chunk
             now = perf_counter()
             chunk.seconds["write"] = now - start
             report.add(chunk.index, now - last_finished, chunk.seconds, chunk.skipped)
@@ -148,7 +148,7 @@ def run_job(
             progress.chunk(chunk)
 
         background = stack.enter_context(BackgroundWriter(write))
-        on_step = _on_step(progress, stop, background)
+        on_step, to_host = _on_step(progress, stop, background), HostCopies(session.device)
         chunks = stack.enter_context(closing(pipeline.stream(request, state=state, on_step=on_step)))
         for chunk in chunks:
             background.put(to_host(chunk))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from helios_cp.config import Checkpoint, Request
+from helios_cp.device import to_device
 from helios_cp.host_solver import solver_on
 from helios_cp.noise import block_noise, double_nearest, halve_noise
 
@@ -94,8 +95,9 @@ def denoise(
     """Turn `noise` `[B, C, T, h, w]` at full resolution into the chunk's latents of that shape.
 
     Yields a `Step` after each step, and last the latents. `scheduler` is diffusers' `HeliosScheduler` or
-    `HeliosDMDScheduler`, whose state is changed; `dtype` is that of the model; `measure` times a named stage. Within a
-    step the host does not wait for the device: the schedule stays on the host, and its timesteps go over once a stage.
+    `HeliosDMDScheduler`, whose state is changed; `dtype` is that of the model; `measure` times a named stage. The host
+    does not wait for the device: the schedule stays on the host, and what goes over once a stage, timesteps and noise,
+    is made and sent while the device is at the step before.
     """
     stages = len(plan.steps)
     latents = noise
@@ -112,7 +114,8 @@ def denoise(
                     latents.shape[1:], scheduler.config.gamma, plan.patch_size, generators, latents.device
                 )
                 latents = alpha * latents + beta * fresh.to(dtype)
-            timesteps = scheduler.timesteps.to(torch.int64 if plan.is_pyramid else torch.float32).to(latents.device)
+            timesteps = scheduler.timesteps.to(torch.int64 if plan.is_pyramid else torch.float32)
+            timesteps = to_device(timesteps, latents.device)
             solve = solver_on(latents.device, scheduler, latents)
             for step, timestep in enumerate(timesteps.split(1)):
                 if plan.is_zeroed(stage, step):

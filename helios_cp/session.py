@@ -15,10 +15,10 @@ from helios_cp.arguments import absolute_media, as_typed, flag_of, given_fields
 from helios_cp.config import Checkpoint, Request, RequestError
 from helios_cp.device import capability, dtype_name, pick_device, pick_dtype
 from helios_cp.distributed import Ranks, device_of_rank, pick_backend
-from helios_cp.execution import Execution
+from helios_cp.execution import Execution, Target
 from helios_cp.files import check_file_target, check_folder_target
 from helios_cp.jobs import INTERPOLATE_TIME, Job, read_prompt_file, single_job
-from helios_cp.layout import Layout, choose_layout
+from helios_cp.layout import Layout, choose_layout, planning_hardware
 from helios_cp.lora import check_adapters
 from helios_cp.media import check_image, check_video
 from helios_cp.presets import PRESETS
@@ -51,18 +51,27 @@ class Session:
     save_latents: Path | None
     report: Path | None
     has_prompt_file: bool
+    planned_for: str | None = None
 
     def remarks(self) -> list[str]:
-        """What to tell before work starts: that weights are random, and which flags are given and have no effect."""
+        """What to tell before work starts.
+
+        That weights are random, what `--layout auto` took for which machine, and which flags are given without effect.
+        """
         random = (
             f"{self.model}: the weights are random, so the video is noise; "
             "--model BestWishYsh/Helios-Distilled gets the real ones"
         )
         ignored = {flag: value for job in self.jobs for flag, value in job.request.ignored(self.checkpoint).items()}
-        return [random] * self.checkpoint.random_weights + [
-            f"{flag} {value}: Helios-Distilled has its guidance built in and does not read it"
-            for flag, value in ignored.items()
-        ]
+        planned = [] if self.planned_for is None else [self.layout.as_planned(self.planned_for)]
+        return (
+            [random] * self.checkpoint.random_weights
+            + planned
+            + [
+                f"{flag} {value}: Helios-Distilled has its guidance built in and does not read it"
+                for flag, value in ignored.items()
+            ]
+        )
 
     def for_followers(self) -> dict[str, Any]:
         """What the ranks other than 0 need to know, as JSON: `Followed.from_json` reads it."""
@@ -108,11 +117,14 @@ class Followed:
         )
 
 
-def check(arguments: argparse.Namespace, cache: Path | None, ranks: Ranks | None = None) -> Session:
+def check(
+    arguments: argparse.Namespace, cache: Path | None, ranks: Ranks | None = None, target: Target | None = None
+) -> Session:
     """Everything that can be found wrong before weights are loaded. Raises `RequestError`; writes nothing.
 
     With several ranks it is called on rank 0. `cache` is where presets are kept. What needs no checkpoint is checked
-    first, then what needs its configuration, which is all that is downloaded of a hub id.
+    first, then what needs its configuration, which is all that is downloaded of a hub id. `target` is what the work is
+    done on, where that is not the device given, as with a cluster's cards seen from a machine without one.
     """
     options = vars(arguments)
     ranks = ranks or Ranks()
@@ -147,18 +159,27 @@ def check(arguments: argparse.Namespace, cache: Path | None, ranks: Ranks | None
 
     checkpoint = resolve(model, cache, weights=())
     execution = replace(execution, quantize=agreed_quantization(execution, checkpoint.folder))
-    execution.check(device=device.type, capability=capability(device), is_distilled=checkpoint.is_distilled)
+    target = target or Target(device.type, capability(device))
+    execution.check(device=target.kind, capability=target.capability, is_distilled=checkpoint.is_distilled)
     waiting = [Job(job.request.resolve(checkpoint), job.output) for job in waiting]
     skipped = [Job(job.request.resolve(checkpoint), job.output) for job in skipped]
     for job, each in zip(waiting, folders, strict=True):
         if resume is not None and RunFolder.is_run(each):
             check_same_run(RunFolder.open(each).run, Run(job.request, model, dtype_name(dtype), (), execution), each)
     requests = [job.request for job in (*waiting, *skipped)]
-    layout = choose_layout(arguments, checkpoint, requests, ranks.size, device, dtype)
+    planned = planning_hardware(arguments, device.type, ranks.local_size)
+    layout = choose_layout(
+        arguments, checkpoint, requests, ranks.size, device, dtype, execution, ranks_of_node=ranks.local_size
+    )
     execution.check_layout(layout.shard_weights)
-    execution.check_graphs(backend, ranks.size, layout.shard_weights)
+    sends = backend if target.kind == device.type else options.get("backend", "nccl")
+    execution.check_graphs(sends, ranks.size, layout.shard_weights, layout.attention)
     check_quantization(
-        execution.quantize, checkpoint.transformer, dtype=dtype, device=device, ffn_tp=layout.degrees.ffn_tp
+        execution.quantize,
+        checkpoint.transformer,
+        dtype=dtype,
+        device=torch.device(target.kind),
+        ffn_tp=layout.degrees.ffn_tp,
     )
     check_adapters(execution.lora, checkpoint.transformer)
     return Session(
@@ -176,6 +197,7 @@ def check(arguments: argparse.Namespace, cache: Path | None, ranks: Ranks | None
         save_latents=options.get("save_latents"),
         report=options.get("report"),
         has_prompt_file=prompt_file is not None,
+        planned_for=planned and planned.name,
     )
 
 

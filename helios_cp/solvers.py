@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from diffusers import HeliosDMDScheduler, HeliosScheduler
 from torch import Tensor
 
 Solver = Callable[[Tensor, Tensor], Tensor]
@@ -22,6 +21,8 @@ def make_solver(scheduler, start: Tensor) -> Solver:
 
     What no Helios checkpoint has (solvers of a higher order, other predictions) is left to the scheduler's own step.
     """
+    from diffusers import HeliosDMDScheduler, HeliosScheduler  # a second, which planning need not wait for
+
     config = scheduler.config
     if type(scheduler) is HeliosDMDScheduler and config.stages > 1:
         return DmdSolver(scheduler.sigmas, scheduler.timesteps, start)

@@ -11,7 +11,7 @@ import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
-from helios_cp.device import has_tf32
+from helios_cp.device import has_tf32, to_device
 from helios_cp.execution import Execution
 
 OUTPUT_TYPES = ("uint8", "float", "latent")
@@ -128,10 +128,9 @@ def convolution_tf32(allowed: bool) -> Iterator[None]:
 
 def latent_statistics(vae) -> tuple[Tensor, Tensor]:
     """Mean and *inverse* standard deviation of the latents, `[1, C, 1, 1, 1]` in fp32."""
-    shape = (1, vae.config.z_dim, 1, 1, 1)
-    mean = torch.tensor(vae.config.latents_mean, device=vae.device, dtype=torch.float32).view(shape)
-    inverse_std = 1.0 / torch.tensor(vae.config.latents_std, device=vae.device, dtype=torch.float32).view(shape)
-    return mean, inverse_std
+    values = torch.tensor([vae.config.latents_mean, vae.config.latents_std], dtype=torch.float32)
+    mean, std = to_device(values, vae.device).view(2, 1, vae.config.z_dim, 1, 1, 1)
+    return mean, 1.0 / std
 
 
 def posterior_of(parameters: Tensor) -> DiagonalGaussianDistribution:

@@ -58,7 +58,8 @@ def main(argv: list[str] | None = None) -> int:
         device = pick_device(options.device)
         size = quantize_folder(checkpoint, options.output, options.quantize, adapters, device)
     except (RequestError, CheckpointError) as error:
-        parser.error(str(error))
+        message = str(error)
+        parser.error(f"IN {message.removeprefix('--model ')}" if message.startswith("--model ") else message)
     except OSError as error:
         print(f"{PROGRAM}: error: {options.output}: {error}", file=sys.stderr)
         return 1

@@ -1,4 +1,4 @@
-"""Multi-rank gloo, and unit: steps that leave blocks out, in every layout as on one rank.
+"""Multi-rank gloo, unit, and GPU: steps that leave blocks out, in every layout as on one rank.
 
 Equality is bitwise where nothing is left out. Layouts are compared with one rank within 1e-4 of the latents' range, as
 whole videos are elsewhere: ranks add up the same sums in another order. What is left out changes far more than that.
@@ -228,6 +228,27 @@ def test_refusals(cache, no_weights, monkeypatch, capsys, tmp_path, arguments, p
     assert stop.value.code == 2
     assert "\n" not in line
     assert all(part in line for part in parts), line
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", STEPS)
+def test_on_a_card(folders, name):
+    """No bit changes where nothing is skipped; else the steps after the first of a stage are, as on a CPU.
+
+    The figures that a threshold is compared with differ from those of a CPU by rounding, so both thresholds are far
+    from all of them.
+    """
+    found = []
+    for threshold in (None, NEVER, 1e9):
+        execution = Execution(block_cache=threshold)
+        pipeline = Pipeline.from_pretrained(folders[name], dtype=torch.bfloat16, device="cuda", execution=execution)
+        chunks = list(pipeline.stream(request_of(name), output_type="latent"))
+        found.append((torch.cat([chunk.latents for chunk in chunks], 2), [chunk.skipped for chunk in chunks]))
+    (exact, _), (same, none), (near, skipped) = found
+    assert torch.equal(exact, same) and none == [(), ()]
+    assert skipped == [{"tiny-base": (1, 2, 3, 4, 5), "tiny-mid": (1, 2, 4, 5, 7, 8)}[name]] * 2
+    assert near.isfinite().all() and not torch.equal(near, exact)
 
 
 def test_own_total_changes_nothing():

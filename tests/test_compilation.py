@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -20,10 +21,12 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
-from helios_cp import layers
+from helios_cp import compilation, layers
 from helios_cp.compilation import compile_blocks, compile_decoder, compile_pipeline
 from helios_cp.config import Checkpoint, Request, RequestError
+from helios_cp.environment import prepare
 from helios_cp.execution import Execution
+from helios_cp.generate import main
 from helios_cp.pipeline import Pipeline
 from helios_cp.weights import load_transformer
 from parallel.mesh import Degrees
@@ -104,6 +107,21 @@ def test_blocks_share_graphs_and_sizes_do_not(presets):
         assert len(transformer.blocks) == 3 and counter.frame_count == 2 * len(SIZES)
 
 
+def test_more_sizes_than_there_is_room_for(presets, monkeypatch, caplog):
+    """Graphs are dropped at the limit, which is told, and sizes go on; one that comes again is compiled again."""
+    monkeypatch.setattr(compilation, "MOST_GRAPHS", 3)
+    transformer = load_transformer(Checkpoint.read(presets["tiny-mid"]), torch.float32)
+    sizes = ((2, 2), (2, 4), (4, 4), (2, 2))
+    eager = forwards(transformer, sizes)
+    counter = CompileCounterWithBackend("eager")
+    with torch._dynamo.config.patch(recompile_limit=1), caplog.at_level("WARNING", logger="helios_cp.compilation"):
+        compile_blocks(transformer.blocks, counter)
+        assert max(map(error, forwards(transformer, sizes), eager)) <= 1e-5
+    assert counter.frame_count == 2 * len(sizes)
+    told = [record.getMessage() for record in caplog.records if record.name == "helios_cp.compilation"]
+    assert told == ["3 graphs are compiled; all are dropped, to compile anew what is asked for"] * 2
+
+
 def test_a_graph_of_another_size_shows(presets, monkeypatch):
     """Where history ends is part of what is compiled: a graph with a stale place gives other results, and is not taken.
 
@@ -146,7 +164,7 @@ def test_reading_a_value_shows(presets, monkeypatch, decides):
 def test_ranks(presets, degrees, sharded):
     """Collectives inside of the graphs: results, calls and bytes are those of eager code; no graph is made twice."""
     results = shared_pool().run(
-        compare, presets["tiny-mid"], degrees, sharded, "aot_eager", ranks=degrees.world, timeout=120
+        compare, presets["tiny-mid"], degrees, sharded, "aot_eager", ranks=degrees.world, timeout=600
     )
     for found in results:
         assert max(map(error, found.compiled, found.eager)) <= 1e-5
@@ -188,6 +206,35 @@ def test_inductor_and_its_cache(presets, tmp_path):
         largest, *found = done.stdout.split()
         assert float(largest) <= 1e-5
         assert found == [str(hits), str(misses)]
+
+
+def test_the_folder_of_compiled_code_is_set_by_who_starts_the_process(presets, tmp_path, monkeypatch):
+    """Loading a pipeline leaves the environment alone, and says when compiled code would go elsewhere."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "other"))
+    execution = Execution(compile=True, compile_cache=str(tmp_path / "compiled"))
+    checkpoint = Checkpoint.read(presets["tiny-mid"])
+    with pytest.warns(UserWarning, match="other and not to .*compiled: call helios_cp.environment.prepare"):
+        Pipeline.from_pretrained(checkpoint, dtype=torch.float32, execution=execution)
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "other")
+    environment = {}
+    prepare(execution, 1, environment)
+    assert environment == {"TORCHINDUCTOR_CACHE_DIR": execution.compile_cache}
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", execution.compile_cache)
+    pipeline = Pipeline.from_pretrained(checkpoint, dtype=torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compile_pipeline(pipeline, execution.compile_cache, "eager")
+
+
+def test_the_command_line_sets_it(cache, tmp_path, monkeypatch):
+    """Before anything is loaded; nothing is computed here."""
+    monkeypatch.setenv("HELIOS_CP_CACHE", str(cache))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "other"))
+    monkeypatch.setattr("helios_cp.runner.run", lambda session, world: 0)
+    folder = str(tmp_path / "compiled")
+    size = ["--prompt", "fox", "--height", "64", "--width", "64", "--num-frames", "33"]
+    assert main([*size, "--output", str(tmp_path / "a.mp4"), "--compile", "--compile-cache", folder]) == 0
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == folder
 
 
 @pytest.mark.parametrize(

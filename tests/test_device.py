@@ -6,7 +6,12 @@ may differ by the rounding of another machine's fp32 sums; see there.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import importlib
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +24,9 @@ from helios_cp.device import (
     allocated_memory,
     card_of_rank,
     device_name,
+    free_host_memory,
+    free_memory,
+    grow_segments,
     has_float64,
     has_streams,
     has_tf32,
@@ -26,12 +34,16 @@ from helios_cp.device import (
     peak_memory,
     pick_device,
     pick_dtype,
+    pin,
     reset_peak_memory,
+    target,
     wait_for,
 )
 from helios_cp.distributed import Ranks, pick_backend
+from helios_cp.execution import Target
 from helios_cp.generate import main
 from helios_cp.host_solver import HostSolver, solver_on
+from helios_cp.host_weights import _host_memory
 from helios_cp.pipeline import Pipeline
 
 CPU = torch.device("cpu")
@@ -136,6 +148,124 @@ def test_several_ranks_only_where_they_are_tested():
             pick_backend(None, torch.device(kind), Ranks(0, 0, 4, 4))
 
 
+# Memory
+
+SEGMENTS = """
+import torch
+from helios_cp.device import grow_segments
+grow_segments(torch.device("cpu"))
+before = torch._C._accelerator_getAllocatorSettings()
+grow_segments(torch.device("cuda"))
+print(repr(before), repr(torch._C._accelerator_getAllocatorSettings()))
+"""
+
+
+@pytest.mark.parametrize(
+    ("variables", "before", "after"),
+    [
+        ({}, "", "expandable_segments:True"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:128"}, "max_split_size_mb:128", "max_split_size_mb:128"),
+        ({"PYTORCH_ALLOC_CONF": "expandable_segments:False"}, "expandable_segments:False", "expandable_segments:False"),
+    ],
+    ids=str,
+)
+def test_segments_grow_unless_the_user_has_settings(variables, before, after):
+    """In a process of its own, as the settings are the process's; they can be changed before there is a card."""
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("ALLOC_CONF")} | variables
+    command = [sys.executable, "-c", SEGMENTS]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.strip() == f"{before!r} {after!r}"
+
+
+@pytest.mark.parametrize(("settings", "expected"), [("", ["expandable_segments:True"]), ("max_split_size_mb:128", [])])
+def test_an_older_torch_tells_its_settings_otherwise(monkeypatch, settings, expected):
+    asked = []
+    monkeypatch.delattr(torch._C, "_accelerator_getAllocatorSettings", raising=False)
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", asked.append)
+    snapshot = {"allocator_settings": {"PYTORCH_CUDA_ALLOC_CONF": settings}}
+    monkeypatch.setattr(torch.cuda.memory, "_snapshot", lambda: snapshot)
+    grow_segments(torch.device("cuda"))
+    assert asked == expected
+
+
+class Runtime:
+    """CUDA's runtime as far as pinning goes: a call that fails leaves its error until somebody asks."""
+
+    def __init__(self, error: int) -> None:
+        self.error = error
+        self.left = 0
+        self.pinned: set[int] = set()
+
+    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
+        assert address % 4096 == size % 4096 == flags == 0
+        self.left = self.error
+        self.pinned |= set() if self.error else {address}
+        return self.error
+
+    def cudaHostUnregister(self, address: int) -> None:
+        self.pinned.remove(address)
+
+    def launch(self) -> None:
+        """As PyTorch does: the kernel runs, and then CUDA is asked."""
+        left, self.left = self.left, 0
+        if left:
+            raise RuntimeError("CUDA error: out of memory")
+
+
+@pytest.fixture
+def runtime(monkeypatch):
+    """Pretends that there is a card, on which to fill a tensor is to launch a kernel. Says which one was current."""
+
+    def pretend(error: int) -> tuple[Runtime, list[torch.device]]:
+        found, current, ones = Runtime(error), [], torch.ones
+
+        def fill(*size: int, device: torch.device | None = None) -> torch.Tensor:
+            if device is not None and device.type == "cuda":
+                found.launch()
+            return ones(*size)
+
+        monkeypatch.setattr(torch.cuda, "cudart", lambda: found)
+        monkeypatch.setattr(torch.cuda, "device", lambda device: current.append(device) or contextlib.nullcontext())
+        monkeypatch.setattr(torch, "ones", fill)
+        return found, current
+
+    return pretend
+
+
+def test_host_memory_is_pinned_for_its_own_card_while_it_lives(runtime):
+    found, current = runtime(0)
+    memory = _host_memory(5000, torch.device("cuda", 1))
+    assert found.pinned == {memory.data_ptr()} and current == [torch.device("cuda", 1)]
+    del memory
+    gc.collect()
+    assert found.pinned == set()
+
+
+def test_a_failed_pin_leaves_no_error_for_the_next_kernel(runtime):
+    found, _ = runtime(2)
+    with pytest.warns(UserWarning, match=r"0\.0 GB .* cannot be pinned \(CUDA error 2; \d+\.\d GB are free\)") as told:
+        memory = _host_memory(5000, torch.device("cuda"))
+    assert len(told) == 1 and "\n" not in str(told[0].message)
+    found.launch()
+    assert found.pinned == set() and memory.numel() >= 5000
+    found.cudaHostRegister(0, 0, 0)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        found.launch()  # what would come of it
+
+
+def test_a_pipeline_makes_its_card_current(presets, monkeypatch):
+    """So that what names no card, such as a compiled kernel, goes to that of the pipeline."""
+    current = []
+    monkeypatch.setattr("helios_cp.pipeline.make_current", current.append)
+    Pipeline.from_pretrained(str(presets["tiny-distilled"]), dtype=torch.float32, device="cpu")
+    assert current == [CPU]
+
+
+def test_free_memory():
+    assert free_memory(CPU) == 0
+    assert 0 < free_host_memory() < 1 << 50
+
+
 # Devices without float64
 
 SETTINGS = {
@@ -194,6 +324,25 @@ def test_steps_on_the_host_for_a_card(presets, monkeypatch, name):
     expected = make_latents(pipeline, name)
     monkeypatch.setattr(host_solver, "has_float64", lambda device: False)
     assert (make_latents(pipeline, name) - expected).abs().max() <= 1e-4
+
+
+@pytest.mark.gpu
+@needs_card
+def test_a_failed_pin_leaves_no_error_on_a_card():
+    """Pages that are pinned already cannot be pinned again."""
+    device = torch.device("cuda:0")
+    memory = _host_memory(1 << 20, device)
+    assert memory.is_pinned()
+    assert pin(memory, device) != 0
+    assert (torch.ones(3, device=device) + 1).tolist() == [2, 2, 2]
+
+
+@pytest.mark.gpu
+@needs_card
+def test_a_card_as_a_target():
+    assert target("cuda") == Target("cuda", torch.cuda.get_device_capability())
+    assert target("cpu") == Target("cpu")
+    assert 0 < free_memory(torch.device("cuda")) <= torch.cuda.get_device_properties(0).total_memory
 
 
 @pytest.mark.gpu

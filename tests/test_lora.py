@@ -10,12 +10,11 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from diffusers import HeliosPipeline, HeliosTransformer3DModel
-from peft import LoraConfig, get_peft_model
-from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from benchmarks.models import Inputs, encode_history, run_ours, run_theirs
@@ -28,6 +27,9 @@ from helios_cp.transformer_weights import set_adapters
 from helios_cp.weights import load_transformer
 from parallel.mesh import Degrees, Mesh
 from tests.ranks import shared_pool
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 LAYERS = [*ATTENTION, "ffn.net.0.proj", "ffn.net.2"]
@@ -55,9 +57,10 @@ def theirs_with(checkpoint: Checkpoint, configs: dict[str, LoraConfig]) -> Helio
 @pytest.fixture(scope="module")
 def pair(checkpoint, tmp_path_factory) -> tuple[HeliosTransformer3DModel, tuple[Adapter, Adapter]]:
     """Two adapters of different layers, ranks and alphas, in diffusers' model and in files written by diffusers."""
+    peft = pytest.importorskip("peft")
     configs = {
-        "style": LoraConfig(r=4, lora_alpha=8, target_modules=LAYERS, init_lora_weights=False),
-        "motion": LoraConfig(
+        "style": peft.LoraConfig(r=4, lora_alpha=8, target_modules=LAYERS, init_lora_weights=False),
+        "motion": peft.LoraConfig(
             r=2,
             lora_alpha=1,
             rank_pattern={"blocks.1.attn1.to_q": 5},
@@ -72,7 +75,7 @@ def pair(checkpoint, tmp_path_factory) -> tuple[HeliosTransformer3DModel, tuple[
     model.save_lora_adapter(folder / "style", adapter_name="style")
     HeliosPipeline.save_lora_weights(
         folder / "motion",
-        get_peft_model_state_dict(model, adapter_name="motion"),
+        peft.get_peft_model_state_dict(model, adapter_name="motion"),
         transformer_lora_adapter_metadata=json.loads(json.dumps(configs["motion"].to_dict(), default=sorted)),
     )
     return model, (Adapter(str(folder / "style"), 0.7), Adapter(str(folder / "motion"), -1.3))
@@ -124,10 +127,11 @@ def test_merged_while_loading_as_diffusers(checkpoint, pair):
 
 @pytest.mark.parametrize("use_rslora", [False, True])
 def test_a_folder_of_peft(checkpoint, tmp_path, use_rslora):
-    config = LoraConfig(
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(
         r=4, lora_alpha=6, target_modules=LAYERS, use_rslora=use_rslora, alpha_pattern={r"attn2\.to_k": 3}
     )
-    theirs = get_peft_model(HeliosTransformer3DModel.from_pretrained(checkpoint.folder / "transformer"), config)
+    theirs = peft.get_peft_model(HeliosTransformer3DModel.from_pretrained(checkpoint.folder / "transformer"), config)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in theirs.named_parameters():
         if "lora_" in name:
@@ -205,6 +209,19 @@ def test_exchanged_with_the_bits_of_loading(checkpoint, pair, quantize):
     assert sorted(read) == sorted(updates)
     set_adapters(pipeline, [motion])
     assert len(read) == len(updates)  # they were there already
+
+
+def test_a_pipeline_exchanges_them(checkpoint, pair):
+    """Between two requests; a video then is that of a pipeline loaded with them."""
+    pipeline = Pipeline.from_pretrained(checkpoint, dtype=torch.float32)
+    videos = []
+    for adapters in (pair[1], []):
+        pipeline.set_adapters(adapters)
+        loaded = Pipeline.from_pretrained(checkpoint, dtype=torch.float32, execution=Execution(lora=tuple(adapters)))
+        mine, other = (next(iter(each.stream(REQUEST, output_type="latent"))).latents for each in (pipeline, loaded))
+        assert torch.equal(mine, other)
+        videos.append(mine)
+    assert error(*videos) > 1e-2
 
 
 def test_taking_an_update_off_would_change_bits(checkpoint, pair):
@@ -412,6 +429,7 @@ def test_a_resumed_run_keeps_its_adapters(tmp_path):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_exchanged_on_a_card(checkpoint, pair):
+    pytest.importorskip("torchao")
     pipeline = Pipeline.from_pretrained(checkpoint, device="cuda", execution=Execution(quantize="int8"))
     for adapters in (pair[1], (), pair[1][:1]):
         set_adapters(pipeline, adapters)

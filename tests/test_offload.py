@@ -12,11 +12,8 @@ import gc
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 from helios_cp import device_weights
 from helios_cp import offload as engine
@@ -162,27 +159,33 @@ def layers_of(count: int) -> list[nn.Linear]:
     return layers
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    following=st.lists(st.integers(0, 5), min_size=6, max_size=6),
-    calls=st.lists(st.integers(0, 6), max_size=20),
-    copies=st.sampled_from([HostCopies, Late]),
-)
-def test_layers_run_in_any_order(following, calls, copies):
+def test_layers_run_in_any_order():
     """Whatever is thought to follow; 6 stands for leaving the device and coming back."""
-    layers = layers_of(6)
-    streamed = Streamed(
-        [HostWeights(places([layer]), CPU) for layer in layers], following, CPU, MemoryCounter(), copies()
+    hypothesis = pytest.importorskip("hypothesis")
+    st = hypothesis.strategies
+
+    @hypothesis.settings(max_examples=60, deadline=None)
+    @hypothesis.given(
+        following=st.lists(st.integers(0, 5), min_size=6, max_size=6),
+        calls=st.lists(st.integers(0, 6), max_size=20),
+        copies=st.sampled_from([HostCopies, Late]),
     )
-    streamed.enter()
-    for layer in calls:
-        if layer == 6:
-            streamed.leave()
-            streamed.enter()
-            continue
-        streamed.fetch(layer)
-        assert (layers[layer].weight == layer).all()
-        assert (layers[layer].bias == -layer).all()
+    def check(following, calls, copies):
+        layers = layers_of(6)
+        streamed = Streamed(
+            [HostWeights(places([layer]), CPU) for layer in layers], following, CPU, MemoryCounter(), copies()
+        )
+        streamed.enter()
+        for layer in calls:
+            if layer == 6:
+                streamed.leave()
+                streamed.enter()
+                continue
+            streamed.fetch(layer)
+            assert (layers[layer].weight == layer).all()
+            assert (layers[layer].bias == -layer).all()
+
+    check()
 
 
 def test_each_layer_is_brought_once_a_round():
@@ -255,11 +258,12 @@ def test_other_parts_stay_where_there_is_room(folders):
 
 def test_quantised_layers(folders):
     """Their weights are made of several tensors."""
+    quantization = pytest.importorskip("torchao.quantization")
     results = []
     for card in (None, Card(CPU, Late())):
         pipeline = load(folders["tiny-distilled"])
         for block in pipeline.transformer.blocks:
-            quantize_(block.ffn, Int8WeightOnlyConfig())
+            quantization.quantize_(block.ffn, quantization.Int8WeightOnlyConfig())
         if card is not None:
             offload(pipeline, "group", card)
         results.append(video(pipeline, request_of("tiny-distilled"))[0])
@@ -362,13 +366,22 @@ def test_refusals(cache, no_weights, monkeypatch, capsys, tmp_path, arguments, p
 
 def test_command_line(cache, tmp_path, monkeypatch):
     monkeypatch.setenv("HELIOS_CP_CACHE", str(cache))
-    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:False")  # which is kept where it is given
     arguments = f"--model tiny-distilled --pyramid-steps 1 1 1 {SIZE}".split()
     for how in ("none", "group"):
         files = ["--output", str(tmp_path / f"{how}.mp4"), "--save-latents", str(tmp_path / f"{how}.safetensors")]
         assert main([*arguments, *files, "--offload", how]) == 0
     first, second = ((tmp_path / f"{how}.safetensors").read_bytes() for how in ("none", "group"))
     assert first == second
+
+
+def test_every_way_to_offload_has_segments_grow(folders, monkeypatch):
+    """By hand, as here, or by a flag, or by what a resumed run says: all of them come to `offload`."""
+    asked = []
+    monkeypatch.setattr(engine, "grow_segments", asked.append)
+    pipeline = load(folders["tiny-distilled"])
+    assert asked == []
+    offload(pipeline, "group")
+    assert asked == [CPU]
 
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")

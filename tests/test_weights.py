@@ -1,8 +1,7 @@
 """Unit: from `--model` to loaded parts.
 
-Weights are compared bitwise: loading copies and casts, and computes nothing. Memory is the high-water mark of a fresh
-process's resident set, against the size of the checkpoint; the slack of 12 MB is for the interpreter, under a tenth of
-what one more copy of the weights would take.
+Weights are compared bitwise: loading copies and casts, and computes nothing. Memory is counted exactly: bytes of the
+tensors that loading allocates, and of the files that it has mapped and read.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from unittest.mock import MagicMock
 import huggingface_hub
 import pytest
 import torch
+import transformers
 from diffusers import AutoencoderKLWan, HeliosTransformer3DModel
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -39,6 +39,7 @@ from helios_cp.weights import (
     load_vae,
     resolve,
 )
+from tests.loading_memory import OwnMemory, mapped, mapped_bytes
 
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 
@@ -131,6 +132,24 @@ def test_a_hub_id_is_downloaded(model, revision, checkpoint, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert resolve(model) == checkpoint
     assert calls == [("owner/name", revision)]
+
+
+@pytest.fixture
+def progress_bars():
+    """Shown, whatever tests before have left."""
+    logging = transformers.utils.logging
+    were_shown = logging.is_progress_bar_enabled()
+    logging.enable_progress_bar()
+    yield logging
+    if not were_shown:
+        logging.disable_progress_bar()
+
+
+def test_a_preset_is_written_without_a_word(progress_bars, tmp_path, capfd):
+    """The first time it is used, so that an error that follows is one line; bars are shown again afterwards."""
+    preset_folder("tiny-distilled", tmp_path)
+    assert capfd.readouterr() == ("", "")
+    assert progress_bars.is_progress_bar_enabled()
 
 
 DESCRIBING = ["model_index.json", "transformer/config.json", "tokenizer/spiece.model", "tokenizer/merges.txt"]
@@ -301,64 +320,60 @@ def test_a_misfit_is_found_before_memory_is_taken(copied, monkeypatch):
 
 
 BIG = {"num_attention_heads": 4, "attention_head_dim": 128, "ffn_dim": 2048, "text_dim": 64, "num_layers": 11}
-MEASURE = """
-import json, sys, torch
-from pathlib import Path
-from safetensors.torch import load_file
-from helios_cp.config import Checkpoint, TransformerConfig
-from helios_cp.transformer import HeliosTransformer
-from helios_cp.weights import load_transformer
-
-def resident(field):
-    return int(next(line for line in open("/proc/self/status") if line.startswith(field)).split()[1]) * 1024
-
-def load_all_at_once(checkpoint, dtype):
-    files = sorted((checkpoint.folder / "transformer").glob("*.safetensors"))
-    whole = {name: tensor for file in files for name, tensor in load_file(file).items()}
-    model = load_transformer(checkpoint, dtype)
-    model.load_state_dict(whole)
-    return model
-
-folder, loader, dtype, config = sys.argv[1:]
-checkpoint = Checkpoint(Path(folder), "base", False, TransformerConfig.from_dict(json.loads(config)))
-with torch.device("meta"):
-    HeliosTransformer(checkpoint.transformer)  # the libraries behind this device are 70 MB of code
-before = resident("VmRSS")
-model = globals()[loader](checkpoint, getattr(torch, dtype))
-weights = sum(p.numel() * p.element_size() for p in model.parameters())
-print(json.dumps([resident("VmHWM") - before, weights]))
-"""
 
 
 @pytest.fixture(scope="module")
-def big(tmp_path_factory) -> tuple[Path, int]:
-    """A checkpoint of 200 MB, and the bytes of its largest tensor."""
+def big(tmp_path_factory) -> Checkpoint:
+    """A checkpoint of 200 MB."""
     folder = tmp_path_factory.mktemp("big")
     with torch.device("meta"):
         model = HeliosTransformer3DModel(**BIG)
     model.to_empty(device="cpu").save_pretrained(folder / "transformer", max_shard_size="8MB")
     assert sum(file.stat().st_size for file in folder.rglob("*.safetensors")) > 190e6
-    return folder, max(p.numel() * p.element_size() for p in model.parameters())
+    return Checkpoint(folder, "base", False, TransformerConfig.from_dict(BIG))
 
 
-def extra_memory(folder: Path, loader: str, dtype: str) -> int:
-    """Bytes that loading takes at its peak beyond the weights themselves."""
-    command = [sys.executable, "-c", MEASURE, folder, loader, dtype, json.dumps(BIG)]
-    grown, weights = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    return grown - weights
+class Reads:
+    """Tensors as they are read, in memory of their own, so that they count; and the most bytes of files at a time."""
+
+    def __init__(self, folder: Path, keeps_open: bool = False) -> None:
+        self.folder = folder
+        self.keeps_open = keeps_open
+        self.kept = []
+        self.count = 0
+        self.most_mapped = 0
+
+    def __call__(self, shard, name: str, part: tuple[slice, ...] = ()) -> torch.Tensor:
+        self.count += 1
+        if self.count % 16 == 0:  # the system takes its time to count
+            self.most_mapped = max(self.most_mapped, mapped_bytes(self.folder))
+        self.kept += [shard] * self.keeps_open
+        return mapped(shard, name, part).clone()
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_loading_takes_one_tensor_beyond_the_weights(big, dtype):
-    folder, largest = big
-    assert extra_memory(folder, "load_transformer", dtype) < largest + 12e6
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs /proc")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_loading_takes_one_tensor_and_one_file_beyond_the_weights(big, dtype, monkeypatch):
+    reads = Reads(big.folder)
+    monkeypatch.setattr("helios_cp.transformer_weights.read", reads)
+    with OwnMemory() as memory:
+        model = load_transformer(big, dtype)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    largest = 4 * max(parameter.numel() for parameter in model.parameters())  # as it is stored
+    assert weights == memory.live_bytes < memory.peak_bytes <= weights + largest
+    assert 1e6 < reads.most_mapped <= max(file.stat().st_size for file in big.folder.rglob("*.safetensors"))
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
-def test_the_measurement_notices_a_second_copy(big):
-    folder, _ = big
-    assert extra_memory(folder, "load_all_at_once", "float32") > 190e6
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs /proc")
+def test_the_measurement_notices_a_second_copy_and_open_files(big, monkeypatch):
+    reads = Reads(big.folder, keeps_open=True)
+    monkeypatch.setattr("helios_cp.transformer_weights.read", reads)
+    with OwnMemory() as memory:
+        files = sorted((big.folder / "transformer").glob("*.safetensors"))
+        whole = {name: tensor.clone() for file in files for name, tensor in load_file(file).items()}
+        model = load_transformer(big, torch.float32)
+    assert memory.peak_bytes > sum(parameter.nbytes for parameter in model.parameters()) + 190e6 and whole
+    assert reads.most_mapped > 100e6
 
 
 # The other parts
