@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.calibrate_messages import Message, MessageModel, MessageSettings, fit
+from benchmarks.calibrate_messages import Message, MessageModel, MessageSettings, exchange_latency, fit
 from benchmarks.calibrate_messages import measure_on_rank as measure_messages
 from benchmarks.calibrate_rates import Measurement, Settings, measure, measure_on_rank, over_ranks
 from benchmarks.machine import cpu_name, describe
@@ -38,6 +38,9 @@ KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**4
 PyTorch's allocator does on a GPU. Without it a chunk takes up to a quarter longer, at random, for page faults."""
 
 NOTE = "one rank of one thread, with every rank busy at once; glibc keeps freed memory (MALLOC_ variables)"
+
+MESSAGE_FIELDS = ("node_latency", "node_bandwidth", "overlap")
+UNTOLD = "messages measured here took no time that could be told from computing, as on a machine busy otherwise"
 
 Say = Callable[[str], None]
 
@@ -125,7 +128,12 @@ def calibrate(
         for each in messages:
             say(f"  {each.kind}, {each.sent_bytes} B sent: {1e6 * each.seconds:.0f} us")
     hardware = to_hardware(detect_hardware(device.type, ranks), rates, messages, device, ranks)
-    measured = {
+    return hardware, about(ranks, quick, rates, messages)
+
+
+def about(ranks: int, quick: bool, rates: Sequence[Measurement], messages: Sequence[Message]) -> dict[str, Any]:
+    """What a profile rests on, as plain JSON values."""
+    return {
         **describe(),
         "ranks": ranks,
         "quick": quick,
@@ -133,7 +141,6 @@ def calibrate(
         "rates": [each.to_json() for each in rates],
         "messages": [each.to_json() for each in messages],
     }
-    return hardware, measured
 
 
 def write_profile(path: Path, hardware: Hardware, measured: dict[str, Any]) -> None:
@@ -167,17 +174,20 @@ def to_hardware(
         sources |= {
             name: f"the fastest program of this calibration; {how}" for name in ("peak_flops", "peak_vae_flops")
         }
-    if messages:
-        model = fit(messages)
-        values |= _message_values(model)
+    model = fit(messages) if messages else None
+    if model is not None:
+        measured = {**_message_values(model), "node_exchange_latency": exchange_latency(messages, model.bandwidth)}
+        values |= measured
         how = f"measured here: messages between {ranks} ranks that compute between any two, over "
         how += "gloo and this machine's memory" if on_cpu else "NCCL"
-        sources |= {name: how for name in _message_values(model)}
+        sources |= {name: how for name in measured}
     kept = {
         name: source if source.startswith("assumed") else f"built in: {source}"
         for name, source in built_in.sources
         if name not in sources and name != "memory_bytes"
     }
+    if messages and model is None:
+        kept |= {name: f"{kept[name]}; {UNTOLD}" for name in MESSAGE_FIELDS}
     if on_cpu:
         kept["memory_bytes"] = f"this machine's, shared by {ranks} rank(s)"
     else:
@@ -186,7 +196,7 @@ def to_hardware(
 
 
 def _message_values(model: MessageModel) -> dict[str, float]:
-    return {"node_latency": model.latency, "node_bandwidth": model.bandwidth, "overlap": model.overlap}
+    return dict(zip(MESSAGE_FIELDS, (model.latency, model.bandwidth, model.overlap), strict=True))
 
 
 def _matrix_rates(rates: Sequence[Measurement]) -> dict[str, Any]:

@@ -154,20 +154,30 @@ class MessageModel:
     overlap: float
 
 
-def fit(messages: Sequence[Message]) -> MessageModel:
+def fit(messages: Sequence[Message]) -> MessageModel | None:
     """Least squares of the relative errors, over all kinds of messages that are waited for.
 
     The latency is at least a microsecond and the slope at least that of 10 TB/s, whatever a disturbed machine showed.
+    `None` where too few took a time that could be told from computing, as on a machine that is busy otherwise.
     """
     waited = [each for each in messages if each.kind != KINDS[-1] and each.seconds > 0]
     if len({each.sent_bytes for each in waited}) < 2:
-        raise RuntimeError("messages took no time that could be told from computing; is the machine busy otherwise?")
+        return None
     rows = torch.tensor([[1 / each.seconds, each.sent_bytes / each.seconds] for each in waited], dtype=torch.float64)
     scale = rows.norm(dim=0)
     latency, slope = (
         torch.linalg.lstsq(rows / scale, torch.ones(len(waited), 1, dtype=torch.float64)).solution[:, 0] / scale
     ).tolist()
     return MessageModel(max(latency, 1e-6), 1 / max(slope, 1e-13), _overlap(messages))
+
+
+def exchange_latency(messages: Sequence[Message], bandwidth: float) -> float:
+    """Seconds of a message between two ranks beside its bytes: the median over a ring's, at least a microsecond.
+
+    A collective waits once for all ranks; two ranks that exchange wait for each other and wake a thread each way.
+    """
+    ring = [each.seconds - each.sent_bytes / bandwidth for each in messages if each.kind == "ring"]
+    return max(statistics.median(ring), 1e-6)
 
 
 def _overlap(messages: Sequence[Message]) -> float:

@@ -113,6 +113,11 @@ class Measurement:
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "rate": self.rate}
 
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Measurement:
+        fields = {name: values[name] for name in ("kind", "dtype", "work", "seconds")}
+        return cls(shape=tuple(values["shape"]), **fields)
+
 
 def product(rows: int, inner: int, columns: int, dtype: torch.dtype, device: torch.device) -> Program:
     """A linear layer: `[rows, inner]` to `[rows, columns]`, of random data.

@@ -1,4 +1,5 @@
-"""Decoding a chunk with the VAE: diffusers' way, ours on one rank and split over several, in each precision.
+"""Decoding a chunk with the VAE: diffusers' way, ours on one rank and split over several, in each precision; and with
+its weights laid out channel by channel.
 
 python -m benchmarks.decode                    about a minute on two cores, a narrow VAE
 python -m benchmarks.decode --device cuda      the VAE of Helios at 384 × 640 in fp32, TF32 and bf16

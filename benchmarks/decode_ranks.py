@@ -22,7 +22,7 @@ from benchmarks.rank_groups import in_step, make_group, nothing, rank_device
 from benchmarks.timing import Timing, interleave
 from helios_cp.config import VAE_SPATIAL
 from helios_cp.parallelize import SplitCodec
-from helios_cp.vae import Codec, denormalise
+from helios_cp.vae import Codec, denormalise, to_channels_last
 from helios_cp.vae_cost import VaeConfig, decode_flops
 from parallel.collectives import Meter
 
@@ -101,6 +101,11 @@ def ours(precision: str, ranks: int = 1) -> str:
     return f"ours, {precision}, {ranks} rank{'s' * (ranks > 1)}"
 
 
+def channels_last(precision: str) -> str:
+    """Ours on one rank with `--vae-channels-last`."""
+    return f"ours, {precision}, channels last"
+
+
 def product_at_once(precision: str, ranks: int) -> str:
     return f"product, {precision}, {ranks} at once"
 
@@ -130,6 +135,10 @@ def time_decoders(rank: int, case: Case, repeats: int) -> RankTimes:
             if group is not None:
                 codec = Codec(own) if ranks == 1 else SplitCodec(own, group)
                 calls[ours(name, ranks)] = lambda codec=codec: codec.decode(latents, "uint8")
+        if rank == 0:
+            last = Codec(copy.deepcopy(own))
+            to_channels_last(last.vae)
+            calls[channels_last(name)] = lambda codec=last: codec.decode(latents, "uint8")
         calls = {key: _with_tf32(call, precision.tf32) for key, call in calls.items()}
         expected = _bytes(calls[theirs(name)]()) if rank == 0 else None
         for key, call in calls.items():
@@ -144,7 +153,7 @@ def time_decoders(rank: int, case: Case, repeats: int) -> RankTimes:
         product = Product(device, precision.dtype, PRODUCTS, precision.tf32)
         for ranks in groups:
             calls[product_at_once(name, ranks)] = product if rank < ranks else nothing
-        for key in (theirs(name), *(ours(name, ranks) for ranks in groups)):
+        for key in (theirs(name), *(ours(name, ranks) for ranks in groups), channels_last(name)):
             programs[key] = calls.get(key, nothing)
         programs |= {key: calls[key] for key in (product_at_once(name, ranks) for ranks in groups)}
     wrong = {key: value for key, value in levels.items() if value > LEVELS[key.split(", ")[1]]}
@@ -241,6 +250,8 @@ def rows(case: Case, found: Sequence[RankTimes]) -> list[Row]:
         for precision in case.precisions
         for name, ranks in (
             (theirs(precision), 1),
-            *((ours(precision, ranks), ranks) for ranks in (1, *case.ranks)),
+            (ours(precision), 1),
+            (channels_last(precision), 1),
+            *((ours(precision, ranks), ranks) for ranks in case.ranks),
         )
     ]

@@ -38,16 +38,17 @@ from benchmarks.fps_measure import (
 from benchmarks.fps_videos import OurVideo, PeerVideo, Video, repaired
 from benchmarks.machine import RESULTS, write_result
 from helios_cp.arguments import OneLineParser, add_layout_arguments, whole_number
+from helios_cp.built_in import part_configs
 from helios_cp.conditioning import Inputs
 from helios_cp.config import Checkpoint, Request, RequestError
 from helios_cp.device import capability, pick_device, pick_dtype
 from helios_cp.distributed import Ranks, World, device_of_rank, pick_backend
+from helios_cp.environment import prepare
 from helios_cp.execution import Execution, add_execution_arguments
 from helios_cp.files import check_file_target
 from helios_cp.generate import DEFAULT_TIMEOUT, LONGEST_TIMEOUT
 from helios_cp.layout import Layout, choose_layout
 from helios_cp.parallelize import ParallelPipeline, load_parallel
-from helios_cp.plan import part_configs
 from helios_cp.predict import Workload
 from helios_cp.quantize import agreed_quantization, check_quantization, stored_quantization
 from helios_cp.sampling import SamplingPlan
@@ -190,6 +191,7 @@ def check(arguments: argparse.Namespace, ranks: Ranks) -> Job:
                 f"--compare {arguments.compare[0]}: the weights in {model} are {execution.quantize} already"
             )
     execution.check(device=device.type, capability=capability(device), is_distilled=checkpoint.is_distilled)
+    prepare(execution, ranks.size, os.environ)
     if PEER in arguments.compare and ranks.size > 1:
         raise RequestError(
             f"--compare {PEER}: on {ranks.size} ranks there is nothing to compare with here; benchmarks.scaling runs "

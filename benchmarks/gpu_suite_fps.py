@@ -1,12 +1,17 @@
-"""The FPS phases of `benchmarks.gpu_suite`: diffusers and ours end to end, in turns, over one memory of weights."""
+"""The FPS phases of `benchmarks.gpu_suite`: diffusers and ours end to end, in turns, over one memory of weights.
+
+What compiles longest, or may take the process with it, has a phase of its own, so that the figures before it stay.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,38 +28,45 @@ from helios_cp.predict import Workload
 from helios_cp.sampling import SamplingPlan
 
 EAGER = "ours, eager"
-VARIANTS: Mapping[str, Execution] = {
-    "ours, compiled": Execution(compile=True),
+COMPILED: Mapping[str, Execution] = {"ours, compiled": Execution(compile=True)}
+FP8: Mapping[str, Execution] = {
     "ours, fp8": Execution(compile=True, quantize="fp8"),
     "ours, fp8, VAE bf16": Execution(compile=True, quantize="fp8", vae_dtype="bfloat16", vae_channels_last=True),
-    "ours, graphs": Execution(compile=True, cuda_graphs=True),
 }
-COMPILING_SHARE = 0.6
-"""Of the budget: no program is begun later, lest compiling it takes the time that is for measuring the others."""
+GRAPHS: Mapping[str, Execution] = {"ours, graphs": Execution(compile=True, cuda_graphs=True)}
+COMPILING_SHARE = 0.5
+"""Of a phase's time: no program is begun later, lest compiling it takes the time that is for measuring the others."""
 
 
 def measure_fps_eager(scope: Scope, record: Record) -> None:
-    """diffusers and ours without any option, as these need no time to compile."""
-    measure_fps(scope, record, {}, warmup=0)
+    """diffusers and ours without any option, which need no time to compile: two chunks each, so soon a figure."""
+    measure_fps(replace(scope, chunks=2), record, {}, warmup=0)
 
 
-def measure_fps(scope: Scope, record: Record, variants: Mapping[str, Execution] = VARIANTS, warmup: int = 1) -> None:
-    """End-to-end FPS at [1, 1, 1] and [2, 2, 2]; all programs in turns, over one memory of weights."""
+def measure_fps(
+    scope: Scope, record: Record, variants: Mapping[str, Execution], with_peer: bool = True, warmup: int = 1
+) -> None:
+    """End-to-end FPS at [1, 1, 1] and [2, 2, 2] of ours with no option, `variants` of it and, if asked, diffusers.
+
+    All programs take turns, over one memory of weights.
+    """
     prepare_compiler(scope, record)
     device, dtype = scope.torch_device, scope.torch_dtype
     rates = Rates.measure(device, dtype)
     record.update(**describe(scope.model, device, dtype, Layout(), rates, is_random=True), settings={}, errors={})
     pipelines = {EAGER: scope.build()}
-    peer = full_size.build_peer(pipelines[EAGER])
+    peer = full_size.build_peer(pipelines[EAGER]) if with_peer else None
     for name, execution in variants.items():
         try:
             pipelines[name] = scope.build(execution, like=pipelines[EAGER])
         except Exception as error:
             record.values["errors"][name] = one_line(error)
     record.update(executions={name: execution.to_json() for name, execution in variants.items()})
-    deadline = time.monotonic() + COMPILING_SHARE * record.values["budget_seconds"]
-    with repaired(peer) as repairs, tempfile.TemporaryDirectory() as folder:
-        record.update(**{"repairs of diffusers": repairs})
+    deadline = record.latest_start(COMPILING_SHARE)
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        if peer is not None:
+            record.update(**{"repairs of diffusers": stack.enter_context(repaired(peer))})
         for setting in ("distilled-111", "distilled-222"):
             _measure_setting(scope, record, setting, pipelines, peer, rates, warmup, Path(folder), deadline)
             deadline = math.inf  # all is compiled
@@ -80,13 +92,13 @@ def _measure_setting(
     plan = SamplingPlan.of(request, checkpoint)
 
     def start(name: str) -> Video:
-        if time.monotonic() > deadline:
+        if name != EAGER and time.monotonic() > deadline:
             raise TimeoutError("too little time was left to compile and run it")
         return OurVideo(pipelines[name], request, inputs, video_path(folder, setting, name))
 
-    videos: dict[str, Callable[[], Video]] = {
-        PEER: lambda: PeerVideo(peer, request, inputs, plan, video_path(folder, setting, PEER))
-    }
+    videos: dict[str, Callable[[], Video]] = {}
+    if peer is not None:
+        videos[PEER] = lambda: PeerVideo(peer, request, inputs, plan, video_path(folder, setting, PEER))
     for name in pipelines:
         videos[name] = functools.partial(start, name)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import gc
+import math
+import signal
 import subprocess
 import sys
 import tempfile
@@ -17,7 +19,8 @@ import torch
 
 from benchmarks import fps_rates, full_size
 from benchmarks.fps_videos import OurVideo
-from benchmarks.gpu_suite_fps import measure_fps, measure_fps_eager
+from benchmarks.gpu_suite_fps import COMPILED, FP8, GRAPHS, measure_fps, measure_fps_eager
+from benchmarks.gpu_suite_profile import Share, fit_profile, measure_profile
 from benchmarks.gpu_suite_runner import Phase, Record
 from benchmarks.gpu_suite_scope import Scope, one_line, prepare_compiler
 from benchmarks.gpu_suite_share import measure_shares
@@ -29,6 +32,7 @@ from helios_cp.execution import Execution
 from helios_cp.layout import segment_lengths
 from helios_cp.vae import Codec
 from helios_cp.vae_cost import decode_flops
+from parallel.mesh import Degrees
 
 VAES: Mapping[str, Execution] = {
     "float32": Execution(tf32=False),
@@ -45,10 +49,12 @@ OFFLOADS: Mapping[str, Execution] = {
     "offload group": Execution(offload="group"),
     "offload model": Execution(offload="model"),
 }
+SECONDS_TO_END = 5.0
+"""That pytest gets to write its report before the phase is cut."""
 
 
 def measure_rates(scope: Scope, record: Record) -> None:
-    """Floors to compare with: products, attention, copies."""
+    """Floors to compare with: products, attention, copies; and the planner's profile of this card."""
     device, dtype = scope.torch_device, scope.torch_dtype
     config = scope.checkpoint.transformer
     tokens = stage_tokens(scope)
@@ -70,7 +76,8 @@ def measure_rates(scope: Scope, record: Record) -> None:
     record.update()
     for name, rate in record.values["matmul_flops_per_second"].items():
         print(f"  {name} product: {rate / 1e12:.3g} TFLOP/s")
-    print(f"  copy: {record.values['copy_bytes_per_second'] / 1e12:.3g} TB/s")
+    print(f"  copy: {record.values['copy_bytes_per_second'] / 1e12:.3g} TB/s", flush=True)
+    measure_profile(scope, record)
 
 
 def stage_tokens(scope: Scope) -> list[int]:
@@ -131,17 +138,21 @@ def _decode(codec: Codec, latents: torch.Tensor) -> torch.Tensor:
 
 
 def measure_share(scope: Scope, record: Record) -> None:
-    """One rank's part of P = 1, 2, 4, 8 without communication: what limits FPS on P cards besides messages."""
+    """One rank's part of P = 1, 2, 4, 8 without communication, and how near the planner comes to it."""
     record.update(shares={})
     base = scope.build()
+    measured: dict[Degrees, Share] = {}
 
     def write(ranks: int, values: dict[str, Any]) -> None:
         record.values["shares"][str(ranks)] = values
         record.update()
+        forwards = tuple(each["seconds"] for each in values["stages"])
+        measured[Degrees(**values["degrees"])] = Share(forwards, values["decode_seconds"])
         seconds = ", ".join(f"{each['seconds']:.3f}" for each in values["stages"])
         print(f"  P = {ranks}: forwards {seconds} s, decode {values['decode_seconds']:.3f} s", flush=True)
 
     measure_shares(scope.checkpoint, base, scope.torch_dtype, scope.chunks, write)
+    fit_profile(scope, record, measured)
 
 
 def measure_memory(scope: Scope, record: Record) -> None:
@@ -188,19 +199,33 @@ def _chunk_memory(scope: Scope, execution: Execution) -> dict[str, float]:
 
 
 def run_tests(scope: Scope, record: Record) -> None:
-    """`pytest -m gpu` in the time that is left; its output goes to a file beside the results."""
+    """`pytest -m gpu` in the time that is left; its output goes to a file beside the results.
+
+    Raises `RuntimeError` where a test fails, a file cannot be imported, or no test has been run on a card.
+    """
     log = record.path.with_suffix(".log")
     with tempfile.TemporaryDirectory() as folder, log.open("w") as output:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-rfE", "--junitxml", str(report), *scope.tests]
+        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-rfEs", "--continue-on-collection-errors"]
+        command += ["--junitxml", str(report), *scope.tests]
         record.update(command=command, log=log.name)
-        code = subprocess.run(command, cwd=CHECKOUT, stdout=output, stderr=subprocess.STDOUT).returncode
+        process = subprocess.Popen(command, cwd=CHECKOUT, stdout=output, stderr=subprocess.STDOUT)
+        stop = record.deadline - time.monotonic() - SECONDS_TO_END
+        try:
+            code = process.wait(None if stop == math.inf else max(stop, 0.0))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)  # on which pytest still writes what it has found
+            code = process.wait()
         suites = ElementTree.parse(report).getroot().iter("testsuite") if report.exists() else []
         counts = {name: 0 for name in ("tests", "failures", "errors", "skipped")}
         for suite in suites:
             counts |= {name: counts[name] + int(suite.get(name, 0)) for name in counts}
     record.update(exit_code=code, **counts, tail=log.read_text()[-3000:])
     print(f"  {counts}")
+    if code != 0:
+        raise RuntimeError(f"pytest ended with exit code {code}, see {log.name}")
+    if scope.device != "cpu" and counts["tests"] == counts["skipped"]:
+        raise RuntimeError(f"no test was run: {counts['skipped']} were skipped, see {log.name}")
 
 
 def gpu_test_files() -> tuple[str, ...]:
@@ -211,10 +236,12 @@ def gpu_test_files() -> tuple[str, ...]:
 
 PHASES = (
     Phase("gpu_rates", 40, measure_rates),
-    Phase("gpu_fps_eager", 100, measure_fps_eager),
-    Phase("gpu_fps", 220, measure_fps),
-    Phase("gpu_vae", 80, measure_vae),
-    Phase("gpu_share", 60, measure_share),
-    Phase("gpu_memory", 90, measure_memory),
-    Phase("gpu_tests", None, run_tests),
+    Phase("gpu_fps_eager", 55, measure_fps_eager),
+    Phase("gpu_fps", 160, functools.partial(measure_fps, variants=COMPILED)),
+    Phase("gpu_fps_fp8", 60, functools.partial(measure_fps, variants=FP8, with_peer=False), needs=("torchao",)),
+    Phase("gpu_vae", 45, measure_vae),
+    Phase("gpu_memory", 55, measure_memory),
+    Phase("gpu_share", 35, measure_share),
+    Phase("gpu_fps_graphs", 30, functools.partial(measure_fps, variants=GRAPHS, with_peer=False)),
+    Phase("gpu_tests", 30, run_tests),
 )

@@ -6,7 +6,9 @@ whole, never half.
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -28,21 +30,27 @@ LEAST_SECONDS = 2.0
 
 @dataclass(frozen=True)
 class Phase:
-    """`run(scope, record)` in a process of its own; `seconds` is its budget, and with `None` all that is left."""
+    """`run(scope, record)` in a process of its own, unless one of the packages that it `needs` is missing.
+
+    `seconds` are kept for it; it may take besides what earlier phases left of theirs.
+    """
 
     name: str
-    seconds: float | None
+    seconds: float
     run: Callable[[Any, Record], None]
+    needs: tuple[str, ...] = ()
 
 
 class Record:
     """The result file of one phase: `results` hold its `status` (running, finished, failed, cut, skipped) and figures.
 
-    Written whole by every `update`. Names are those of `benchmarks.machine.write_result`.
+    Written whole by every `update`. Names are those of `benchmarks.machine.write_result`. The phase begins now and is
+    cut at `deadline`, a time of `time.monotonic`.
     """
 
-    def __init__(self, folder: Path, name: str) -> None:
+    def __init__(self, folder: Path, name: str, deadline: float = math.inf) -> None:
         self.path = folder / f"{name}.json"
+        self.begun, self.deadline = time.monotonic(), deadline
         self.values: dict[str, Any] = {}
         self._about: dict[str, Any] | None = None
 
@@ -56,6 +64,10 @@ class Record:
             record._about = about
         return record
 
+    def latest_start(self, share: float) -> float:
+        """When so large a share of the phase's time has gone by."""
+        return self.begun + share * (self.deadline - self.begun)
+
     def update(self, **values: Any) -> None:
         self.values |= values
         if self._about is None:
@@ -64,51 +76,68 @@ class Record:
 
 
 def run_phases(
-    phases: Sequence[Phase], scope: Any, folder: Path, seconds: float, device: str = "cpu"
+    phases: Sequence[Phase], scope: Any, folder: Path, deadline: float = math.inf, device: str = "cpu"
 ) -> dict[str, str]:
-    """The status of each phase, in order; `device` is what they use. Together they take `seconds`, and a few to end."""
+    """The status of each phase, in order; `device` is what they use.
+
+    All have ended a few seconds after `deadline`, a time of `time.monotonic`. Without one no phase is ever cut.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for phase in phases:  # a file from another run would pass for one of this
         Record(folder, phase.name).path.unlink(missing_ok=True)
     context = multiprocessing.get_context(start_method(device))
-    deadline = time.monotonic() + seconds
     statuses = {}
-    for phase in phases:
+    for index, phase in enumerate(phases):
         left = deadline - time.monotonic()
-        budget = left if phase.seconds is None else min(phase.seconds, left)
-        if budget < LEAST_SECONDS:
-            Record(folder, phase.name).update(status="skipped", error=f"{max(left, 0):.0f} s were left")
+        missing = [name for name in phase.needs if importlib.util.find_spec(name) is None]
+        if missing:
+            _skip(phase, folder, f"{', '.join(missing)} is not installed")
+        elif left < LEAST_SECONDS:
+            _skip(phase, folder, f"{max(left, 0):.0f} s were left")
         else:
-            print(f"{phase.name}: up to {budget:.0f} s", flush=True)
-            _run_one(context, phase, scope, folder, budget)
+            _run_one(context, phase, scope, folder, time.monotonic() + budget(phases[index:], left))
         statuses[phase.name] = Record.read(folder, phase.name).values["status"]
     return statuses
 
 
-def _run_one(context: Any, phase: Phase, scope: Any, folder: Path, budget: float) -> None:
+def budget(phases: Sequence[Phase], left: float) -> float:
+    """Seconds of the first of the phases to come: its own, and what all of them together do not need."""
+    spare = left - sum(phase.seconds for phase in phases)
+    return min(left, phases[0].seconds + max(spare, 0.0))
+
+
+def _skip(phase: Phase, folder: Path, reason: str) -> None:
+    Record(folder, phase.name).update(status="skipped", error=reason)
+    print(f"{phase.name}: skipped: {reason}", flush=True)
+
+
+def _run_one(context: Any, phase: Phase, scope: Any, folder: Path, deadline: float) -> None:
     start = time.monotonic()
-    process = context.Process(target=_child, args=(phase, scope, folder, budget), name=phase.name)
+    seconds = None if deadline == math.inf else deadline - start
+    print(phase.name if seconds is None else f"{phase.name}: up to {seconds:.0f} s", flush=True)
+    process = context.Process(target=_child, args=(phase, scope, folder, deadline), name=phase.name)
     process.start()
     try:
-        process.join(budget)
+        process.join(seconds)
     finally:
-        if process.is_alive():
+        is_cut = process.is_alive()
+        if is_cut:
             _kill_group(process.pid)
         process.join()
     record = Record.read(folder, phase.name)
-    seconds = time.monotonic() - start
     if record.values.get("status", "running") == "running":
         died = f"the process ended with exit code {process.exitcode}"
-        status = ("cut", f"after {budget:.0f} s, its budget") if seconds >= budget else ("failed", died)
+        status = ("cut", f"after {seconds:.0f} s, its budget") if is_cut else ("failed", died)
         record.update(status=status[0], error=status[1])
-    record.update(seconds=seconds)
+    record.update(seconds=time.monotonic() - start)
 
 
-def _child(phase: Phase, scope: Any, folder: Path, budget: float) -> None:
+def _child(phase: Phase, scope: Any, folder: Path, deadline: float) -> None:
     os.setsid()  # so that it can be killed with all that it starts
     threading.Thread(target=_die_with_parent, daemon=True).start()
-    record = Record(folder, phase.name)
-    record.update(status="running", budget_seconds=budget)
+    record = Record(folder, phase.name, deadline)
+    seconds = None if deadline == math.inf else deadline - record.begun
+    record.update(status="running", budget_seconds=seconds, process=os.getpid())
     try:
         phase.run(scope, record)
     except Exception as error:

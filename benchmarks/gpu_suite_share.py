@@ -13,15 +13,16 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 
 from benchmarks import full_size
 from benchmarks.fps_rates import seconds_of
 from benchmarks.models import STAGES, Inputs, encode_history, run_ours
+from helios_cp.built_in import BuiltInCheckpoint
 from helios_cp.config import VAE_SPATIAL, Request
 from helios_cp.cost import forward_cost, shares
 from helios_cp.layout import segment_lengths
 from helios_cp.parallelize import ParallelPipeline
-from helios_cp.plan import BuiltInCheckpoint
 from parallel.collectives import Group
 from parallel.mesh import Degrees, Mesh, default_degrees
 from tests.silent_ranks import silent_mesh
@@ -88,5 +89,9 @@ def lone_rank(degrees: Degrees) -> Iterator[Mesh]:
             received[key] = torch.randn(key[0], device=like.device).to(like.dtype)
         return received[key]
 
-    with silent_mesh(degrees, 0) as (mesh, _), mock.patch.object(Group, "_buffer", buffer):
+    with (
+        silent_mesh(degrees, 0) as (mesh, _),
+        mock.patch.object(Group, "_buffer", buffer),
+        mock.patch.object(dist, "get_backend", lambda *_: "nccl"),
+    ):
         yield mesh

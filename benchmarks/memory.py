@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import weakref
 
 import torch
@@ -20,13 +19,12 @@ class LiveMemory(TorchDispatchMode):
     inside a kernel, and an allocator's rounding, are not seen. Raises `RuntimeError` under `torch.inference_mode()`,
     where composite operations come in whole, their intermediate tensors unseen; `torch.no_grad()` is the mode to use.
 
-    A thread that works for a finished collective may let go of its buffer a moment late, and wants the interpreter's
-    lock for it: `patience` are the seconds that others get to free what they hold before a new peak counts.
+    The count is exact where one thread runs the program. A thread of gloo's lets go of a buffer now or a moment later,
+    so that a collective's peak is better counted on meta tensors, see `tests.silent_ranks`.
     """
 
-    def __init__(self, patience: float = 0.0) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.patience = patience
         self.peak_bytes = 0
         # By a number of its own for each: a sum kept by += would be wrong once two threads free at the same time.
         self._live: dict[int, int] = {}
@@ -58,8 +56,6 @@ class LiveMemory(TorchDispatchMode):
         self._live[self._allocations] = storage.nbytes()
         # A storage is one Python object for as long as the memory lives, whichever tensors come and go over it.
         weakref.finalize(storage, self._live.pop, self._allocations).atexit = False
-        if self.patience and self.live_bytes > self.peak_bytes:
-            time.sleep(self.patience)
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
 
 

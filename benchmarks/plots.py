@@ -17,6 +17,7 @@ from parallel.mesh import Degrees
 
 DPI = 130
 COLORS = {"h100": "tab:blue", "h200": "tab:orange"}
+OTHER_COLOR = "tab:purple"  # of a card that was calibrated
 STAGE = "stage 3"
 COMPUTED_RANKS = (2, 4, 8, 16)
 
@@ -32,7 +33,8 @@ def draw_fps(
     for line in lines:
         style = "--" if line.steps == (1, 1, 1) else ":"
         gpus, fps = list(line.points), [each.fps for each in line.points.values()]
-        axes.plot(gpus, fps, style, marker="o", markerfacecolor="white", color=COLORS[line.hardware], label=line.label)
+        color = COLORS.get(line.hardware, OTHER_COLOR)
+        axes.plot(gpus, fps, style, marker="o", markerfacecolor="white", color=color, label=line.label)
     measured = [chunk for chunk in chunks if chunk.is_full_size_on_gpus]
     kinds = dict.fromkeys((chunk.result.where, chunk.setting, chunk.program) for chunk in measured)
     for index, (where, setting, program) in enumerate(kinds):

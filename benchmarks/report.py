@@ -14,7 +14,7 @@ from pathlib import Path
 from benchmarks.machine import RESULTS
 from benchmarks.plots import draw_bytes, draw_fps, draw_stages
 from benchmarks.report_data import Chunk, Result, read_chunks, read_projected, read_results
-from benchmarks.report_model import Line, predict_lines
+from benchmarks.report_model import Line, calibrated_lines, predict_lines
 from benchmarks.report_sections import SECTIONS, any_section, chunks_section, fps_section, table
 from helios_cp.arguments import OneLineParser
 from helios_cp.config import RequestError
@@ -53,6 +53,10 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(str(error))
     results, problems = read_results(folder)
     chunks, lines = read_chunks(results), predict_lines()
+    try:
+        lines = [*lines, *calibrated_lines(folder)]
+    except RequestError as error:
+        problems.append(str(error))
     draw_fps(lines, chunks, folder / "fps.png", read_projected(results))
     draw_stages(lines, chunks, folder / "stages.png")
     draw_bytes(results.get("communication"), folder / "bytes.png")

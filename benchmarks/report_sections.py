@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from benchmarks.markdown import table
 from benchmarks.report_data import Chunk, Result
+from benchmarks.report_deviation import deviation_section
 from benchmarks.report_model import PUBLISHED, PUBLISHED_FPS, Line, layout_name
 
 LONGEST, MOST_ROWS = 60, 80  # of a value's text, and of the rows of a result without a section of its own
-
-
-def table(headings: Sequence[str], rows: Iterable[Sequence[str]], texts: int = 1) -> str:
-    """A Markdown table whose first `texts` columns are text and whose others are figures."""
-    lines = [headings, ["---"] * texts + ["---:"] * (len(headings) - texts), *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
 
 
 def fps_section(lines: Sequence[Line], chunks: Sequence[Chunk], projected: Mapping[str, dict[int, float]]) -> str:
@@ -29,7 +25,7 @@ def fps_section(lines: Sequence[Line], chunks: Sequence[Chunk], projected: Mappi
             rows.append([f"{steps}, messages left out", "from one rank's measured share", str(gpus), f"{fps:.1f}", ""])
     for line in lines:
         for gpus, each in line.points.items():
-            name = f"{line.hardware.upper()}, {list(line.steps)}"
+            name = f"{line.title}, {list(line.steps)}"
             rows.append([name, "modelled", str(gpus), f"{each.fps:.1f}", layout_name(each)])
     return table(("Helios-14B Distilled, 384 × 640", "", "GPUs", "FPS", "layout"), rows, texts=2)
 
@@ -257,6 +253,7 @@ SECTIONS: Mapping[str, tuple[str, Callable[[Result], str]]] = {
     "scaling": ("Scaling", scaling_section),
     "attention": ("Attention", attention_section),
     "decode": ("Decoding", decode_section),
+    "deviation": ("What flags of speed and memory change", deviation_section),
     "pipeline": ("The chunk pipeline on Ray", pipeline_section),
     "calibration": ("Calibration", calibration_section),
     "validate_plan": ("The planner against the clock", validation_section),

@@ -30,7 +30,9 @@ from rich.console import Console
 from benchmarks.communication_formulas import Tokens
 from benchmarks.diffusers_parallel import REPAIRS
 from benchmarks.machine import CHECKOUT, RESULTS, write_result
-from benchmarks.scaling_ranks import Case, count_flops, peaks, pick_dtype, time_ranks
+from benchmarks.rank_groups import rank_device
+from benchmarks.scaling_memory import peaks
+from benchmarks.scaling_ranks import Case, count_flops, pick_dtype, time_ranks
 from benchmarks.scaling_world import GOALS, WorldTimes, speedups_table, world_table
 from helios_cp.arguments import OneLineParser, whole_number
 from helios_cp.config import RequestError, TransformerConfig
@@ -180,7 +182,7 @@ def measure_world(
     rank: int, case: Case, ranks: int, repeats: int, warmup: int, device_type: str = "cpu", local_rank: int = 0
 ) -> WorldTimes | None:
     """Called on every rank of a running world; what rank 0 returns is of all."""
-    memory = peaks(rank, case, ranks, device_type, local_rank)
+    memory = peaks(rank, case, ranks, rank_device(device_type, local_rank))
     load = [os.getloadavg()[0]]
     times = time_ranks(rank, case, ranks, repeats, warmup, device_type, local_rank)
     load.append(os.getloadavg()[0])

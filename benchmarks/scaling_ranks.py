@@ -1,4 +1,4 @@
-"""One forward on one rank and on several, diffusers' and ours: how long it takes, and how much memory it holds.
+"""One forward on one rank and on several, diffusers' and ours: how long it takes.
 
 The functions here run on every rank of a gloo world at once, in step.
 """
@@ -21,7 +21,6 @@ from torch import Tensor
 from benchmarks.counting import count
 from benchmarks.diffusers_parallel import FunctionalCollectives, enable_ulysses
 from benchmarks.fps_rates import wait
-from benchmarks.memory import LiveMemory
 from benchmarks.models import Inputs, build_pair, encode_history, run_ours, run_theirs
 from benchmarks.rank_groups import rank_device
 from benchmarks.timing import Timing, interleave
@@ -32,7 +31,6 @@ from helios_cp.transformer import HeliosTransformer
 from parallel.collectives import Meter
 from parallel.mesh import Degrees, Mesh
 
-CPU = torch.device("cpu")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 """Of the output's range. In fp32 only the order of additions differs; bf16 keeps 8 bits of each sum."""
 
@@ -73,10 +71,11 @@ def pick_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
-def build(case: Case, device: torch.device = CPU) -> tuple[HeliosTransformer3DModel, HeliosTransformer, Inputs]:
+def build(
+    case: Case, device: torch.device, dtype: torch.dtype
+) -> tuple[HeliosTransformer3DModel, HeliosTransformer, Inputs]:
     """The same models and inputs on every rank."""
     torch.manual_seed(0)
-    dtype = pick_dtype(device) if device.type != "meta" else torch.float32
     theirs, ours = build_pair(case.config, device, dtype)
     inputs = Inputs.random(case.config, case.size, case.stage, device, dtype)
     return theirs, ours, replace(inputs, text=inputs.text[:, : case.text_tokens])
@@ -93,7 +92,7 @@ def layouts(ranks: int) -> dict[str, Degrees]:
 @torch.inference_mode()
 def count_flops(case: Case) -> dict[str, int]:
     """FLOPs of one forward on one rank, by program."""
-    theirs, ours, inputs = build(case, torch.device("meta"))
+    theirs, ours, inputs = build(case, torch.device("meta"), torch.float32)
     run = sequence_program(ours, inputs, WholeSequence())
     run()  # fills the tables
     return {"diffusers": count(run_theirs, theirs, inputs).flops, "ours": count(run).flops}
@@ -109,7 +108,7 @@ def time_ranks(
     ranks have ended it, so that all start the next together; a rank without work waits, asleep.
     """
     device = rank_device(device_type, local_rank)
-    theirs, ours, inputs = build(case, device)
+    theirs, ours, inputs = build(case, device, pick_dtype(device))
     theirs_split = copy.deepcopy(theirs)
     enable_ulysses(theirs_split, ranks, device.type)
     alone = sequence_program(ours, inputs, WholeSequence())
@@ -142,33 +141,6 @@ def time_ranks(
         timings = interleave(in_step, repeats, device, warmup)
     cpu_seconds = {name: statistics.median(seconds[warmup:]) for name, seconds in cpu.items()}
     return Times(timings, cpu_seconds, differences, traffic, is_pinned)
-
-
-def peaks(rank: int, case: Case, ranks: int, device_type: str = "cpu", local_rank: int = 0) -> dict[str, int]:
-    """Peak bytes that a forward of each program makes on this rank of a world of `ranks`; of one rank, on rank 0."""
-    device = rank_device(device_type, local_rank)
-    found = {}
-    if rank == 0:
-        found["diffusers, 1 rank"] = peak_bytes_of_diffusers(rank, case, 1, device)
-        found["ours, 1 rank"] = peak_bytes(rank, case, Degrees(), device)
-    found[f"diffusers, Ulysses {ranks}"] = peak_bytes_of_diffusers(rank, case, ranks, device)
-    return found | {f"ours, {name}": peak_bytes(rank, case, each, device) for name, each in layouts(ranks).items()}
-
-
-@torch.no_grad()
-def peak_bytes(rank: int, case: Case, degrees: Degrees, device: torch.device = CPU) -> int:
-    """Peak bytes that a forward of ours makes on this rank, after one that has filled the tables."""
-    _, ours, inputs = build(case, device)
-    return _peak_of_steady_runs(sequence_program(ours, inputs, _sharded(degrees)))
-
-
-@torch.no_grad()
-def peak_bytes_of_diffusers(rank: int, case: Case, ranks: int, device: torch.device = CPU) -> int:
-    """As `peak_bytes` for diffusers' Ulysses, or its plain model on one rank."""
-    theirs, _, inputs = build(case, device)
-    if ranks > 1:
-        enable_ulysses(theirs, ranks, device.type)
-    return _peak_of_steady_runs(lambda: run_theirs(theirs, inputs))
 
 
 def sequence_program(model: HeliosTransformer, inputs: Inputs, sequence: Sequence) -> Program:
@@ -214,17 +186,6 @@ def _in_step(program: Program, cpu_seconds: list[float], device: torch.device) -
 
 def _sharded(degrees: Degrees, meter: Meter | None = None) -> Sequence:
     return ShardedSequence(Mesh.build(degrees, meter=meter)) if degrees.world > 1 else WholeSequence()
-
-
-def _peak_of_steady_runs(program: Program) -> int:
-    """The least of three runs after a first, as a thread of gloo's that lets go of a buffer late only raises a peak."""
-    program()
-    peaks = []
-    for _ in range(3):
-        with LiveMemory(patience=0.002) as memory:
-            program()
-        peaks.append(memory.peak_bytes)
-    return min(peaks)
 
 
 def _difference(output: Tensor | None, reference: Tensor) -> float:

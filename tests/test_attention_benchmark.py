@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import sdpa_flop_count
 
-from benchmarks import attention, attention_engines, attention_ranks
+from benchmarks import attention_engines, attention_ranks
 from benchmarks.attention_engines import Shape, absent_engines, time_engines
 from benchmarks.attention_ranks import Case, RankTimes, algorithms, rows, time_algorithms
 from benchmarks.report_data import read_results
@@ -22,6 +22,8 @@ from benchmarks.timing import Timing
 from parallel.mesh import Degrees
 from parallel.ulysses import UlyssesAttention
 from tests.ranks import RankError, shared_pool
+
+attention = pytest.importorskip("benchmarks.attention")  # which prints with rich
 
 SMALL = Shape(37, heads=6, head_dim=16)  # neither tokens nor heads divide over 4 ranks
 CPU = torch.device("cpu")

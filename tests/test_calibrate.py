@@ -1,7 +1,8 @@
 """Unit and multi-rank gloo: what the calibration counts, measures and writes; one test needs a GPU.
 
 Counts are exact. Times are real but tiny, so only that they are positive and of a possible size is tested; the fit of
-messages is tested on times made up from a known model, to rounding.
+messages is tested on times made up from a known model, to rounding: on a busy machine a few real ones may take no time
+that could be told from computing.
 """
 
 from __future__ import annotations
@@ -35,7 +36,6 @@ from benchmarks.calibrate_rates import (
     time_call,
 )
 from benchmarks.counting import count
-from helios_cp import plan
 from helios_cp.config import RequestError
 from helios_cp.cost import PASSES, Product
 from helios_cp.hardware import CPU, MEASUREMENTS, Hardware, read_profile
@@ -48,12 +48,13 @@ FP32 = 4
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
-    """The file that a quick calibration of two ranks writes, and what it said."""
+    """The file that a quick calibration of two ranks writes, and what it said; times of messages are made up."""
     path = tmp_path_factory.mktemp("calibration") / "profile.json"
     said: list[str] = []
     with (
         mock.patch.object(calibration, "say", said.append),
         mock.patch.object(calibration, "count_ranks", lambda *_: 2),
+        mock.patch.object(calibration, "measure_messages", made_up_on_rank),
     ):
         assert main(["--output", str(path), "--device", "cpu", "--quick"], shared_pool()) == 0
     return path, said
@@ -128,6 +129,7 @@ def test_every_program_is_measured():
     assert kinds == {"product", "attention", *PASSES, "launch", "decoding"}
     assert {each.dtype for each in found if each.kind == "product"} == {"float32", "bfloat16"}
     for each in found:
+        assert Measurement.from_json(json.loads(json.dumps(each.to_json()))) == each
         assert each.work > 0 and 0 < each.seconds < 10 and each.rate == each.work / each.seconds
         assert 1e3 < each.rate < 1e14, each
 
@@ -197,6 +199,10 @@ def made_up(latency: float, bandwidth: float, overlap: float) -> list[Message]:
     return messages
 
 
+def made_up_on_rank(rank: int, settings: MessageSettings, ranks: int, on_cuda: bool) -> list[Message]:
+    return made_up(2e-4, 1.5e9, 0.25)
+
+
 @pytest.mark.parametrize("overlap", [0.0, 0.25, 1.0])
 def test_fit_finds_the_model_that_made_the_times(overlap):
     model = fit(made_up(2e-4, 1.5e9, overlap))
@@ -214,14 +220,14 @@ def test_fit_of_a_disturbed_machine_stays_possible():
     falling = [dataclasses.replace(each, seconds=1e-3 - 1e-10 * each.sent_bytes) for each in made_up(1e-4, 1e9, 0.0)]
     model = fit(falling)
     assert model.latency > 0 and model.bandwidth == pytest.approx(1e13) and 0 <= model.overlap <= 1
-    with pytest.raises(RuntimeError, match="busy"):
-        fit([dataclasses.replace(each, seconds=-1e-6) for each in falling])
+    assert fit([dataclasses.replace(each, seconds=-1e-6) for each in falling]) is None
 
 
 # Profiles
 
 
 def test_a_calibration_is_read_by_the_planner(quick, presets, capsys):
+    plan = pytest.importorskip("helios_cp.plan")  # which prints with rich
     path, _ = quick
     hardware = read_profile(path)
     written = json.loads(path.read_text())
@@ -251,6 +257,7 @@ def test_what_was_measured_is_what_is_written(quick):
     assert hardware.matmul_fp32_flops == max(rates) and len(hardware.matmul_fp32_shares) == len(rates)
     model = fit([Message(**each) for each in written["messages"]])
     assert (hardware.node_latency, hardware.node_bandwidth) == (model.latency, model.bandwidth)
+    assert (model.latency, model.bandwidth) == pytest.approx((2e-4, 1.5e9)) and hardware.overlap == pytest.approx(0.25)
 
 
 def test_progress_is_told(quick):
@@ -264,6 +271,12 @@ def test_without_messages_the_assumption_stays_and_says_so():
     hardware = to_hardware(CPU, rates, [], HOST, 1)
     assert (hardware.node_latency, hardware.overlap) == (CPU.node_latency, CPU.overlap)
     assert dict(hardware.sources)["node_latency"].startswith("assumed")
+    untold = [dataclasses.replace(each, seconds=-1e-6) for each in made_up(2e-4, 1.5e9, 0.0)]
+    busy = to_hardware(CPU, rates, untold, HOST, 2)
+    for name in ("node_latency", "node_bandwidth", "overlap"):
+        assert getattr(busy, name) == getattr(CPU, name)
+        source = dict(busy.sources)[name]
+        assert source.startswith("assumed") and "could be told from computing" in source
 
 
 @pytest.mark.parametrize(

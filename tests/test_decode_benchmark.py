@@ -13,8 +13,8 @@ from unittest import mock
 import pytest
 import torch
 
-from benchmarks import decode, decode_ranks
-from benchmarks.decode_ranks import Case, RankTimes, ours, product_at_once, rows, theirs, time_decoders
+from benchmarks import decode_ranks
+from benchmarks.decode_ranks import Case, RankTimes, channels_last, ours, product_at_once, rows, theirs, time_decoders
 from benchmarks.report_data import read_results
 from benchmarks.report_sections import decode_section
 from benchmarks.timing import Timing
@@ -23,22 +23,25 @@ from helios_cp.vae import to_frames
 from helios_cp.vae_cost import VaeConfig, decode_flops, decode_traffic
 from tests.ranks import RankError, shared_pool
 
+decode = pytest.importorskip("benchmarks.decode")  # which prints with rich
+
 TINY = Case(VaeConfig(8, 16, (1, 1, 1, 1), 0), (32, 24), ("fp32",), (2,), latent_frames=2)
 
 
 def test_limits():
     """One rank decodes in 10 s, two in 6 s; products of half the chunk's FLOPs take 1 s, or two at once 2 s."""
-    seconds = {theirs("fp32"): 12.0, ours("fp32"): 10.0, ours("fp32", 2): 6.0}
+    seconds = {theirs("fp32"): 12.0, ours("fp32"): 10.0, channels_last("fp32"): 5.0, ours("fp32", 2): 6.0}
     seconds |= {product_at_once("fp32", 1): 1.0, product_at_once("fp32", 2): 2.0}
     timings = {name: Timing((value, value)) for name, value in seconds.items()}
     levels = dict.fromkeys(seconds, 0)
     traffic = dict.fromkeys(seconds, (0, 0)) | {ours("fp32", 2): (7, 50)}
     found = rows(TINY, [RankTimes(timings, traffic, levels, levels, TINY.flops // 2)] * 2)
-    assert [row.name for row in found] == ["diffusers, fp32", "ours, fp32, 1 rank", "ours, fp32, 2 ranks"]
-    assert [row.fps for row in found] == [5 / 12, 5 / 10, 5 / 6]
-    assert [row.limit for row in found] == pytest.approx([5 / 2] * 3)
-    assert [row.speedup for row in found] == [1.0, 1.2, 2.0]
-    assert (found[2].calls, found[2].sent_bytes) == (7, 50.0)
+    names = ["diffusers, fp32", "ours, fp32, 1 rank", "ours, fp32, channels last", "ours, fp32, 2 ranks"]
+    assert [row.name for row in found] == names
+    assert [row.fps for row in found] == [5 / 12, 5 / 10, 5 / 5, 5 / 6]
+    assert [row.limit for row in found] == pytest.approx([5 / 2] * 4)
+    assert [row.speedup for row in found] == [1.0, 1.2, 2.4, 2.0]
+    assert (found[3].calls, found[3].sent_bytes) == (7, 50.0)
 
 
 def test_flops_are_the_planners():
@@ -67,7 +70,9 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     results = json.loads(output.read_text())["results"]
     programs = results["programs"]
     assert list(programs) == [
-        name for precision in ("fp32", "bf16") for name in (theirs(precision), ours(precision), ours(precision, 2))
+        name
+        for precision in ("fp32", "bf16")
+        for name in (theirs(precision), ours(precision), channels_last(precision), ours(precision, 2))
     ]
     split = programs["ours, fp32, 2 ranks"]
     assert split["collectives"] == decode_traffic(TINY.vae, 2, 2, 3, 2)[0] and split["sent_bytes"] > 0
@@ -86,7 +91,7 @@ def test_on_a_gpu(tmp_path):
     case = dataclasses.replace(TINY, device_type="cuda", precisions=("fp32", "tf32", "bf16"))
     with mock.patch.object(decode, "ON_GPU", case):
         assert decode.main(["--device", "cuda", "--repeats", "2", "--ranks", "2", "--output", str(output)]) == 0
-    assert len(json.loads(output.read_text())["results"]["programs"]) == 9
+    assert len(json.loads(output.read_text())["results"]["programs"]) == 12
 
 
 @pytest.mark.parametrize(

@@ -16,14 +16,17 @@ import pytest
 import torch
 
 from helios_cp import pipeline as pipeline_module
+from helios_cp.card_memory import expected_bytes
 from helios_cp.config import Request
-from helios_cp.decoding import AtOnce, Beside, with_frames
+from helios_cp.decoding import MARGIN, AtOnce, Beside, Denoised, with_frames
 from helios_cp.device import Pace, SideStream, allocated_memory, peak_memory, reset_peak_memory
+from helios_cp.execution import Execution
+from helios_cp.output import HostCopies
 from helios_cp.parallelize import SplitCodec
 from helios_cp.pipeline import Chunk, Pipeline
 from helios_cp.sampling import Step
 from helios_cp.state import ChunkState
-from helios_cp.timing import Stopwatch
+from helios_cp.timing import Span, Times
 
 CPU = torch.device("cpu")
 STEPS = 3
@@ -50,8 +53,8 @@ class Streams:
             work()
         return True
 
-    def run_side(self) -> None:
-        while self.run("side"):
+    def run_all(self, name: str) -> None:
+        while self.run(name):
             pass
 
 
@@ -90,7 +93,7 @@ class FakeSide:
 
     @contextmanager
     def after(self, mark, *_):
-        if self.waits:
+        if self.waits and mark is not None:
             self.streams.queues["side"].append(mark)
         self.streams.current = "side"
         try:
@@ -106,20 +109,20 @@ class FakeSide:
 
 def make_chunk(index: int, latents: torch.Tensor) -> Chunk:
     empty = torch.empty(0)
-    return Chunk(index, latents, None, ChunkState(index + 1, empty, None, empty), {"denoise_1": 1.0})
+    return Chunk(index, latents, None, ChunkState(index + 1, empty, None, empty), {})
 
 
 def make_events(streams: Streams, chunks: int, fail_at: tuple[int, int] | None = None):
     """Steps and chunks whose latents become their number + 1 when the main stream gets there."""
     for index in range(chunks):
-        latents = torch.full((2,), math.nan)
+        latents, begin = torch.full((2,), math.nan), FakeMark(streams)
         for step in range(STEPS):
             if (index, step) == fail_at:
                 raise RuntimeError("the lens broke")
             streams.put(lambda latents=latents, index=index, step=step: latents.fill_(index + (step + 1) / STEPS))
             streams.log.append(f"step {index}.{step}")
             yield Step(index, 0, 1, step + 1, STEPS)
-        yield make_chunk(index, latents)
+        yield Denoised(make_chunk(index, latents), Times((Span("denoise_1", begin, FakeMark(streams), ()),)))
 
 
 def make_decode(streams: Streams, fail: int | None = None):
@@ -156,7 +159,7 @@ def test_a_chunk_is_decoded_behind_the_first_step_of_the_next():
     """And comes between two later steps, once it is there; the last one is waited for."""
     streams = Streams()
     beside = make_beside(streams)
-    on_step = lambda step: (streams.run("main"), streams.run_side())  # noqa: E731 - the device works meanwhile
+    on_step = lambda step: (streams.run_all("main"), streams.run_all("side"))  # noqa: E731 - the device works
     assert drain(streams, with_frames(make_events(streams, 3), beside, on_step)) == [10, 20, 30]
     assert streams.log == [
         *("step 0.0", "step 0.1", "step 0.2"),
@@ -182,14 +185,19 @@ def test_without_waiting_for_the_latents():
     """Were the side stream not to wait for the mark, it would decode what is not there yet; so the tests can fail."""
     streams = Streams()
     beside = Beside(make_decode(streams), FakeSide(streams, waits=False))
-    values = drain(streams, with_frames(make_events(streams, 3), beside))
-    assert any(math.isnan(value) for value in values)
+    events = make_events(streams, 3)
+    untimed = (replace(event, times=Times(())) if isinstance(event, Denoised) else event for event in events)
+    assert any(math.isnan(value) for value in drain(streams, with_frames(untimed, beside)))
+    streams = Streams()
+    beside = Beside(make_decode(streams), FakeSide(streams, waits=False))
+    with pytest.raises(AssertionError):  # a time is read before the device is there
+        drain(streams, with_frames(make_events(streams, 3), beside))
 
 
 def test_seconds_are_those_of_the_chunks_own_decoding():
     streams = Streams()
     chunks = list(with_frames(make_events(streams, 2), make_beside(streams)))
-    assert [chunk.seconds for chunk in chunks] == [{"denoise_1": 1.0, "decode": 0.25}] * 2
+    assert [chunk.seconds for chunk in chunks] == [{"denoise_1": 0.25, "decode": 0.25}] * 2
 
 
 def test_a_chunk_comes_before_the_error_of_the_next():
@@ -237,23 +245,44 @@ def test_closing_early_decodes_nothing_more():
 def test_at_once_decodes_in_turn():
     streams = Streams()
     at_once = AtOnce(lambda latents: streams.log.append("decode") or latents * 10, CPU)
-    events = (make_chunk(index, torch.ones(2)) for index in range(2))
+    events = (Denoised(make_chunk(index, torch.ones(2)), Times(())) for index in range(2))
     assert drain(streams, with_frames(events, at_once)) == [10, 10]
     assert streams.log == ["decode", "chunk 0", "decode", "chunk 1"]
 
 
-def test_a_pause_is_charged_to_no_stage(monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr("helios_cp.timing.time.perf_counter", lambda: now[0])
-    watch = Stopwatch(CPU)
-    with watch.measure("denoise"):
-        now[0] += 2
-        with watch.paused():
-            now[0] += 30
-        now[0] += 1
-    with watch.measure("denoise"):
-        now[0] += 4
-    assert watch.seconds == {"denoise": 7}
+@pytest.mark.parametrize("keep_on_device", [False, True])
+def test_in_turn_frames_are_copied_without_a_stop_and_waited_for_once(monkeypatch, keep_on_device):
+    """Through `to_host`, which takes pinned memory; unless they stay. All of the chunk is there when it comes."""
+    log = []
+    monkeypatch.setattr("helios_cp.decoding.to_host", lambda frames: log.append("copy") or frames + 1)
+    monkeypatch.setattr("helios_cp.decoding.wait_for", lambda device: log.append("wait"))
+    at_once = AtOnce(lambda latents: log.append("decode") or latents * 10, CPU, keep_on_device=keep_on_device)
+    chunk = at_once.hand_in(Denoised(make_chunk(0, torch.ones(2)), Times(())))
+    assert log == (["decode", "wait"] if keep_on_device else ["decode", "copy", "wait"])
+    assert chunk.frames[0] == (10 if keep_on_device else 11) and chunk.seconds.keys() == {"decode"}
+    assert AtOnce(None, CPU).hand_in(Denoised(make_chunk(0, torch.ones(2)), Times(()))).seconds == {}
+
+
+def test_a_rank_without_frames_waits_for_none():
+    """It goes on with its steps while other ranks decode, and its chunks come when the device is past them."""
+    streams = Streams()
+    beside = Beside(lambda latents: None, FakeSide(streams))
+    chunks = list(with_frames(make_events(streams, 2), beside))
+    assert [(chunk.index, chunk.frames) for chunk in chunks] == [(0, None), (1, None)]
+    assert streams.log.count("wait") == 2 and "wait" not in streams.log[: streams.log.index("step 1.2")]
+
+
+def test_a_chunk_is_copied_to_the_host_beside_the_steps_of_the_next():
+    """No work of the main stream is waited for: there the next chunk's steps are queued by then."""
+    streams = Streams()
+    history, anchor, generators = torch.ones(1), torch.full((1,), 2.0), torch.zeros(1)
+    chunk = Chunk(0, torch.full((1,), 3.0), torch.full((1,), 4.0), ChunkState(1, history, anchor, generators), {})
+    streams.put(lambda: pytest.fail("a step of the next chunk was waited for"))
+    copy = HostCopies(CPU, FakeSide(streams))(chunk)
+    assert (copy.state.history, copy.state.anchor, copy.latents, copy.frames) == (1, 2, 3, 4)
+    assert copy.latents is not chunk.latents and copy.state.generators is generators
+    without = replace(chunk, frames=None, state=ChunkState(1, history, None, generators))
+    assert HostCopies(CPU)(without).state.anchor is None
 
 
 def test_the_host_is_one_step_ahead(monkeypatch):
@@ -342,15 +371,32 @@ def test_the_same_video_either_way(distilled, beside, output_type):
 
 
 def test_what_is_decoded_in_turn(beside, monkeypatch):
-    """Latents alone, frames that stay on the device, and a VAE that is shared with other ranks, or not here."""
-    assert isinstance(beside._decoding("uint8", False), Beside)
+    """Latents alone, frames that stay on the device, and a VAE that is shared with other ranks; not one elsewhere."""
+    assert isinstance(beside._decoding(REQUEST, "uint8", False), Beside)
     for arguments in (("latent", False), ("uint8", True)):
-        assert isinstance(beside._decoding(*arguments), AtOnce)
-    for vae, ranks in ((beside.codec.vae, 2), (None, 1)):
-        monkeypatch.setattr(beside, "codec", SplitCodec(vae, SimpleNamespace(size=ranks)))
-        assert isinstance(beside._decoding("uint8", False), AtOnce)
-    monkeypatch.setattr(beside, "codec", SplitCodec(object(), SimpleNamespace(size=1)))
-    assert isinstance(beside._decoding("uint8", False), Beside)
+        assert isinstance(beside._decoding(REQUEST, *arguments), AtOnce)
+    monkeypatch.setattr(beside, "codec", SplitCodec(beside.codec.vae, SimpleNamespace(size=2)))
+    assert isinstance(beside._decoding(REQUEST, "uint8", False), AtOnce)
+    for vae in (None, object()):
+        monkeypatch.setattr(beside, "codec", SplitCodec(vae, SimpleNamespace(size=1)))
+        assert isinstance(beside._decoding(REQUEST, "uint8", False), Beside)
+
+
+def test_a_card_without_room_for_both_decodes_in_turn(beside, monkeypatch):
+    """What is free once the weights are there is compared with what denoising and decoding need at a time."""
+    request = REQUEST.resolve(beside.checkpoint)
+    needed = expected_bytes(beside.checkpoint, request, beside.transformer, beside.codec.vae, beside.degrees)
+    both = MARGIN * (needed["transformer"] + needed["decoder"])
+    monkeypatch.setattr(beside, "decodes_beside", None)
+    monkeypatch.setattr(beside, "device", torch.device("cuda"))
+    for free, kind in ((both - 1, AtOnce), (both, Beside)):
+        monkeypatch.setattr(pipeline_module, "free_memory", lambda device, free=free: free)
+        assert isinstance(beside._decoding(request, "uint8", False), kind)
+    larger = replace(REQUEST, height=128, width=128).resolve(beside.checkpoint)
+    assert isinstance(beside._decoding(larger, "uint8", False), AtOnce)
+    for told, kind in ((True, Beside), (False, AtOnce)):
+        monkeypatch.setattr(beside, "decodes_beside", told)
+        assert isinstance(beside._decoding(larger, "uint8", False), kind)
 
 
 # On a card
@@ -375,6 +421,40 @@ def test_real_streams_give_the_same_bits(on_card):
         assert [chunk for chunk, _ in places] == [1, 2, 2]
         assert all(same(a, b) for a, b in zip(chunks, in_turn, strict=True))
         assert all(chunk.frames.is_pinned() and chunk.latents.is_cuda for chunk in chunks)
+
+
+@pytest.mark.gpu
+@needs_card
+def test_frames_that_are_decoded_in_turn_come_through_pinned_memory(on_card):
+    on_card.decodes_beside = False
+    chunks, _ = seen(on_card)
+    on_card.decodes_beside = None
+    assert all(chunk.frames.is_pinned() and chunk.seconds["decode"] > 0 for chunk in chunks)
+
+
+@pytest.mark.gpu
+@needs_card
+@pytest.mark.parametrize(
+    ("name", "execution"),
+    [("tiny-distilled", Execution()), ("tiny-distilled", Execution(cuda_graphs=True)), ("tiny-mid", Execution())],
+    ids=["distilled", "graphs", "guided"],
+)
+def test_the_host_stops_at_no_step(presets, name, execution):
+    """Two whole chunks after the first, all their steps and stages, their decoding, and their way to the host."""
+    pipeline = Pipeline.from_pretrained(str(presets[name]), dtype=torch.float32, device="cuda", execution=execution)
+    request = replace(REQUEST, pyramid_num_inference_steps_list=(3, 1, 1))
+    list(pipeline.stream(request))  # fills tables and pinned memory, captures graphs
+    chunks = pipeline.stream(request)
+    next(chunks)
+    to_host = HostCopies(pipeline.device)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with pytest.raises(RuntimeError, match="synchronizing"):
+            torch.ones(1, device="cuda").item()
+        rest = [to_host(chunk) for chunk in chunks]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(rest) == 2 and all(chunk.latents.is_pinned() and min(chunk.seconds.values()) > 0 for chunk in rest)
 
 
 @pytest.mark.gpu

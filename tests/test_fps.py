@@ -392,6 +392,7 @@ def test_several_ranks_are_not_compared_with_diffusers():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_card(tmp_path):
     """GPU: a chunk is decoded beside the next, so that no transfer is told; decoding alone is."""
+    pytest.importorskip("rich")
     output = tmp_path / "fps.json"
     flags = ["--random-weights", "small", "--settings", "distilled-111", "--compare", "diffusers", "--chunks", "2"]
     assert fps.main([*flags, "--device", "cuda", "--output", str(output)]) == 0

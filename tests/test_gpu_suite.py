@@ -6,112 +6,65 @@ phases run, survive each other and leave whole files is the point.
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks import full_size, gpu_suite
-from benchmarks.gpu_suite_phases import PHASES, gpu_test_files
-from benchmarks.gpu_suite_runner import Phase, Record, run_phases
+from benchmarks.gpu_suite_fps import measure_fps
+from benchmarks.gpu_suite_phases import PHASES, gpu_test_files, run_tests
+from benchmarks.gpu_suite_profile import PROFILE, Factors, Share, predict_share, share_workload
+from benchmarks.gpu_suite_runner import Record
+from benchmarks.gpu_suite_scope import Scope
 from benchmarks.gpu_suite_share import lone_rank
 from benchmarks.machine import CHECKOUT
+from helios_cp.execution import Execution
+from helios_cp.hardware import read_profile
 from parallel.mesh import Degrees
+from tests.test_gpu_suite_runner import is_running, read, wait_until
 
 NAMES = [phase.name for phase in PHASES]
-NOT_THERE = ("rich", "hypothesis", "skimage", "matplotlib", "ray", "yunchang", "xfuser")
-"""Packages that a machine for measuring may lack, and the suite must do without."""
+NOT_THERE = ("rich", "hypothesis", "skimage", "imageio", "scipy", "matplotlib", "peft", "torchao", "ray", "yunchang")
+"""Packages that a machine for measuring may lack, and the suite and the GPU tests must do without."""
 
 
-def read(folder: Path, name: str) -> dict:
-    return json.loads((folder / f"{name}.json").read_text())["results"]
+@pytest.fixture
+def lacking(tmp_path) -> dict[str, str]:
+    """The environment of processes that cannot import these, and for which `importlib.util.find_spec` finds none."""
+    folder = tmp_path / "lacking"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({NOT_THERE}))\n")
+    paths = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+    # Without the plugins of pytest that come with such packages.
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
 
 
-# The runner
-
-
-def quick(scope, record: Record) -> None:
-    record.update(figure=scope)
-
-
-def failing(scope, record: Record) -> None:
-    record.update(figure=1)
-    raise ValueError("what a phase\nmay raise")
-
-
-def crashing(scope, record: Record) -> None:
-    os._exit(7)
-
-
-def hanging(scope, record: Record) -> None:
-    record.update(figure=2, child=subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]).pid)
-    time.sleep(600)
-
-
-def is_running(pid: int) -> bool:
-    """Whether the process exists and has not ended; one that nobody has waited for yet has ended too."""
-    status = Path(f"/proc/{pid}/stat")
-    return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
-
-
-def wait_until(condition, seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.05)
-
-
-def test_phases_neither_stop_nor_outlive_each_other(tmp_path):
-    phases = [
-        Phase("failing", 60, failing),
-        Phase("crashing", 60, crashing),
-        Phase("hanging", 5, hanging),
-        Phase("quick", None, quick),
-    ]
-    (tmp_path / "quick.json").write_text("of an earlier run")
-    statuses = run_phases(phases, 5, tmp_path, seconds=120)
-    assert statuses == {"failing": "failed", "crashing": "failed", "hanging": "cut", "quick": "finished"}
-    failed = read(tmp_path, "failing")
-    assert failed["error"] == "ValueError: what a phase may raise" and failed["figure"] == 1
-    assert "exit code 7" in read(tmp_path, "crashing")["error"]
-    cut = read(tmp_path, "hanging")
-    assert cut["figure"] == 2 and "5 s, its budget" in cut["error"]
-    wait_until(lambda: not is_running(cut["child"]), 10)
-    assert read(tmp_path, "quick")["figure"] == 5
-
-
-def test_without_time_a_phase_is_skipped_and_says_so(tmp_path):
-    assert run_phases([Phase("quick", None, quick)], 5, tmp_path, seconds=1) == {"quick": "skipped"}
-    assert "s were left" in read(tmp_path, "quick")["error"]
-
-
-def test_a_killed_suite_leaves_what_was_measured(tmp_path):
+def test_a_killed_suite_leaves_what_was_measured(tmp_path, lacking):
     """Killed in its second phase: the first one's file is whole, and no process goes on."""
-    for name in NOT_THERE:
-        (tmp_path / "lacking").mkdir(exist_ok=True)
-        (tmp_path / "lacking" / f"{name}.py").write_text("raise ImportError('not on this machine')")
     command = [sys.executable, "-m", "benchmarks.gpu_suite", "--dry-run", "--chunks", "2", "--output", str(tmp_path)]
     command += ["--phases", "gpu_rates", "gpu_fps"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path / "lacking")}
-    suite = subprocess.Popen(
-        command, cwd=CHECKOUT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    wait_until((tmp_path / "gpu_fps.json").exists, 120)
+    with (tmp_path / "said").open("w") as said:
+        suite = subprocess.Popen(command, cwd=CHECKOUT, env=lacking, stdout=said, stderr=said)
+    wait_until(lambda: (tmp_path / "gpu_fps.json").exists() or suite.poll() is not None, 300)
+    assert suite.poll() is None, (tmp_path / "said").read_text()
+    process = read(tmp_path, "gpu_fps")["process"]
     suite.send_signal(signal.SIGKILL)
     suite.wait()
+    wait_until(lambda: not is_running(process))
     rates, about = read(tmp_path, "gpu_rates"), json.loads((tmp_path / "gpu_rates.json").read_text())
     assert rates["status"] == "finished" and rates["copy_bytes_per_second"] > 0
     assert about.keys() >= {"machine", "versions", "commit", "command", "date"}
     assert "status" in read(tmp_path, "gpu_fps")
-    written = (tmp_path / "gpu_fps.json").read_text()
-    time.sleep(1.5)  # a phase that lived on would write its next turn
-    assert (tmp_path / "gpu_fps.json").read_text() == written
 
 
 # The phases
@@ -121,18 +74,32 @@ def test_a_killed_suite_leaves_what_was_measured(tmp_path):
 def suite(tmp_path_factory) -> Path:
     """One dry run of everything."""
     folder = tmp_path_factory.mktemp("suite")
-    assert gpu_suite.main(["--dry-run", "--chunks", "2", "--output", str(folder), "--seconds", "400"]) in (0, 1)
+    assert gpu_suite.main(["--dry-run", "--chunks", "2", "--output", str(folder)]) in (0, 1)
     return folder
 
 
 def test_every_phase_finishes_and_has_a_file(suite):
-    assert NAMES == ["gpu_rates", "gpu_fps_eager", "gpu_fps", "gpu_vae", "gpu_share", "gpu_memory", "gpu_tests"]
+    assert [
+        *("gpu_rates", "gpu_fps_eager", "gpu_fps", "gpu_fps_fp8", "gpu_vae", "gpu_memory", "gpu_share"),
+        *("gpu_fps_graphs", "gpu_tests"),
+    ] == NAMES
     assert {name: read(suite, name)["status"] for name in NAMES} == dict.fromkeys(NAMES, "finished")
 
 
-def test_budgets_leave_time_for_the_end():
-    assert sum(phase.seconds or 0 for phase in PHASES) <= gpu_suite.SECONDS + 75
-    assert gpu_suite.SECONDS <= 530 and PHASES[-1].seconds is None
+def test_budgets_are_of_what_there_is():
+    """All phases fit even if each takes all of its time, and the command into 9 minutes, with 15 s to end."""
+    assert gpu_suite.STARTING + sum(phase.seconds for phase in PHASES) <= gpu_suite.SECONDS <= 9 * 60 - 15
+
+
+def test_the_time_of_the_suite_begins_with_the_command(tmp_path, monkeypatch):
+    """Imports and a first touch of the device take their time too."""
+    deadlines = []
+    monkeypatch.setattr("benchmarks.gpu_suite_runner.run_phases", lambda *given: deadlines.append(given[3]) or {})
+    ticks = itertools.count(1000.0, 50.0)
+    monkeypatch.setattr(gpu_suite, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
+    gpu_suite.main(["--dry-run", "--output", str(tmp_path), "--seconds", "300"])
+    gpu_suite.main(["--dry-run", "--output", str(tmp_path)])
+    assert deadlines == [1300.0, math.inf]
 
 
 def test_rates(suite):
@@ -148,11 +115,34 @@ def test_fps_of_all_programs(suite):
         assert found["steps"] == steps and found["programs"].keys() == {"diffusers", "ours, eager"}
         assert all(program["fps"] > 0 for program in found["programs"].values())
         assert found["differences from diffusers"]["ours, eager"] < 1e-4
-    full = read(suite, "gpu_fps")
-    programs = full["settings"]["distilled-111"]["programs"]
-    wanted = {"diffusers", "ours, eager", "ours, compiled", "ours, fp8", "ours, fp8, VAE bf16", "ours, graphs"}
-    assert programs.keys() | full["errors"].keys() == wanted, "each is measured, or says why not"
-    assert programs["ours, eager"]["fps"] > 0 and programs["ours, compiled"]["fps"] > 0
+    full = read(suite, "gpu_fps")["settings"]["distilled-222"]
+    assert full["programs"].keys() == {"diffusers", "ours, eager", "ours, compiled"}
+    assert all(program["fps"] > 0 for program in full["programs"].values())
+    assert "ours, compiled over diffusers" in full["speedups"]
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"), [("gpu_fps_fp8", {"ours, fp8", "ours, fp8, VAE bf16"}), ("gpu_fps_graphs", {"ours, graphs"})]
+)
+def test_what_compiles_longest_is_beside_eager_alone(suite, name, wanted):
+    found = read(suite, name)
+    programs = found["settings"]["distilled-111"]["programs"]
+    assert programs["ours, eager"]["fps"] > 0
+    assert programs.keys() | found["errors"].keys() == {"ours, eager", *wanted}, "each is measured, or says why not"
+
+
+def test_what_would_be_compiled_too_late_is_left_out(tmp_path, monkeypatch):
+    """The others go on; a phase without a deadline leaves nothing out."""
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    scope = Scope("tiny", "cpu", "float32", 2, False, ())
+    variants = {"ours, compiled": Execution(compile=True)}
+    programs = {}
+    for name, deadline in (("late", time.monotonic()), ("in time", math.inf)):
+        record = Record(tmp_path, name, deadline)
+        measure_fps(scope, record, variants, with_peer=False, warmup=0)
+        programs[name] = record.values["settings"]["distilled-222"]["programs"].keys()
+        assert ("distilled-111 ours, compiled" in record.values["errors"]) == (name == "late")
+    assert programs == {"late": {"ours, eager"}, "in time": {"ours, eager", "ours, compiled"}}
 
 
 def test_vae_in_every_dtype(suite):
@@ -182,11 +172,81 @@ def test_memory_with_offload(suite):
     assert found["peaks"]["resident"]["peak_bytes"] > 0
 
 
+def test_shares_make_a_profile_that_the_planner_reads(suite, capsys):
+    """On the fitted profile the median forward, and the decode by one rank, take what was measured."""
+    plan = pytest.importorskip("helios_cp.plan")  # which prints with rich
+    found = read(suite, "gpu_share")
+    profile = suite / PROFILE
+    assert plan.main(["--hardware", str(profile), "--gpus", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["hardware"]["name"].startswith("calibrated")
+    hardware = read_profile(profile)
+    assert "fitted to one rank's measured parts" in dict(hardware.sources)["matmul_flops"]
+    workload = share_workload(Scope("tiny", "cpu", "float32", 2, False, ()))
+    measured = {
+        Degrees(**each["degrees"]): Share(tuple(s["seconds"] for s in each["stages"]), each["decode_seconds"])
+        for each in found["shares"].values()
+    }
+    again = Factors.fit(measured, {degrees: predict_share(workload, degrees, hardware) for degrees in measured})
+    assert (again.forwards, again.decode) == pytest.approx((1, 1))
+    assert len(found["comparisons"]) == 4 and found["median_error"] >= 0
+
+
+# GPU tests
+
+
 def test_gpu_tests_are_run_and_counted(suite):
     found = read(suite, "gpu_tests")
     assert found["exit_code"] == 0 and found["tests"] >= 1 and found["failures"] == found["errors"] == 0
     assert (suite / found["log"]).exists()
     assert "tests/parallel/test_collectives.py" in gpu_test_files()
+
+
+ONE_FAILS = """
+import pytest, time
+pytestmark = [getattr(pytest.mark, "gpu")]
+def test_fails(): assert False
+def test_passes(): pass
+def test_takes_long(): time.sleep({sleep})
+"""
+SKIPPED = """
+import pytest
+pytestmark = [getattr(pytest.mark, "gpu")]
+def test_skipped(): pytest.skip("no reason")
+"""
+
+
+@pytest.mark.parametrize(
+    ("files", "device", "seconds", "said", "counts"),
+    [
+        (["import no_such_module", ONE_FAILS.format(sleep=0)], "cpu", math.inf, "exit code 1, see", (4, 1, 1, 0)),
+        ([ONE_FAILS.format(sleep=600)], "cpu", 17, "exit code 2, see", (2, 1, 0, 0)),
+        ([SKIPPED], "cuda", math.inf, "no test was run: 1 were skipped", (1, 0, 0, 1)),
+    ],
+    ids=["a file that cannot be imported", "too little time", "all skipped"],
+)
+def test_gpu_tests_that_did_not_run_are_no_success(tmp_path, files, device, seconds, said, counts):
+    for index, text in enumerate(files):
+        (tmp_path / f"test_{index}.py").write_text(text)
+    paths = tuple(str(path) for path in sorted(tmp_path.glob("test_*.py")))
+    record = Record(tmp_path, "gpu_tests", time.monotonic() + seconds)
+    with pytest.raises(RuntimeError, match=said):
+        run_tests(Scope("tiny", device, "float32", 2, False, paths), record)
+    assert tuple(record.values[name] for name in ("tests", "failures", "errors", "skipped")) == counts
+
+
+def test_gpu_tests_are_found_without_the_packages_that_may_be_missing(lacking):
+    """Every file is imported; those whose GPU tests need such a package say so."""
+    flags = ["-m", "gpu", "--collect-only", "-q", "-rs", "-p", "no:cacheprovider", *gpu_test_files()]
+    command = [sys.executable, "-m", "pytest", *flags]
+    found = subprocess.run(command, cwd=CHECKOUT, env=lacking, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout
+    skipped = {line.split()[2].partition(":")[0] for line in found.stdout.splitlines() if line.startswith("SKIPPED")}
+    assert skipped == {f"tests/test_{name}.py" for name in ("attention_benchmark", "decode_benchmark", "quantize")}
+    listed = {line.partition(":")[0] for line in found.stdout.splitlines() if line.startswith("tests/")}
+    assert listed == {*gpu_test_files()} - skipped
+
+
+# Shares
 
 
 def test_what_a_lone_rank_receives_is_random_and_of_the_right_shape():

@@ -20,12 +20,14 @@ class Slow:
 
     def __init__(self) -> None:
         self.release = threading.Semaphore(0)
+        self.begins = threading.Semaphore(0)
         self.begun: list[int] = []
         self.written: list[int] = []
         self.threads: set[str] = set()
 
     def __call__(self, item: int) -> None:
         self.begun.append(item)
+        self.begins.release()
         self.threads.add(threading.current_thread().name)
         assert self.release.acquire(timeout=60)
         self.written.append(item)
@@ -36,6 +38,7 @@ def test_one_item_is_in_hand_and_the_next_put_waits_for_it():
     with BackgroundWriter(slow) as writer:
         writer.put(0)  # comes back though nothing is written
         assert slow.written == []
+        assert slow.begins.acquire(timeout=60)
         second = threading.Thread(target=writer.put, args=(1,))
         second.start()
         second.join(0.1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from dataclasses import replace
 
 import pytest
 from matplotlib.figure import Figure
@@ -16,7 +17,7 @@ from matplotlib.image import imread
 from benchmarks import plots, report
 from benchmarks.machine import CHECKOUT, RESULTS, describe
 from benchmarks.report_data import STAGES, read_chunks, read_projected, read_results
-from benchmarks.report_model import predict_lines
+from benchmarks.report_model import calibrated_lines, predict_lines
 from benchmarks.report_sections import SECTIONS, any_section, table
 from helios_cp.hardware import H100, MEASUREMENTS
 from helios_cp.plan import main as plan
@@ -180,6 +181,26 @@ def test_a_calibrated_profile_has_its_sources(tmp_path):
     code, page = make(tmp_path)
     assert code == 0 and "| vae_flops | modelled: 69.3 TFLOP of a chunk at 384x640 in 0.73 s | 9.5e+13 |" in page
     assert "| this machine | how it is known |" in page and "| calibration.json |" in page
+
+
+def test_a_calibrated_card_has_lines_of_its_own(tmp_path, lines, monkeypatch):
+    """Twice as fast as an H100, with its name; one of a CPU, as a dry run writes it, has none."""
+    fast = replace(H100, name="calibrated NVIDIA H999", vae_flops=2 * H100.vae_flops, gpus_per_node=1)
+    for gpus in ([], ["NVIDIA H999"]):
+        about = describe()
+        about["machine"]["gpus"] = gpus
+        (tmp_path / "gpu_profile.json").write_text(json.dumps({**fast.to_json(), MEASUREMENTS: about}))
+        found = calibrated_lines(tmp_path, gpus=(1, 2))
+        assert len(found) == (2 if gpus else 0)
+    assert found[0].points[1].fps > lines[0].points[1].fps
+    monkeypatch.setattr(report, "calibrated_lines", lambda _: found)
+    code, page = make(tmp_path)
+    assert code == 0 and "| calibrated NVIDIA H999, [1, 1, 1] | modelled | 2 |" in page
+    monkeypatch.undo()
+    (tmp_path / "gpu_profile.json").write_text(json.dumps({"name": 1, MEASUREMENTS: about, "sources": {}}))
+    monkeypatch.setattr(report, "predict_lines", lambda: lines)
+    code, page = make(tmp_path)
+    assert code == 1 and "gpu_profile.json: " in page
 
 
 def test_predictions_stand_beside_measurements(tmp_path):

@@ -1,7 +1,7 @@
 """Unit: a step of the sampler equals diffusers' own, bit for bit on a CPU, and never has the host wait for the device.
 
 The device is PyTorch's meta device, where nothing can be read back: an `.item()` or a `.tolist()` there raises. Copies
-from and to the host are seen by a dispatch mode; they count like reads, as the host waits for a copy from its memory.
+from and to the host are seen by a dispatch mode (`tests/crossings.py`); they count like reads.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ import itertools
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from helios_cp import sampling
 from helios_cp.config import Checkpoint, Request
@@ -23,8 +21,8 @@ from helios_cp.solvers import DmdSolver, EulerSolver, SchedulerSteps, UniPcSolve
 from helios_cp.state import ChunkState
 from helios_cp.transformer import HeliosTransformer
 from helios_cp.weights import load_scheduler
+from tests.crossings import META, Crossings
 
-META = torch.device("meta")
 STEPS = {
     "tiny-base": {"num_inference_steps": 5},
     "tiny-mid": {"pyramid_num_inference_steps_list": (4, 3, 2)},
@@ -80,26 +78,6 @@ def test_a_wrong_coefficient_shows(presets, monkeypatch):
     monkeypatch.setattr(UniPcSolver, "_weights", lambda *_: torch.tensor([0.5, 0.5], dtype=torch.float64))
     with pytest.raises(AssertionError):
         test_a_step_is_diffusers_own(presets, "tiny-mid", {}, UniPcSolver, torch.float32)
-
-
-class Crossings(TorchDispatchMode):
-    """Names of the operations that read a number from a tensor, depend on its values, or join host and device."""
-
-    VALUES = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "_linalg_check_errors", "masked_select")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        tensors = [value for value in tree_leaves((args, kwargs, result)) if isinstance(value, Tensor)]
-        reads = function.overloadpacket._qualified_op_name.removeprefix("aten::") in self.VALUES
-        # A tensor without dims on the host goes into a kernel as a number.
-        devices = {tensor.device for tensor in tensors if tensor.device == META or tensor.dim()}
-        if (reads and META in {tensor.device for tensor in tensors}) or len(devices) > 1:
-            self.found.append(str(function))
-        return result
 
 
 def events_on_meta(folder, crossings: Crossings, monkeypatch, make=make_solver):

@@ -19,7 +19,6 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import nn
 
-from helios_cp import runner
 from helios_cp import vae as module
 from helios_cp.config import Request
 from helios_cp.execution import Execution
@@ -297,7 +296,7 @@ def test_flags_reach_the_frames_and_the_report(presets, cache, tmp_path, monkeyp
     flags += ["--dtype", "float32", "--device", "cpu", "--prompt", "a fox", "--report", "r.json", "--no-tf32"]
     frames = []
     monkeypatch.setattr(
-        runner, "encode_segment", lambda video, fps: (frames.append(video), encode_segment(video, fps))[1]
+        "helios_cp.runner.encode_segment", lambda video, fps: (frames.append(video), encode_segment(video, fps))[1]
     )
     assert main([*flags, "--vae-dtype", "bfloat16", "--vae-channels-last"]) == 0
     report = json.loads(Path("r.json").read_text())
