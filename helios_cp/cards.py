@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from helios_cp.arguments import OneLineParser, whole_number
 from helios_cp.config import Request, RequestError
@@ -137,7 +137,7 @@ def chunk_seconds(workload, choice: Choice, profile: str) -> float:
 
 
 def markdown(found: Sequence[Row], steps: Sequence[Sequence[int]]) -> str:
-    """A table of the rows, one column of FPS for each of the steps."""
+    """A table of the rows, one column of FPS for each of the steps; cards of which all the same is said share one."""
     names = [
         "card",
         "flags",
@@ -146,11 +146,14 @@ def markdown(found: Sequence[Row], steps: Sequence[Sequence[int]]) -> str:
         "modelled for",
     ]
     lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
+    cards: dict[Row, list[int]] = {}
     for row in found:
+        cards.setdefault(replace(row, gigabytes=0), []).append(row.gigabytes)
+    for row, gigabytes in cards.items():
         fps = [_fps(value, row.is_bound) for value in row.fps]
         source = "PCIe 4.0 x16 alone" if row.is_bound else row.hardware if row.fps[0] is not None else ""
         flags = f"`{row.choice.flags}`" if row.choice.flags else "none"
-        cells = [f"{row.gigabytes} GB", flags, f"{row.bytes / 1e9:.1f} GB", *fps, source or ""]
+        cells = [f"{', '.join(map(str, gigabytes))} GB", flags, f"{row.bytes / 1e9:.1f} GB", *fps, source or ""]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -158,14 +158,14 @@ def test_markdown(capsys):
     assert main([]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].count("|") == lines[1].count("|") == lines[-1].count("|")
-    assert sum(line.startswith("| 8 GB | `--offload group` |") for line in lines) == 1
+    assert sum(line.startswith("| 8, 12, 16 GB | `--offload group` |") for line in lines) == 1
     assert all("modelled" in name for name in lines[0].split("|")[3:-1])
 
 
 def test_another_model_and_size():
     text = table(argparse.Namespace(model="14b-base", height=768, width=1280))
     assert "FPS at [50]" in text
-    assert "| 8 GB" not in text
+    assert "| 8 GB" not in text and "| 8, " not in text
 
 
 @pytest.mark.parametrize(
