@@ -51,6 +51,11 @@ OFFLOADS: Mapping[str, Execution] = {
 }
 SECONDS_TO_END = 5.0
 """That pytest gets to write its report before the phase is cut."""
+PYTEST = """
+import signal, sys, pytest
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in the background without it
+sys.exit(pytest.main(sys.argv[1:]))
+"""
 
 
 def measure_rates(scope: Scope, record: Record) -> None:
@@ -206,7 +211,7 @@ def run_tests(scope: Scope, record: Record) -> None:
     log = record.path.with_suffix(".log")
     with tempfile.TemporaryDirectory() as folder, log.open("w") as output:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-rfEs", "--continue-on-collection-errors"]
+        command = [sys.executable, "-c", PYTEST, "-m", "gpu", "-rfEs", "--continue-on-collection-errors"]
         command += ["--junitxml", str(report), *scope.tests]
         record.update(command=command, log=log.name)
         process = subprocess.Popen(command, cwd=CHECKOUT, stdout=output, stderr=subprocess.STDOUT)
@@ -214,8 +219,7 @@ def run_tests(scope: Scope, record: Record) -> None:
         try:
             code = process.wait(None if stop == math.inf else max(stop, 0.0))
         except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGINT)  # on which pytest still writes what it has found
-            code = process.wait()
+            code = end_pytest(process)
         suites = ElementTree.parse(report).getroot().iter("testsuite") if report.exists() else []
         counts = {name: 0 for name in ("tests", "failures", "errors", "skipped")}
         for suite in suites:
@@ -226,6 +230,16 @@ def run_tests(scope: Scope, record: Record) -> None:
         raise RuntimeError(f"pytest ended with exit code {code}, see {log.name}")
     if scope.device != "cpu" and counts["tests"] == counts["skipped"]:
         raise RuntimeError(f"no test was run: {counts['skipped']} were skipped, see {log.name}")
+
+
+def end_pytest(process: subprocess.Popen) -> int:
+    """The exit code of `PYTEST`. Asked to end it still writes what it has found; if it does not end, it is made to."""
+    process.send_signal(signal.SIGINT)
+    try:
+        return process.wait(SECONDS_TO_END)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()
 
 
 def gpu_test_files() -> tuple[str, ...]:

@@ -22,7 +22,7 @@ import torch
 
 from benchmarks import full_size, gpu_suite
 from benchmarks.gpu_suite_fps import measure_fps
-from benchmarks.gpu_suite_phases import PHASES, gpu_test_files, run_tests
+from benchmarks.gpu_suite_phases import PHASES, PYTEST, end_pytest, gpu_test_files, run_tests
 from benchmarks.gpu_suite_profile import PROFILE, Factors, Share, predict_share, share_workload
 from benchmarks.gpu_suite_runner import Record
 from benchmarks.gpu_suite_scope import Scope
@@ -206,7 +206,9 @@ import pytest, time
 pytestmark = [getattr(pytest.mark, "gpu")]
 def test_fails(): assert False
 def test_passes(): pass
-def test_takes_long(): time.sleep({sleep})
+def test_takes_long():
+    print("takes long", flush=True)
+    time.sleep({sleep})
 """
 SKIPPED = """
 import pytest
@@ -216,22 +218,45 @@ def test_skipped(): pytest.skip("no reason")
 
 
 @pytest.mark.parametrize(
-    ("files", "device", "seconds", "said", "counts"),
+    ("files", "device", "said", "counts"),
     [
-        (["import no_such_module", ONE_FAILS.format(sleep=0)], "cpu", math.inf, "exit code 1, see", (4, 1, 1, 0)),
-        ([ONE_FAILS.format(sleep=600)], "cpu", 17, "exit code 2, see", (2, 1, 0, 0)),
-        ([SKIPPED], "cuda", math.inf, "no test was run: 1 were skipped", (1, 0, 0, 1)),
+        (["import no_such_module", ONE_FAILS.format(sleep=0)], "cpu", "exit code 1, see", (4, 1, 1, 0)),
+        ([SKIPPED], "cuda", "no test was run: 1 were skipped", (1, 0, 0, 1)),
     ],
-    ids=["a file that cannot be imported", "too little time", "all skipped"],
+    ids=["a file that cannot be imported", "all skipped"],
 )
-def test_gpu_tests_that_did_not_run_are_no_success(tmp_path, files, device, seconds, said, counts):
+def test_gpu_tests_that_did_not_run_are_no_success(tmp_path, files, device, said, counts):
     for index, text in enumerate(files):
         (tmp_path / f"test_{index}.py").write_text(text)
     paths = tuple(str(path) for path in sorted(tmp_path.glob("test_*.py")))
-    record = Record(tmp_path, "gpu_tests", time.monotonic() + seconds)
+    record = Record(tmp_path, "gpu_tests", math.inf)
     with pytest.raises(RuntimeError, match=said):
         run_tests(Scope("tiny", device, "float32", 2, False, paths), record)
     assert tuple(record.values[name] for name in ("tests", "failures", "errors", "skipped")) == counts
+
+
+def test_gpu_tests_have_no_more_than_their_time(tmp_path):
+    (tmp_path / "test_long.py").write_text(ONE_FAILS.format(sleep=600))
+    record = Record(tmp_path, "gpu_tests", time.monotonic())
+    with pytest.raises(RuntimeError, match="pytest ended with exit code"):
+        run_tests(Scope("tiny", "cpu", "float32", 2, False, (str(tmp_path / "test_long.py"),)), record)
+
+
+@pytest.mark.parametrize("handler", [signal.SIG_DFL, signal.SIG_IGN], ids=["in front", "in the background"])
+def test_tests_that_are_cut_leave_their_counts(tmp_path, handler):
+    """A shell without job control has what it starts in the background ignore SIGINT."""
+    (tmp_path / "test_long.py").write_text(ONE_FAILS.format(sleep=600))
+    report = tmp_path / "report.xml"
+    command = [sys.executable, "-c", PYTEST, "-s", "--junitxml", str(report), str(tmp_path / "test_long.py")]
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with process:
+        assert any("takes long" in line for line in process.stdout)
+        assert end_pytest(process) == pytest.ExitCode.INTERRUPTED
+    assert '<testsuite name="pytest" errors="0" failures="1" skipped="0" tests="2"' in report.read_text()
 
 
 def test_gpu_tests_are_found_without_the_packages_that_may_be_missing(lacking):
