@@ -180,8 +180,8 @@ def print_tables(plan: Plan, subject: Subject, top: int) -> None:
         console.print(_impossible(plan, top))
     bounds = limits(subject.workload, subject.hardware)
     say(
-        f"One rank at the data sheet's rates, which nothing exceeds: {bounds['fps_at_peak']:.1f} FPS "
-        f"({bounds['fps_at_peak_with_diffusers_flops']:.1f} with the FLOPs of diffusers). All times are modelled, of "
+        f"One rank at the data sheet's rates, which nothing exceeds: {bounds['fps_at_peak']:.3g} FPS "
+        f"({bounds['fps_at_peak_with_diffusers_flops']:.3g} with the FLOPs of diffusers). All times are modelled, of "
         "eager PyTorch: --compile, --quantize and --offload are not in them."
     )
 
