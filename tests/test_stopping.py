@@ -8,24 +8,22 @@ import sys
 
 import pytest
 
-# A mutex that is locked twice waits for ever, and unlike Python's own waits comes back for no signal.
+# `system` waits for its shell and, unlike Python's own waits, comes back for no signal. The shell is what says so:
+# by then the process is inside the call, so that no handler in Python can run first.
 STUCK = """
 import ctypes, signal, sys
 from helios_cp.stopping import exit_late
 {prepare}
-mutex, libc = ctypes.create_string_buffer(64), ctypes.CDLL(None)
-libc.pthread_mutex_lock(mutex)
-print("stuck", flush=True)
-libc.pthread_mutex_lock(mutex)
+ctypes.CDLL(None).system(b"echo stuck; read line")
 """
 
 
 @pytest.fixture
 def stuck(request):
-    process = subprocess.Popen(
-        [sys.executable, "-c", STUCK.format(prepare=request.param)], stdout=subprocess.PIPE, text=True
-    )
-    with process:
+    program = STUCK.format(prepare=request.param)
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout.readline() == "stuck\n"
         yield process
         process.kill()
