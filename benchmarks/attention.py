@@ -22,8 +22,8 @@ from benchmarks.attention_engines import EngineTimes, Shape, absent_engines, tim
 from benchmarks.attention_ranks import Case, Row, rows, time_algorithms
 from benchmarks.machine import RESULTS, write_result
 from helios_cp.arguments import OneLineParser, whole_number
-from helios_cp.config import RequestError
 from helios_cp.device import dtype_name, pick_device
+from helios_cp.errors import RequestError
 from helios_cp.files import check_file_target
 from tests.ranks import MAX_RANKS, RankPool
 

@@ -25,7 +25,7 @@ from benchmarks.calibrate_messages import measure_on_rank as measure_messages
 from benchmarks.calibrate_rates import Measurement, Settings, measure, measure_on_rank, over_ranks
 from benchmarks.machine import cpu_name, describe
 from helios_cp.arguments import OneLineParser, whole_number
-from helios_cp.config import RequestError
+from helios_cp.errors import RequestError
 from helios_cp.files import check_file_target, write_json
 from helios_cp.hardware import MEASUREMENTS, Hardware, detect_hardware
 from tests.ranks import MAX_RANKS, RankPool

@@ -20,7 +20,7 @@ from benchmarks.diffusers_parallel import FunctionalCollectives, enable_ulysses
 from benchmarks.models import Inputs, build_pair, encode_history
 from benchmarks.models import run_ours as forward_ours
 from benchmarks.models import run_theirs as forward_theirs
-from helios_cp.config import TransformerConfig
+from helios_cp.checkpoint import TransformerConfig
 from helios_cp.parallelize import ShardedSequence, SplitBranches, narrow_feed_forward
 from helios_cp.transformer import HeliosTransformer
 from parallel.collectives import Meter

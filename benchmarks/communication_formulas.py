@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.models import HISTORY_INDICES, NOISY_INDICES, STAGES
-from helios_cp.config import VAE_SPATIAL, TransformerConfig
+from helios_cp.checkpoint import VAE_SPATIAL, TransformerConfig
 from helios_cp.cost import Traffic
 from parallel.mesh import Degrees
 

@@ -27,7 +27,7 @@ from benchmarks.counting import Counter
 from benchmarks.forward_counts import COST_MODEL, count_forward
 from benchmarks.machine import write_result
 from benchmarks.models import STAGES, TEXT_TOKENS
-from helios_cp.config import TransformerConfig
+from helios_cp.checkpoint import TransformerConfig
 from helios_cp.layers import Block
 from helios_cp.sequence import WholeSequence
 from helios_cp.transformer import HeliosTransformer

@@ -20,7 +20,7 @@ from benchmarks.full_size import random_vae
 from benchmarks.product import Product
 from benchmarks.rank_groups import in_step, make_group, nothing, rank_device
 from benchmarks.timing import Timing, interleave
-from helios_cp.config import VAE_SPATIAL
+from helios_cp.checkpoint import VAE_SPATIAL
 from helios_cp.parallelize import SplitCodec
 from helios_cp.vae import Codec, denormalise, to_channels_last
 from helios_cp.vae_cost import VaeConfig, decode_flops

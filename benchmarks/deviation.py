@@ -22,9 +22,11 @@ from benchmarks.deviation_videos import VARIANTS, Case, default_variants, parse_
 from benchmarks.full_size import NAMES, named_checkpoint
 from benchmarks.machine import RESULTS, write_result
 from helios_cp.arguments import OneLineParser, whole_number
-from helios_cp.config import DTYPES, Request, RequestError
+from helios_cp.checkpoint import DTYPES
 from helios_cp.device import pick_device, pick_dtype
+from helios_cp.errors import RequestError
 from helios_cp.files import check_file_target
+from helios_cp.request import Request
 from helios_cp.weights import resolve
 
 WIDTH = 118  # of tables in a file or a pipe

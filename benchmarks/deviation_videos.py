@@ -15,12 +15,14 @@ from torch import Tensor
 
 from benchmarks.full_size import build_random, random_inputs
 from helios_cp.arguments import OneLineParser
+from helios_cp.checkpoint import Checkpoint
 from helios_cp.conditioning import Inputs
-from helios_cp.config import Checkpoint, Request, RequestError
 from helios_cp.device import capability, dtype_name, has_tf32, wait_for
+from helios_cp.errors import RequestError
 from helios_cp.execution import Execution, add_execution_arguments
 from helios_cp.pipeline import Pipeline
 from helios_cp.quantize import check_quantization, components, is_quantised
+from helios_cp.request import Request
 from helios_cp.sampling import SamplingPlan
 from parallel.mesh import Degrees, Mesh
 

@@ -21,8 +21,9 @@ from benchmarks.forward_times import Case, StageTimes, describe_case, pick_case,
 from benchmarks.machine import RESULTS, write_result
 from benchmarks.timing import Timing
 from helios_cp.arguments import OneLineParser
-from helios_cp.config import RequestError, TransformerConfig
+from helios_cp.checkpoint import TransformerConfig
 from helios_cp.device import dtype_name, pick_device, pick_dtype
+from helios_cp.errors import RequestError
 from helios_cp.files import check_file_target
 
 NOTES = (

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.counting import Counts, count
 from benchmarks.models import STAGES, Inputs, build_pair, encode_history, run_ours, run_theirs
-from helios_cp.config import TransformerConfig
+from helios_cp.checkpoint import TransformerConfig
 
 SIZE = (384, 640)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks.counting import count
 from benchmarks.models import Inputs, build_pair, encode_history, run_ours, run_theirs
 from benchmarks.timing import Ratio, Timing, interleave, ratio
-from helios_cp.config import TransformerConfig
+from helios_cp.checkpoint import TransformerConfig
 from helios_cp.device import dtype_name
 
 

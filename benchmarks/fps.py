@@ -39,11 +39,12 @@ from benchmarks.fps_videos import OurVideo, PeerVideo, Video, repaired
 from benchmarks.machine import RESULTS, write_result
 from helios_cp.arguments import OneLineParser, add_layout_arguments, whole_number
 from helios_cp.built_in import part_configs
+from helios_cp.checkpoint import Checkpoint
 from helios_cp.conditioning import Inputs
-from helios_cp.config import Checkpoint, Request, RequestError
 from helios_cp.device import capability, pick_device, pick_dtype
 from helios_cp.distributed import Ranks, World, device_of_rank, pick_backend
 from helios_cp.environment import prepare
+from helios_cp.errors import RequestError
 from helios_cp.execution import Execution, add_execution_arguments
 from helios_cp.files import check_file_target
 from helios_cp.generate import DEFAULT_TIMEOUT, LONGEST_TIMEOUT
@@ -51,6 +52,7 @@ from helios_cp.layout import Layout, choose_layout
 from helios_cp.parallelize import ParallelPipeline, load_parallel
 from helios_cp.predict import Workload
 from helios_cp.quantize import agreed_quantization, check_quantization, stored_quantization
+from helios_cp.request import Request
 from helios_cp.sampling import SamplingPlan
 from helios_cp.vae_cost import VaeConfig
 from helios_cp.weights import CheckpointError, resolve

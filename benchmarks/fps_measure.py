@@ -14,10 +14,12 @@ from benchmarks import fps_rates
 from benchmarks.fps_cost import ChunkFlops, Limit
 from benchmarks.fps_videos import ChunkTimes, Video
 from benchmarks.timing import Ratio, Timing, ratio
-from helios_cp.config import Checkpoint, Request, RequestError
+from helios_cp.checkpoint import Checkpoint
 from helios_cp.device import dtype_name
+from helios_cp.errors import RequestError
 from helios_cp.execution import Execution
 from helios_cp.layout import Layout
+from helios_cp.request import Request
 
 PEER = "diffusers"
 TOLERANCE = 1e-3

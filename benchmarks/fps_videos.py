@@ -19,9 +19,9 @@ from torch import Tensor
 
 from benchmarks.fps_rates import seconds_of, wait
 from helios_cp.conditioning import Inputs
-from helios_cp.config import Request
 from helios_cp.output import BackgroundWriter
 from helios_cp.pipeline import Pipeline
+from helios_cp.request import Request
 from helios_cp.sampling import SamplingPlan
 from helios_cp.vae import latent_statistics, to_frames
 from helios_cp.video import Mp4Writer, encode_segment

@@ -28,10 +28,12 @@ from torch import Tensor, nn
 
 from helios_cp import parallelize, presets
 from helios_cp.built_in import BuiltInCheckpoint
+from helios_cp.checkpoint import Checkpoint, TransformerConfig
 from helios_cp.conditioning import Inputs
-from helios_cp.config import Checkpoint, Request, RequestError, TransformerConfig
+from helios_cp.errors import RequestError
 from helios_cp.execution import Execution
 from helios_cp.parallelize import ParallelPipeline, load_parallel
+from helios_cp.request import Request
 from helios_cp.sampling import SamplingPlan
 from helios_cp.shard_weights import own_rows, shard_weights
 from helios_cp.transformer import HeliosTransformer

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 from helios_cp.arguments import OneLineParser, number, whole_number
-from helios_cp.config import RequestError
+from helios_cp.errors import RequestError
 from helios_cp.files import check_folder_target
 
 NEEDED = ("torch", "transformers", "accelerate", "diffusers", "av", "ftfy", "PIL", "numpy", "safetensors")

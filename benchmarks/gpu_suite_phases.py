@@ -26,7 +26,7 @@ from benchmarks.gpu_suite_scope import Scope, one_line, prepare_compiler
 from benchmarks.gpu_suite_share import measure_shares
 from benchmarks.machine import CHECKOUT
 from benchmarks.timing import interleave
-from helios_cp.config import VAE_SPATIAL
+from helios_cp.checkpoint import VAE_SPATIAL
 from helios_cp.device import allocated_memory, peak_memory, reset_peak_memory
 from helios_cp.execution import Execution
 from helios_cp.layout import segment_lengths

@@ -12,9 +12,9 @@ from benchmarks import full_size
 from benchmarks.fps_measure import setting_request
 from benchmarks.gpu_suite_runner import Record
 from helios_cp.built_in import BuiltInCheckpoint
-from helios_cp.config import Request
 from helios_cp.execution import Execution
 from helios_cp.parallelize import ParallelPipeline
+from helios_cp.request import Request
 from parallel.mesh import Degrees, Mesh
 
 

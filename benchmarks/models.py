@@ -11,7 +11,7 @@ import torch
 from diffusers import HeliosTransformer3DModel
 from torch import Tensor
 
-from helios_cp.config import VAE_SPATIAL, TransformerConfig
+from helios_cp.checkpoint import VAE_SPATIAL, TransformerConfig
 from helios_cp.transformer import HeliosTransformer, History, HistoryCondition, TextCondition
 
 STAGES = (1, 2, 3)

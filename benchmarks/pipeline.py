@@ -21,7 +21,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks.machine import RESULTS, write_result
-from helios_cp.config import Request
+from helios_cp.request import Request
 from launchers.cluster import connected
 from launchers.handle import VideoHandle
 from launchers.pipeline import ChunkPipeline

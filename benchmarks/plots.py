@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from benchmarks.communication_formulas import Tokens, predict_ours, predict_theirs
 from benchmarks.report_data import STAGES, Chunk, Result
 from benchmarks.report_model import PUBLISHED, PUBLISHED_FPS, Line
-from helios_cp.config import TransformerConfig
+from helios_cp.checkpoint import TransformerConfig
 from helios_cp.cost import Traffic
 from parallel.mesh import Degrees
 

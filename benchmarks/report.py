@@ -17,7 +17,7 @@ from benchmarks.report_data import Chunk, Result, read_chunks, read_projected, r
 from benchmarks.report_model import Line, calibrated_lines, predict_lines
 from benchmarks.report_sections import SECTIONS, any_section, chunks_section, fps_section, table
 from helios_cp.arguments import OneLineParser
-from helios_cp.config import RequestError
+from helios_cp.errors import RequestError
 from helios_cp.files import check_folder_target, write_bytes
 
 PAGE = "REPORT.md"

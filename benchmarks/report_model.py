@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 
 from helios_cp.built_in import BuiltInCheckpoint, part_configs
-from helios_cp.config import Request
 from helios_cp.hardware import MEASUREMENTS, PROFILES, Hardware, read_profile
 from helios_cp.layout import smallest_tokens
 from helios_cp.predict import Prediction, Workload
+from helios_cp.request import Request
 from helios_cp.search import make_plan
 
 HARDWARE = ("h100", "h200")

@@ -35,9 +35,10 @@ from benchmarks.scaling_memory import peaks
 from benchmarks.scaling_ranks import Case, count_flops, pick_dtype, time_ranks
 from benchmarks.scaling_world import GOALS, WorldTimes, speedups_table, world_table
 from helios_cp.arguments import OneLineParser, whole_number
-from helios_cp.config import RequestError, TransformerConfig
+from helios_cp.checkpoint import TransformerConfig
 from helios_cp.device import dtype_name, pick_device
 from helios_cp.distributed import Ranks, World, device_of_rank, pick_backend
+from helios_cp.errors import RequestError
 from helios_cp.files import check_file_target
 
 ON_CPU = Case(

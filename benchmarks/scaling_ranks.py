@@ -24,7 +24,7 @@ from benchmarks.fps_rates import wait
 from benchmarks.models import Inputs, build_pair, encode_history, run_ours, run_theirs
 from benchmarks.rank_groups import rank_device
 from benchmarks.timing import Timing, interleave
-from helios_cp.config import TransformerConfig
+from helios_cp.checkpoint import TransformerConfig
 from helios_cp.parallelize import ShardedSequence
 from helios_cp.sequence import Sequence, WholeSequence
 from helios_cp.transformer import HeliosTransformer

@@ -28,8 +28,9 @@ from benchmarks.calibrate import KEEP_FREED_MEMORY, calibrate, count_cores, say
 from benchmarks.machine import RESULTS, write_result
 from benchmarks.validate_plan_ranks import WARM_UP, ChunkTimes, Model, as_json, make_request, time_chunks
 from helios_cp.arguments import OneLineParser, whole_number
-from helios_cp.config import Checkpoint, RequestError, TransformerConfig
+from helios_cp.checkpoint import Checkpoint, TransformerConfig
 from helios_cp.device import dtype_name
+from helios_cp.errors import RequestError
 from helios_cp.files import check_file_target
 from helios_cp.hardware import Hardware, find_hardware
 from helios_cp.layout import Layout

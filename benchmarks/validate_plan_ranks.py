@@ -14,10 +14,11 @@ import torch
 from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
 
 from benchmarks.scaling_ranks import pinned
-from helios_cp.config import Checkpoint, Request, TransformerConfig
+from helios_cp.checkpoint import Checkpoint, TransformerConfig
 from helios_cp.layout import Layout
 from helios_cp.parallelize import load_parallel
 from helios_cp.presets import PRESETS, TEXT_ENCODER
+from helios_cp.request import Request
 from helios_cp.vae_cost import VaeConfig
 from parallel.collectives import Group
 from parallel.mesh import Mesh

@@ -10,7 +10,9 @@ import shlex
 from pathlib import Path
 from typing import Any, NoReturn
 
-from helios_cp.config import DTYPES, Request, RequestError, ScheduledPrompt
+from helios_cp.checkpoint import DTYPES
+from helios_cp.errors import RequestError
+from helios_cp.request import Request, ScheduledPrompt
 
 DEFAULTS = Request()
 ENGINES = ("native", "cudnn", "flash", "yunchang", "xfuser")

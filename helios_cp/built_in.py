@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from helios_cp.config import Checkpoint, RequestError, TransformerConfig
+from helios_cp.checkpoint import Checkpoint, TransformerConfig
+from helios_cp.errors import RequestError
 from helios_cp.vae_cost import VaeConfig
 from helios_cp.weight_cost import TextEncoderConfig
 

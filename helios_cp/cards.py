@@ -15,8 +15,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from helios_cp.arguments import OneLineParser, whole_number
-from helios_cp.config import Request, RequestError
+from helios_cp.errors import RequestError
 from helios_cp.execution import Execution
+from helios_cp.request import Request
 
 PROGRAM = "helios_cp.cards"
 GIBIBYTE = 2**30  # what sellers of cards call a gigabyte

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from helios_cp.config import Request, RequestError
+from helios_cp.errors import RequestError
 from helios_cp.media import to_image_tensor, to_video_tensor
 from helios_cp.noise import make_generators
+from helios_cp.request import Request
 from helios_cp.state import ChunkState, generator_states
 from helios_cp.vae import Codec
 

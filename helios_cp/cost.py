@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from helios_cp.config import TransformerConfig
+from helios_cp.checkpoint import TransformerConfig
 from parallel.mesh import Degrees
 from parallel.segments import SegmentPlan, split
 from parallel.tensor import shard_sizes

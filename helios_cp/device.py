@@ -18,7 +18,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from helios_cp.config import DTYPES, RequestError
+from helios_cp.checkpoint import DTYPES
+from helios_cp.errors import RequestError
 from helios_cp.execution import Target
 
 KINDS = ("cpu", "cuda", "mps", "xpu", "npu")

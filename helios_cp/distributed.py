@@ -17,8 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from helios_cp.config import RequestError
 from helios_cp.device import TESTED, card_count, card_of_rank, make_current
+from helios_cp.errors import RequestError
 from helios_cp.weights import CheckpointError
 
 PREPARED_POLL = 0.05

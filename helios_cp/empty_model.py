@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from helios_cp.config import TransformerConfig
+from helios_cp.checkpoint import TransformerConfig
 from helios_cp.transformer import HeliosTransformer
 
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helios_cp.config import DTYPES, RequestError
+from helios_cp.checkpoint import DTYPES
+from helios_cp.errors import RequestError
 from helios_cp.typed import check_types
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor
 
-from helios_cp.config import RequestError
+from helios_cp.errors import RequestError
 
 
 def check_file_target(flag: str, path: str | os.PathLike[str], suffix: str) -> None:

@@ -20,7 +20,7 @@ from helios_cp.arguments import (
     add_request_arguments,
     whole_number,
 )
-from helios_cp.config import RequestError
+from helios_cp.errors import RequestError
 from helios_cp.execution import Execution, add_execution_arguments
 from helios_cp.jobs import INTERPOLATE_TIME
 

@@ -8,7 +8,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from helios_cp.config import RequestError
+from helios_cp.errors import RequestError
 from helios_cp.hardware_profile import MEASUREMENTS, Hardware, read_profile
 from helios_cp.profiles import A100, CPU, H100, H200, PROFILES, RTX4090
 

@@ -13,8 +13,8 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from helios_cp.config import RequestError
 from helios_cp.cost import PASSES
+from helios_cp.errors import RequestError
 from helios_cp.typed import check_types
 
 TERA, GIGA, MICRO = 1e12, 1e9, 1e-6

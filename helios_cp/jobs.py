@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from helios_cp.config import Request, RequestError, ScheduledPrompt
+from helios_cp.errors import RequestError
+from helios_cp.request import Request, ScheduledPrompt
 
 INTERPOLATE_TIME = 7
 """Chunks for which each prompt of an interactive CSV holds, as in the official script."""

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from helios_cp.config import Checkpoint, Request, RequestError
+from helios_cp.checkpoint import Checkpoint
+from helios_cp.errors import RequestError
 from helios_cp.execution import Execution
+from helios_cp.request import Request
 from helios_cp.sampling import SamplingPlan
 from parallel.engines import unavailable_engine
 from parallel.mesh import Degrees, default_degrees

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from helios_cp.config import RequestError, TransformerConfig
+from helios_cp.checkpoint import TransformerConfig
+from helios_cp.errors import RequestError
 from helios_cp.execution import Adapter
 from helios_cp.stored import PICKLES, CheckpointError, and_others, open_file, read_json
 

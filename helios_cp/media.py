@@ -17,7 +17,8 @@ from av.stream import Disposition
 from diffusers.video_processor import VideoProcessor
 from PIL import Image, ImageOps
 
-from helios_cp.config import VAE_SPATIAL, RequestError
+from helios_cp.checkpoint import VAE_SPATIAL
+from helios_cp.errors import RequestError
 from helios_cp.video import EXACT_CONVERSION
 
 PathLike = str | os.PathLike[str]

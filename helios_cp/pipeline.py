@@ -14,13 +14,15 @@ from torch import Tensor
 
 from helios_cp.block_cache import BlockCache, Total, own_total
 from helios_cp.card_memory import expected_bytes
+from helios_cp.checkpoint import Checkpoint
 from helios_cp.conditioning import Inputs, initial_state, pixels_to_encode
-from helios_cp.config import Checkpoint, Request, RequestError
 from helios_cp.decoding import MARGIN, AtOnce, Beside, Decoding, Denoised, with_frames
 from helios_cp.device import Pace, SideStream, capability, free_memory, has_streams, make_current, to_device
+from helios_cp.errors import RequestError
 from helios_cp.execution import Adapter, Execution, Target, apply
 from helios_cp.noise import normal
 from helios_cp.offload import Card
+from helios_cp.request import Request
 from helios_cp.sampling import SamplingPlan, Step, denoise
 from helios_cp.schedule import PromptBlend, prompt_blend
 from helios_cp.state import ChunkState

@@ -21,9 +21,11 @@ import torch
 from helios_cp import plan_report
 from helios_cp.arguments import OneLineParser, given_fields, whole_number
 from helios_cp.built_in import BUILT_IN, BuiltInCheckpoint, part_configs
-from helios_cp.config import DTYPES, Checkpoint, Request, RequestError
+from helios_cp.checkpoint import DTYPES, Checkpoint
+from helios_cp.errors import RequestError
 from helios_cp.hardware import PROFILES, find_hardware
 from helios_cp.layout import smallest_tokens
+from helios_cp.request import Request
 from helios_cp.search import best_prediction, choose, make_plan
 from helios_cp.workload import Workload
 

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from helios_cp.config import RequestError, TransformerConfig
+from helios_cp.checkpoint import TransformerConfig
+from helios_cp.errors import RequestError
 from helios_cp.stored import CheckpointError, Part, StoredTensor, read_json
 from parallel.tensor import shard_sizes
 

@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from helios_cp.config import Checkpoint, RequestError
+from helios_cp.checkpoint import Checkpoint
+from helios_cp.errors import RequestError
 from helios_cp.execution import Adapter
 from helios_cp.files import write_json, write_tensors
 from helios_cp.lora import Updates, read_updates, shapes_of

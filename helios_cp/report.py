@@ -12,10 +12,11 @@ import torch
 import transformers
 
 import helios_cp
-from helios_cp.config import Checkpoint, Request
+from helios_cp.checkpoint import Checkpoint
 from helios_cp.device import device_name, dtype_name, peak_memory
 from helios_cp.execution import Execution
 from helios_cp.layout import Layout
+from helios_cp.request import Request
 from helios_cp.vae import vae_settings
 
 

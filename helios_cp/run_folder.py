@@ -20,10 +20,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from helios_cp.config import Request, RequestError
+from helios_cp.errors import RequestError
 from helios_cp.execution import Execution
 from helios_cp.files import write_bytes, write_json, write_tensors
 from helios_cp.pipeline import Chunk
+from helios_cp.request import Request
 from helios_cp.state import ChunkState
 from helios_cp.typed import check_types
 

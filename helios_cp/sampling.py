@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from helios_cp.config import Checkpoint, Request
+from helios_cp.checkpoint import Checkpoint
 from helios_cp.device import to_device
 from helios_cp.host_solver import solver_on
 from helios_cp.noise import block_noise, double_nearest, halve_noise
+from helios_cp.request import Request
 
 Predict = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
 """`(latents [B, C, T, h, w], timestep [1]) -> (velocity for the prompt, for the negative prompt or None)`."""

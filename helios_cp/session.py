@@ -12,9 +12,10 @@ import av
 import torch
 
 from helios_cp.arguments import absolute_media, as_typed, flag_of, given_fields
-from helios_cp.config import Checkpoint, Request, RequestError
+from helios_cp.checkpoint import Checkpoint
 from helios_cp.device import capability, dtype_name, pick_device, pick_dtype
 from helios_cp.distributed import Ranks, device_of_rank, pick_backend
+from helios_cp.errors import RequestError
 from helios_cp.execution import Execution, Target
 from helios_cp.files import check_file_target, check_folder_target
 from helios_cp.jobs import INTERPOLATE_TIME, Job, read_prompt_file, single_job
@@ -23,6 +24,7 @@ from helios_cp.lora import check_adapters
 from helios_cp.media import check_image, check_video
 from helios_cp.presets import PRESETS
 from helios_cp.quantize import agreed_quantization, check_quantization
+from helios_cp.request import Request
 from helios_cp.run_folder import Run, RunFolder
 from helios_cp.weights import resolve
 

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from helios_cp.config import TransformerConfig
+from helios_cp.checkpoint import TransformerConfig
 from helios_cp.empty_model import empty_model
 from helios_cp.transformer import HeliosTransformer
 from helios_cp.transformer_weights import stored_names

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from helios_cp.config import Request
+from helios_cp.request import Request
 
 
 @dataclass(frozen=True)

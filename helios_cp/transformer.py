@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from helios_cp.config import TransformerConfig
+from helios_cp.checkpoint import TransformerConfig
 from helios_cp.layers import Block, PatchEmbedding, TokenOperations, gelu_tanh, modulated_norm
 from helios_cp.rope import RotaryTables, pad_to_multiple
 from helios_cp.sequence import Sequence, WholeSequence

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from helios_cp.config import Checkpoint, RequestError
+from helios_cp.checkpoint import Checkpoint
+from helios_cp.errors import RequestError
 from helios_cp.execution import Adapter
 from helios_cp.layers import FusedLinear
 from helios_cp.lora import Updates, read_updates, shapes_of

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from helios_cp.config import TransformerConfig
+from helios_cp.checkpoint import TransformerConfig
 from helios_cp.cost import Share
 from helios_cp.shard_weights import WeightBytes, predicted_bytes
 from parallel.mesh import Degrees

@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helios_cp.config import VAE_SPATIAL, VAE_TEMPORAL, Checkpoint, RequestError
+from helios_cp.checkpoint import VAE_SPATIAL, VAE_TEMPORAL, Checkpoint
+from helios_cp.errors import RequestError
 from helios_cp.presets import DEFAULT_CACHE, PRESETS, preset_folder
 from helios_cp.stored import CheckpointError, and_others, read_json, stored_tensors
 

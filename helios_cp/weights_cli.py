@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from helios_cp.arguments import OneLineParser
-from helios_cp.config import RequestError
+from helios_cp.errors import RequestError
 from helios_cp.execution import QUANTIZATIONS, Adapter
 from helios_cp.files import check_folder_target
 from helios_cp.stored import CheckpointError

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from helios_cp import vae_cost
-from helios_cp.config import Checkpoint, Request, TransformerConfig
+from helios_cp.checkpoint import Checkpoint, TransformerConfig
 from helios_cp.layout import segment_lengths
+from helios_cp.request import Request
 from helios_cp.sampling import SamplingPlan
 from helios_cp.vae_cost import VaeConfig
 from helios_cp.weight_cost import TextEncoderConfig

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from helios_cp.config import RequestError
+from helios_cp.errors import RequestError
 
 PORTS = range(1024, 65536)
 """Those that Ray takes for a cluster's address."""

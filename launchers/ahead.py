@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from helios_cp.config import RequestError
+from helios_cp.errors import RequestError
 from helios_cp.files import write_tensors
 from helios_cp.run_folder import RunFolder
 from helios_cp.state import ChunkState

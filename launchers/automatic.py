@@ -12,7 +12,7 @@ from pathlib import Path
 import ray
 from ray.exceptions import GetTimeoutError
 
-from helios_cp.config import RequestError
+from helios_cp.errors import RequestError
 from helios_cp.hardware import Hardware, detect_hardware, find_hardware
 from helios_cp.layout import DEGREES
 from helios_cp.runner import say

@@ -11,8 +11,8 @@ from pathlib import Path
 import ray
 import torch
 
-from helios_cp.config import RequestError
 from helios_cp.distributed import Ranks
+from helios_cp.errors import RequestError
 from helios_cp.execution import Target
 from helios_cp.files import check_file_target
 from helios_cp.layout import DEGREES, Layout

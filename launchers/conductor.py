@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import CancelledError
 from typing import Any
 
-from helios_cp.config import RequestError
+from helios_cp.errors import RequestError
 from helios_cp.weights import CheckpointError
 from launchers.calls import Payload
 from launchers.course import Limits, Stage, Status, Task

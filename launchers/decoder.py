@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from helios_cp.conditioning import Inputs, initial_state, pixels_to_encode
-from helios_cp.config import Request
 from helios_cp.device import has_streams, to_host, wait_for
+from helios_cp.request import Request
 from helios_cp.video import encode_segment
 from launchers.arrays import Array, StateArrays
 from launchers.loading import Loading

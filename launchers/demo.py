@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 from helios_cp.arguments import OneLineParser
-from helios_cp.config import RequestError
+from helios_cp.errors import RequestError
 
 PROMPTS = ("a red fox running through fresh snow", "a lighthouse in a storm at night")
 NODES = (3, 2)

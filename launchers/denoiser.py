@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from helios_cp.conditioning import Inputs, initial_state
-from helios_cp.config import Request
+from helios_cp.request import Request
 from launchers.arrays import Array, StateArrays
 from launchers.decoder import Decoder
 from launchers.loading import Loading

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from helios_cp.arguments import OneLineParser, number, whole_number
-from helios_cp.config import RequestError
+from helios_cp.errors import RequestError
 from helios_cp.generate import DEFAULT_TIMEOUT, LONGEST_TIMEOUT
 from helios_cp.generate import build_parser as build_single_parser
 from launchers.address import address_of, check_address

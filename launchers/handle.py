@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
-from helios_cp.config import RequestError
+from helios_cp.errors import RequestError
 from launchers.messages import Span
 
 

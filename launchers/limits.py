@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from helios_cp.config import RequestError
+from helios_cp.errors import RequestError
 
 
 def check_workers(groups: int, decoders: int, vae_parallel: int) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from helios_cp.config import Request
+from helios_cp.request import Request
 
 if TYPE_CHECKING:
     from helios_cp.run_folder import RunFolder

@@ -11,9 +11,9 @@ from typing import Any
 
 import ray
 
-from helios_cp.config import Request
 from helios_cp.execution import Execution, Target
 from helios_cp.layout import Layout
+from helios_cp.request import Request
 from helios_cp.run_folder import RunFolder
 from helios_cp.weights import resolve
 from launchers.board import NAMESPACE, put_up

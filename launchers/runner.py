@@ -10,8 +10,8 @@ from pathlib import Path
 from time import perf_counter
 
 from helios_cp.arguments import OneLineParser
-from helios_cp.config import RequestError
 from helios_cp.device import dtype_name
+from helios_cp.errors import RequestError
 from helios_cp.files import write_json, write_tensors
 from helios_cp.generate import DEFAULT_TIMEOUT
 from helios_cp.jobs import Job

@@ -13,7 +13,7 @@ import time
 from typing import Any
 
 from helios_cp.arguments import OneLineParser, number
-from helios_cp.config import RequestError
+from helios_cp.errors import RequestError
 from launchers.address import address_of, check_address
 
 PROGRAM = "launchers.status"

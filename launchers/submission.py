@@ -8,8 +8,10 @@ from pathlib import Path
 
 import torch
 
+from helios_cp.checkpoint import Checkpoint
 from helios_cp.conditioning import Inputs
-from helios_cp.config import Checkpoint, Request, RequestError
+from helios_cp.errors import RequestError
+from helios_cp.request import Request
 from helios_cp.run_folder import RunFolder
 from helios_cp.sampling import SamplingPlan
 from helios_cp.state import ChunkState

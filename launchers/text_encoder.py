@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from helios_cp.config import Request
+from helios_cp.request import Request
 from launchers.arrays import Array
 from launchers.messages import Clock, Place, Text
 from launchers.watched import Watched, own_place

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from helios_cp.conditioning import Inputs
-from helios_cp.config import Request
+from helios_cp.request import Request
 from launchers.calls import Payload
 from launchers.course import Course, Stage, Task
 from launchers.handle import VideoChunk, VideoHandle

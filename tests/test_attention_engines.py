@@ -12,9 +12,11 @@ import pytest
 import torch
 
 from helios_cp import arguments
-from helios_cp.config import Checkpoint, Request, RequestError
+from helios_cp.checkpoint import Checkpoint
+from helios_cp.errors import RequestError
 from helios_cp.layout import choose_layout, segment_lengths, smallest_tokens
 from helios_cp.pipeline import Pipeline
+from helios_cp.request import Request
 from helios_cp.sequence import WholeSequence
 from parallel.engines import ENGINES
 from parallel.mesh import Degrees, Mesh

@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from helios_cp.block_cache import BlockCache, own_total
-from helios_cp.config import Request
 from helios_cp.execution import Execution
 from helios_cp.generate import main
 from helios_cp.pipeline import Pipeline
+from helios_cp.request import Request
 from helios_cp.transformer import BlockInputs
 from parallel.mesh import Degrees, Mesh
 from tests.ranks import shared_pool

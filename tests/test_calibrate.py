@@ -36,8 +36,8 @@ from benchmarks.calibrate_rates import (
     time_call,
 )
 from benchmarks.counting import count
-from helios_cp.config import RequestError
 from helios_cp.cost import PASSES, Product
+from helios_cp.errors import RequestError
 from helios_cp.hardware import CPU, MEASUREMENTS, Hardware, read_profile
 from parallel.collectives import Group, Meter
 from tests.ranks import shared_pool

@@ -22,7 +22,6 @@ from helios_cp.card_memory import (
     transformer_bytes,
 )
 from helios_cp.cards import CARDS, EXACT, GIBIBYTE, Choice, chunk_seconds, main, rows, table
-from helios_cp.config import Request
 from helios_cp.device_weights import SLOTS
 from helios_cp.execution import Execution
 from helios_cp.layout import Layout
@@ -31,6 +30,7 @@ from helios_cp.pipeline import Pipeline
 from helios_cp.plan import BuiltInCheckpoint, part_configs
 from helios_cp.predict import Candidate, memory
 from helios_cp.quantize import quantize_blocks
+from helios_cp.request import Request
 from helios_cp.vae_cost import decoder_parameters
 from helios_cp.workload import Workload
 from parallel.mesh import Degrees

@@ -22,12 +22,14 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
 from helios_cp import compilation, layers
+from helios_cp.checkpoint import Checkpoint
 from helios_cp.compilation import compile_blocks, compile_decoder, compile_pipeline
-from helios_cp.config import Checkpoint, Request, RequestError
 from helios_cp.environment import prepare
+from helios_cp.errors import RequestError
 from helios_cp.execution import Execution
 from helios_cp.generate import main
 from helios_cp.pipeline import Pipeline
+from helios_cp.request import Request
 from helios_cp.weights import load_transformer
 from parallel.mesh import Degrees
 from tests.compiled_ranks import SIZES, compare, forwards
@@ -176,7 +178,7 @@ START = """
 import sys, torch
 from pathlib import Path
 from torch._dynamo.utils import counters
-from helios_cp.config import Checkpoint
+from helios_cp.checkpoint import Checkpoint
 from helios_cp.compilation import compile_blocks, compile_decoder, keep_in
 from helios_cp.weights import load_transformer, load_vae
 from tests.compiled_ranks import SIZES, forwards

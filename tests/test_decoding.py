@@ -17,13 +17,13 @@ import torch
 
 from helios_cp import pipeline as pipeline_module
 from helios_cp.card_memory import expected_bytes
-from helios_cp.config import Request
 from helios_cp.decoding import MARGIN, AtOnce, Beside, Denoised, with_frames
 from helios_cp.device import Pace, SideStream, allocated_memory, peak_memory, reset_peak_memory
 from helios_cp.execution import Execution
 from helios_cp.output import HostCopies
 from helios_cp.parallelize import SplitCodec
 from helios_cp.pipeline import Chunk, Pipeline
+from helios_cp.request import Request
 from helios_cp.sampling import Step
 from helios_cp.state import ChunkState
 from helios_cp.timing import Span, Times

@@ -12,9 +12,10 @@ from benchmarks.deviation import main
 from benchmarks.deviation_videos import VARIANTS, Video, compare, default_variants, deviation, parse_variant
 from benchmarks.report_data import read_results
 from benchmarks.report_deviation import deviation_section
-from helios_cp.config import Checkpoint, Request
+from helios_cp.checkpoint import Checkpoint
 from helios_cp.execution import Execution
 from helios_cp.pipeline import Pipeline
+from helios_cp.request import Request
 
 
 def test_a_known_deviation():

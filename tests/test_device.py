@@ -19,7 +19,6 @@ import torch
 
 from helios_cp import device as module
 from helios_cp import host_solver
-from helios_cp.config import Request, RequestError
 from helios_cp.device import (
     allocated_memory,
     card_of_rank,
@@ -40,11 +39,13 @@ from helios_cp.device import (
     wait_for,
 )
 from helios_cp.distributed import Ranks, pick_backend
+from helios_cp.errors import RequestError
 from helios_cp.execution import Target
 from helios_cp.generate import main
 from helios_cp.host_solver import HostSolver, solver_on
 from helios_cp.host_weights import _host_memory
 from helios_cp.pipeline import Pipeline
+from helios_cp.request import Request
 
 CPU = torch.device("cpu")
 needs_card = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from helios_cp import files
-from helios_cp.config import RequestError
+from helios_cp.errors import RequestError
 from helios_cp.files import check_file_target, check_folder_target, write_bytes, write_json, write_tensors
 
 

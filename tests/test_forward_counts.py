@@ -22,7 +22,7 @@ from benchmarks.forward_counts import (
 from benchmarks.guard import UPDATE, compare, read_expected
 from benchmarks.models import STAGES, TEXT_TOKENS
 from helios_cp import layers, transformer
-from helios_cp.config import TransformerConfig
+from helios_cp.checkpoint import TransformerConfig
 from helios_cp.transformer import HeliosTransformer
 
 CONFIG = TransformerConfig()

@@ -21,8 +21,8 @@ from benchmarks.fps_cost import ChunkFlops, Limit, StageFlops, chunk_flops
 from benchmarks.fps_measure import Measured, Rates, Subject, check_equal, frames_for, setting_request, take_turns
 from benchmarks.fps_videos import ChunkTimes, OurVideo, PeerVideo, repaired
 from helios_cp import pipeline as pipeline_module
-from helios_cp.config import RequestError
 from helios_cp.distributed import Ranks
+from helios_cp.errors import RequestError
 from helios_cp.layout import Layout
 from helios_cp.predict import Workload
 from helios_cp.sampling import SamplingPlan

@@ -25,10 +25,10 @@ from safetensors.torch import load_file
 
 import helios_cp
 from helios_cp import runner
-from helios_cp.config import Request, ScheduledPrompt
 from helios_cp.generate import build_parser, main
 from helios_cp.pipeline import Chunk, Pipeline
 from helios_cp.progress import ProgressReporter
+from helios_cp.request import Request, ScheduledPrompt
 from helios_cp.stopping import Stopped
 from helios_cp.video import Mp4Writer, encode_segment
 

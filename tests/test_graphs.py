@@ -15,14 +15,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from helios_cp.config import Checkpoint, Request, RequestError
+from helios_cp.checkpoint import Checkpoint
 from helios_cp.distributed import Ranks
 from helios_cp.environment import prepare
+from helios_cp.errors import RequestError
 from helios_cp.execution import Execution, Target, apply
 from helios_cp.generate import build_parser
 from helios_cp.graphs import CudaCapture, GraphedForward, StaticInputs, capture_forwards
 from helios_cp.parallelize import load_parallel
 from helios_cp.pipeline import Pipeline
+from helios_cp.request import Request
 from helios_cp.session import check
 from helios_cp.transformer import HeliosTransformer, History, TextCondition
 from helios_cp.weights import load_transformer

@@ -16,7 +16,7 @@ from benchmarks import guard
 from benchmarks.guard import UPDATE, compare, read_expected
 from benchmarks.guard_counts import DECODERS, LAYOUTS, STAGE, count_decode, count_layout, count_rank
 from helios_cp import parallelize
-from helios_cp.config import TransformerConfig
+from helios_cp.checkpoint import TransformerConfig
 from helios_cp.vae import to_frames
 from parallel.collectives import Group
 from parallel.mesh import Degrees

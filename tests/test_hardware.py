@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from benchmarks.calibrate_messages import Message, exchange_latency
-from helios_cp.config import RequestError
 from helios_cp.cost import PASSES
+from helios_cp.errors import RequestError
 from helios_cp.hardware import (
     CPU,
     H100,

@@ -15,9 +15,10 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from helios_cp import device, noise, sampling, timing
+from helios_cp.checkpoint import Checkpoint
 from helios_cp.conditioning import Inputs
-from helios_cp.config import Checkpoint, Request
 from helios_cp.pipeline import Pipeline
+from helios_cp.request import Request
 from helios_cp.transformer import HeliosTransformer
 from helios_cp.vae import Codec
 from helios_cp.weights import load_scheduler

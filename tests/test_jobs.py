@@ -12,9 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helios_cp.arguments import as_typed, flag_of, given_fields
-from helios_cp.config import Checkpoint, Request, RequestError, ScheduledPrompt
+from helios_cp.checkpoint import Checkpoint
+from helios_cp.errors import RequestError
 from helios_cp.generate import build_parser
 from helios_cp.jobs import INTERPOLATE_TIME, Job, read_prompt_file, single_job
+from helios_cp.request import Request, ScheduledPrompt
 from helios_cp.typed import check_types
 
 # Prompt files

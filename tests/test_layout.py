@@ -7,9 +7,11 @@ import argparse
 import pytest
 import torch
 
-from helios_cp.config import Checkpoint, Request, RequestError
+from helios_cp.checkpoint import Checkpoint
 from helios_cp.distributed import Ranks, device_of_rank, pick_backend
+from helios_cp.errors import RequestError
 from helios_cp.layout import Layout, choose_layout, smallest_tokens
+from helios_cp.request import Request
 from parallel.mesh import Degrees
 
 CPU = torch.device("cpu")

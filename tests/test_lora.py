@@ -18,10 +18,12 @@ from diffusers import HeliosPipeline, HeliosTransformer3DModel
 from safetensors.torch import load_file, save_file
 
 from benchmarks.models import Inputs, encode_history, run_ours, run_theirs
-from helios_cp.config import Checkpoint, Request, RequestError
+from helios_cp.checkpoint import Checkpoint
+from helios_cp.errors import RequestError
 from helios_cp.execution import Adapter, Execution
 from helios_cp.lora import Updates, check_adapters, read_adapter, read_updates, shapes_of
 from helios_cp.pipeline import Pipeline
+from helios_cp.request import Request
 from helios_cp.transformer import HeliosTransformer
 from helios_cp.transformer_weights import set_adapters
 from helios_cp.weights import load_transformer

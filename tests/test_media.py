@@ -27,7 +27,7 @@ from diffusers.video_processor import VideoProcessor
 from PIL import Image
 
 from helios_cp import media
-from helios_cp.config import RequestError
+from helios_cp.errors import RequestError
 from helios_cp.media import check_image, check_video, read_image, read_video, to_image_tensor, to_video_tensor
 from helios_cp.video import EXACT_CONVERSION
 

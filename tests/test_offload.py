@@ -19,13 +19,13 @@ from helios_cp import device_weights
 from helios_cp import offload as engine
 from helios_cp.compilation import compile_blocks
 from helios_cp.conditioning import Inputs
-from helios_cp.config import Request, ScheduledPrompt
 from helios_cp.device_weights import HostCopies, MemoryCounter, Streamed
 from helios_cp.execution import Execution
 from helios_cp.generate import main
 from helios_cp.host_weights import HostWeights, places
 from helios_cp.offload import Card, offload
 from helios_cp.pipeline import Pipeline
+from helios_cp.request import Request, ScheduledPrompt
 from helios_cp.transformer import History
 from parallel.mesh import Degrees, Mesh
 from tests.ranks import shared_pool
@@ -427,7 +427,7 @@ def test_14b_in_7_gb_as_the_driver_counts_it():
 @GPU
 def test_memory_as_the_driver_counts_it():
     """Blocks of full width: what the card holds grows by the buffers and not by the weights."""
-    from helios_cp.config import TransformerConfig
+    from helios_cp.checkpoint import TransformerConfig
     from helios_cp.transformer import HeliosTransformer
 
     device = torch.device("cuda", torch.cuda.current_device())

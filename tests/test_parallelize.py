@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from helios_cp.conditioning import Inputs
-from helios_cp.config import Request
+from helios_cp.request import Request
 from parallel.mesh import Degrees, Mesh
 from tests.ranks import shared_pool
 

@@ -14,8 +14,9 @@ import torch
 from diffusers import AutoencoderKLWan
 
 from helios_cp.conditioning import Inputs
-from helios_cp.config import Request, RequestError, ScheduledPrompt
+from helios_cp.errors import RequestError
 from helios_cp.pipeline import Pipeline
+from helios_cp.request import Request, ScheduledPrompt
 from tests.reference import load_reference, run_reference
 
 NAMES = ("tiny-base", "tiny-mid", "tiny-distilled")

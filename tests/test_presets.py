@@ -15,7 +15,7 @@ import torch
 from diffusers import AutoencoderKLWan, DiffusionPipeline, HeliosTransformer3DModel
 
 from helios_cp import presets
-from helios_cp.config import Checkpoint
+from helios_cp.checkpoint import Checkpoint
 from helios_cp.presets import PRESETS, main, preset_folder, write_preset
 from helios_cp.vae import denormalise
 

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from diffusers import HeliosTransformer3DModel
 from safetensors.torch import load_file, save_file
 
-from helios_cp.config import Checkpoint, Request, RequestError, TransformerConfig
+from helios_cp.checkpoint import Checkpoint, TransformerConfig
+from helios_cp.errors import RequestError
 from helios_cp.execution import QUANTIZATIONS, Adapter, Execution
 from helios_cp.pipeline import Pipeline
 from helios_cp.quantize import (
@@ -34,6 +35,7 @@ from helios_cp.quantize import (
     quantize_blocks,
 )
 from helios_cp.quantize_folder import quantize_folder
+from helios_cp.request import Request
 from helios_cp.stored import CheckpointError
 from helios_cp.weights import load_transformer
 from helios_cp.weights_cli import main

@@ -17,9 +17,10 @@ import torch
 from safetensors.torch import load_file
 
 from helios_cp.conditioning import Inputs
-from helios_cp.config import Request, RequestError
+from helios_cp.errors import RequestError
 from helios_cp.generate import main
 from helios_cp.pipeline import Pipeline
+from helios_cp.request import Request
 from helios_cp.run_folder import Run, RunFolder
 from helios_cp.state import ChunkState
 

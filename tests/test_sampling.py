@@ -9,8 +9,9 @@ import pytest
 import torch
 from diffusers import HeliosDMDScheduler, HeliosScheduler
 
-from helios_cp.config import Checkpoint, Request
+from helios_cp.checkpoint import Checkpoint
 from helios_cp.noise import block_noise, block_noise_factor, double_nearest, halve_noise, make_generators, normal
+from helios_cp.request import Request
 from helios_cp.sampling import SamplingPlan, denoise, guide, projection, renoise_coefficients, set_timesteps, shift_mu
 from helios_cp.weights import load_scheduler
 

@@ -36,7 +36,7 @@ from benchmarks.scaling_ranks import (
 )
 from benchmarks.scaling_world import GOALS, WorldTimes, compare
 from benchmarks.timing import Ratio, Timing
-from helios_cp.config import TransformerConfig
+from helios_cp.checkpoint import TransformerConfig
 from helios_cp.cost import Traffic
 from helios_cp.sequence import WholeSequence
 from parallel.collectives import Group

@@ -11,10 +11,12 @@ import torch
 
 from helios_cp.arguments import add_layout_arguments
 from helios_cp.built_in import BuiltInCheckpoint
-from helios_cp.config import Checkpoint, Request, RequestError
+from helios_cp.checkpoint import Checkpoint
+from helios_cp.errors import RequestError
 from helios_cp.execution import Execution
 from helios_cp.hardware import H100, RTX4090, Hardware
 from helios_cp.layout import Layout, choose_layout, planning_hardware
+from helios_cp.request import Request
 from helios_cp.search import best_prediction, candidates, choose
 from parallel.mesh import Degrees
 from tests.workloads import workload

@@ -18,8 +18,9 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from helios_cp.checkpoint import Checkpoint, TransformerConfig
 from helios_cp.conditioning import Inputs
-from helios_cp.config import Checkpoint, Request, ScheduledPrompt, TransformerConfig
+from helios_cp.request import Request, ScheduledPrompt
 from helios_cp.transformer import HeliosTransformer
 from parallel.collectives import Group
 from parallel.mesh import Degrees, Mesh

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from helios_cp import sampling
-from helios_cp.config import Checkpoint, Request
+from helios_cp.checkpoint import Checkpoint
 from helios_cp.noise import make_generators
 from helios_cp.pipeline import split_history
+from helios_cp.request import Request
 from helios_cp.sampling import SamplingPlan, Step, denoise, set_timesteps
 from helios_cp.solvers import DmdSolver, EulerSolver, SchedulerSteps, UniPcSolver, make_solver
 from helios_cp.state import ChunkState

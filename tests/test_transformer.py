@@ -17,7 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from helios_cp import layers
-from helios_cp.config import RequestError, TransformerConfig
+from helios_cp.checkpoint import TransformerConfig
+from helios_cp.errors import RequestError
 from helios_cp.transformer import HeliosTransformer, History
 
 SMALL = {

@@ -20,11 +20,11 @@ from diffusers import AutoencoderKLWan
 from torch import nn
 
 from helios_cp import vae as module
-from helios_cp.config import Request
 from helios_cp.execution import Execution
 from helios_cp.generate import main
 from helios_cp.parallelize import SplitCodec
 from helios_cp.pipeline import Pipeline
+from helios_cp.request import Request
 from helios_cp.vae import (
     Codec,
     convolution_tf32,

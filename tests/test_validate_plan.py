@@ -26,7 +26,7 @@ from benchmarks.validate_plan import (
     relative_error,
 )
 from benchmarks.validate_plan_ranks import WARM_UP, ChunkTimes, Model, make_request, time_chunks
-from helios_cp.config import Checkpoint, TransformerConfig
+from helios_cp.checkpoint import Checkpoint, TransformerConfig
 from helios_cp.hardware import CPU
 from helios_cp.layout import Layout, segment_lengths, smallest_tokens
 from helios_cp.plan import make_plan, part_configs

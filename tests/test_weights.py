@@ -28,7 +28,8 @@ from huggingface_hub.errors import (
 from safetensors.torch import load_file, save_file
 from transformers import UMT5EncoderModel
 
-from helios_cp.config import Checkpoint, RequestError, TransformerConfig
+from helios_cp.checkpoint import Checkpoint, TransformerConfig
+from helios_cp.errors import RequestError
 from helios_cp.presets import PRESETS, preset_folder
 from helios_cp.transformer import HeliosTransformer
 from helios_cp.weights import (

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from helios_cp.built_in import BuiltInCheckpoint
-from helios_cp.config import Request
 from helios_cp.layout import smallest_tokens
+from helios_cp.request import Request
 from helios_cp.workload import Workload
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from helios_cp.conditioning import Inputs
-from helios_cp.config import Request
+from helios_cp.request import Request
 from helios_cp.video import encode_segment
 from launchers.calls import Payload
 from launchers.conductor import Conductor

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from helios_cp.config import Request, RequestError
+from helios_cp.errors import RequestError
 from helios_cp.pipeline import Chunk
+from helios_cp.request import Request
 from helios_cp.run_folder import Run, RunFolder
 from helios_cp.state import ChunkState
 from helios_cp.weights import resolve

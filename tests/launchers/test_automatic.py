@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from helios_cp.config import Request, RequestError
+from helios_cp.errors import RequestError
 from helios_cp.hardware import detect_hardware
 from helios_cp.layout import Layout
 from helios_cp.plan import best_prediction
+from helios_cp.request import Request
 from helios_cp.weights import resolve
 from launchers import automatic
 from launchers.automatic import largest_group, take_best_layout

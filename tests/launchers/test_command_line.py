@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from helios_cp.config import RequestError
+from helios_cp.errors import RequestError
 from helios_cp.execution import Execution
 from helios_cp.generate import build_parser as build_single_parser
 from launchers import checks, demo, runner, status

@@ -19,8 +19,9 @@ import pytest
 import ray
 import torch
 
-from helios_cp.config import RequestError, ScheduledPrompt
+from helios_cp.errors import RequestError
 from helios_cp.layout import Layout
+from helios_cp.request import ScheduledPrompt
 from helios_cp.run_folder import Run, RunFolder
 from launchers import ahead
 from launchers.arrays import Array

@@ -1,0 +1,7 @@
+"""The error for what a user can put right."""
+
+from __future__ import annotations
+
+
+class RequestError(ValueError):
+    """Bad input, found before work starts. The message is one line: what was given, what is allowed, what to do."""
