@@ -6,10 +6,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from helios_cp.checkpoint import Checkpoint
-from helios_cp.cost import forward_cost, repeated_flops, whole
+from helios_cp.cost import forward_cost, repeated_flops
 from helios_cp.predict import Workload, limit_fps
 from helios_cp.request import Request
 from helios_cp.sampling import SamplingPlan
+from helios_cp.shares import whole
 from parallel.mesh import Degrees
 
 

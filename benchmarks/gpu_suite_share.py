@@ -20,10 +20,11 @@ from benchmarks.fps_rates import seconds_of
 from benchmarks.models import STAGES, Inputs, encode_history, run_ours
 from helios_cp.built_in import BuiltInCheckpoint
 from helios_cp.checkpoint import VAE_SPATIAL
-from helios_cp.cost import forward_cost, shares
+from helios_cp.cost import forward_cost
 from helios_cp.layout import segment_lengths
 from helios_cp.parallelize import ParallelPipeline
 from helios_cp.request import Request
+from helios_cp.shares import shares
 from parallel.collectives import Group
 from parallel.mesh import Degrees, Mesh, default_degrees
 from tests.silent_ranks import silent_mesh

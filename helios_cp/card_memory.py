@@ -16,7 +16,6 @@ from torch import nn
 
 from helios_cp import vae_cost, weight_cost
 from helios_cp.checkpoint import Checkpoint, TransformerConfig
-from helios_cp.cost import shares
 from helios_cp.device_weights import SLOTS
 from helios_cp.empty_model import empty_model
 from helios_cp.execution import Execution
@@ -25,6 +24,7 @@ from helios_cp.layout import PLAIN
 from helios_cp.offload import transformer_layers
 from helios_cp.quantize import empty_components
 from helios_cp.request import Request
+from helios_cp.shares import shares
 from helios_cp.transformer import HeliosTransformer
 from helios_cp.vae_cost import VaeConfig
 from helios_cp.weight_cost import TextEncoderConfig

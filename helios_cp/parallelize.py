@@ -22,7 +22,8 @@ from helios_cp.conditioning import Inputs, initial_state, pixels_to_encode
 from helios_cp.device import capability, make_current
 from helios_cp.execution import Execution, Target, apply
 from helios_cp.layers import FeedForward, TokenOperations, gelu_tanh
-from helios_cp.pipeline import Branches, Pipeline, Prompts
+from helios_cp.pipeline import Pipeline
+from helios_cp.prompts import Branches, Prompts
 from helios_cp.request import Request
 from helios_cp.split_vae import split_decode, split_encode
 from helios_cp.state import ChunkState

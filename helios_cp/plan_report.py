@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from helios_cp.cost import forward_cost, repeated_flops, whole
+from helios_cp.cost import forward_cost, repeated_flops
 from helios_cp.hardware import Hardware
 from helios_cp.predict import Candidate, Prediction, StageCost, limit_fps
 from helios_cp.request import Request
+from helios_cp.shares import whole
 from helios_cp.weight_cost import parameters
 from helios_cp.workload import Workload
 from parallel.mesh import Degrees

@@ -14,10 +14,11 @@ from dataclasses import dataclass, replace
 
 from helios_cp import vae_cost, weight_cost
 from helios_cp.card_memory import card_memory
-from helios_cp.cost import ForwardCost, Traffic, forward_cost, guidance_traffic, shares
+from helios_cp.cost import ForwardCost, Traffic, forward_cost, guidance_traffic
 from helios_cp.execution import Execution
 from helios_cp.hardware import Hardware
 from helios_cp.layout import PLAIN, Layout
+from helios_cp.shares import shares
 from helios_cp.split_vae_cost import decode_kernels, split_extra
 from helios_cp.workload import Workload
 from parallel.mesh import Degrees, axis_groups

@@ -13,7 +13,7 @@ from typing import Any
 from helios_cp.built_in import part_configs
 from helios_cp.card_memory import FITTING_SHARE
 from helios_cp.checkpoint import Checkpoint
-from helios_cp.cost import forward_cost, whole
+from helios_cp.cost import forward_cost
 from helios_cp.errors import RequestError
 from helios_cp.execution import Execution
 from helios_cp.hardware import Hardware, detect_hardware
@@ -21,6 +21,7 @@ from helios_cp.layout import PLAIN, Layout, check_shard, refusal, smallest_token
 from helios_cp.predict import Candidate, Prediction, predict
 from helios_cp.quantize import INT4_GROUP
 from helios_cp.request import Request
+from helios_cp.shares import whole
 from helios_cp.workload import Workload
 from parallel.mesh import Degrees
 from parallel.tensor import shard_sizes

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from helios_cp.checkpoint import TransformerConfig
-from helios_cp.cost import Share
 from helios_cp.shard_weights import WeightBytes, predicted_bytes
+from helios_cp.shares import Share
 from parallel.mesh import Degrees
 from parallel.tensor import shard_sizes
 

@@ -19,7 +19,7 @@ from helios_cp import plan as planner
 from helios_cp import vae_cost, weight_cost
 from helios_cp.card_memory import FITTING_SHARE
 from helios_cp.checkpoint import Checkpoint, TransformerConfig
-from helios_cp.cost import Traffic, forward_cost, repeated_flops, shares
+from helios_cp.cost import Traffic, forward_cost, repeated_flops
 from helios_cp.errors import RequestError
 from helios_cp.hardware import CPU, H100, PROFILES, RTX4090
 from helios_cp.layout import Layout, choose_layout, segment_lengths, smallest_tokens
@@ -28,6 +28,7 @@ from helios_cp.plan_report import Subject, command, stage_counts
 from helios_cp.predict import Candidate, limit_fps, message_seconds, predict
 from helios_cp.request import Request
 from helios_cp.shard_weights import predicted_bytes
+from helios_cp.shares import shares
 from helios_cp.vae_cost import VaeConfig
 from helios_cp.weight_cost import TextEncoderConfig
 from helios_cp.workload import Workload

@@ -19,9 +19,10 @@ from benchmarks.memory import LiveMemory
 from benchmarks.models import TEXT_TOKENS, Inputs, encode_history, run_ours
 from helios_cp import cost, weight_cost
 from helios_cp.checkpoint import TransformerConfig
-from helios_cp.cost import PASSES, Product, Traffic, forward_cost, guidance_traffic, shares, whole
+from helios_cp.cost import PASSES, Product, Traffic, forward_cost, guidance_traffic
 from helios_cp.parallelize import ShardedSequence, narrow_feed_forward
 from helios_cp.shard_weights import predicted_bytes
+from helios_cp.shares import shares, whole
 from helios_cp.transformer import HeliosTransformer
 from helios_cp.weight_cost import TextEncoderConfig
 from parallel.collectives import Meter
