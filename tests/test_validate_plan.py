@@ -12,19 +12,16 @@ import pytest
 import torch
 
 from benchmarks import validate_plan
-from benchmarks.validate_plan import (
-    RANKS,
+from benchmarks.plan_errors import (
     Comparison,
     best_layouts,
     by_kind,
-    cases,
-    compare,
     kind_of,
     layout_name,
-    main,
     median_error,
     relative_error,
 )
+from benchmarks.validate_plan import RANKS, cases, compare, main
 from benchmarks.validate_plan_ranks import WARM_UP, ChunkTimes, Model, make_request, time_chunks
 from helios_cp.checkpoint import Checkpoint, TransformerConfig
 from helios_cp.hardware import CPU
