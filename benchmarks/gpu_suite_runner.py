@@ -6,6 +6,7 @@ whole, never half.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -155,10 +156,9 @@ def _die_with_parent() -> None:
 
 
 def _kill_group(pid: int) -> None:
-    try:
-        os.killpg(pid, signal.SIGKILL)
-    except ProcessLookupError:  # it has ended, or has no group of its own yet
-        os.kill(pid, signal.SIGKILL)
+    for kill in (os.killpg, os.kill):  # the second where it has no group of its own yet
+        with contextlib.suppress(ProcessLookupError):  # it may have ended just now
+            kill(pid, signal.SIGKILL)
 
 
 def start_method(device: str) -> str:

@@ -135,7 +135,7 @@ class Conductor:
                 self._end_videos()
                 if time.monotonic() - shown > REFRESH:
                     shown = time.monotonic()
-                    self._show(self._picture())
+                    self._show_status()
                 call = self._mailbox.next(REFRESH)
                 if call is not None:
                     call()
@@ -163,6 +163,12 @@ class Conductor:
     def _update_prompt(self, key: int, text: str) -> None:
         if self.schedule.update_prompt(key) is not None:
             self._videos[key].change_prompt(text)
+
+    def _show_status(self) -> None:
+        try:
+            self._show(self._picture())
+        except Exception as error:  # no video depends on it
+            logger.warning("the status cannot be shown: %s", one_line(error))
 
     def _picture(self) -> dict[str, Any]:
         workers = self.workers.values()

@@ -15,10 +15,11 @@ from helios_cp.presets import PRESETS, preset_folder
 torch.set_num_threads(1)
 
 if importlib.util.find_spec("hypothesis"):  # a machine with a GPU may lack it, and runs other tests
-    from hypothesis import settings
+    from hypothesis import HealthCheck, settings
 
     # The same examples in every run, and none is too slow: a shared machine may stall any of them.
-    settings.register_profile("suite", deadline=None, derandomize=True)
+    slow = [HealthCheck.too_slow]
+    settings.register_profile("suite", deadline=None, derandomize=True, suppress_health_check=slow)
     settings.load_profile("suite")
 
 

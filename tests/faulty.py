@@ -1,6 +1,7 @@
 """`helios_cp.generate` with a fault: `python -m tests.faulty FAULT RANK ARGUMENT…`, under torchrun.
 
-On the given rank the eighth forward of the transformer, in the second chunk, raises, kills its process, or hangs.
+On the given rank the eighth forward of the transformer, in the second chunk, raises, kills its process, or hangs. By
+then the others are in it too, where they miss that rank before they look for a signal; and they have time to say so.
 """
 
 import os
@@ -8,6 +9,9 @@ import signal
 import sys
 import time
 
+import torch.distributed as dist
+
+from helios_cp import runner
 from helios_cp.generate import main
 from helios_cp.transformer import HeliosTransformer
 
@@ -20,6 +24,8 @@ def faulty(forward):
     def run(*args, **kwargs):
         nonlocal calls
         calls += 1
+        if calls == 8:
+            dist.barrier()
         if calls == 8 and os.environ["RANK"] == RANK:
             print(f"fault at {time.time()}", flush=True)
             if FAULT == "raise":
@@ -34,4 +40,6 @@ def faulty(forward):
 
 if __name__ == "__main__":
     HeliosTransformer.forward = faulty(HeliosTransformer.forward)
+    if os.environ["RANK"] != RANK:
+        runner.PATIENCE = 60.0
     sys.exit(main(ARGUMENTS))

@@ -35,7 +35,7 @@ PRELOADED = [
     "transformers.models.byt5.tokenization_byt5",
     "transformers.models.umt5.modeling_umt5",
 ]
-GRACE = 0.5  # seconds by which news of a rank's death may lag behind the errors that it causes on others
+GRACE = 0.5  # seconds by which the end of a rank's pipe may lag behind the errors that it causes on others
 
 
 class RankError(RuntimeError):
@@ -107,7 +107,7 @@ class RankPool:
                 try:
                     succeeded, payload = connection.recv()
                 except (EOFError, ConnectionResetError):
-                    succeeded, payload = False, "its pipe closed"
+                    raise _death(workers, rank) from None
                 if not succeeded:
                     self._check_alive(workers)
                     raise RankError(f"rank {rank} of {len(workers)} failed:\n{payload}")
@@ -116,12 +116,25 @@ class RankPool:
 
     @staticmethod
     def _check_alive(workers: list[tuple[Any, Connection]]) -> None:
-        """Raises `RankError` for a rank that died: others' errors about a lost connection come from it."""
-        ranks = {process.sentinel: rank for rank, (process, _) in enumerate(workers)}
-        for sentinel in wait(list(ranks), timeout=GRACE):
-            process, _ = workers[ranks[sentinel]]
-            process.join()
-            raise RankError(f"rank {ranks[sentinel]} of {len(workers)} died with exit code {process.exitcode}")
+        """Raises `RankError` for a rank that died: others' errors about a lost connection come from it.
+
+        Its pipe tells, which closes with the process; the fork server may be late with the news.
+        """
+        ranks = {connection: rank for rank, (_, connection) in enumerate(workers)}
+        deadline = time.monotonic() + GRACE
+        while ready := wait(list(ranks), timeout=max(deadline - time.monotonic(), 0)):
+            for connection in ready:
+                try:
+                    connection.recv_bytes()  # another's answer, which no longer counts
+                except (EOFError, ConnectionResetError):
+                    raise _death(workers, ranks[connection]) from None
+
+
+def _death(workers: list[tuple[Any, Connection]], rank: int) -> RankError:
+    """Of a rank whose pipe is closed; its exit code is waited for."""
+    process, _ = workers[rank]
+    process.join()
+    return RankError(f"rank {rank} of {len(workers)} died with exit code {process.exitcode}")
 
 
 @functools.cache

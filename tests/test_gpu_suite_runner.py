@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -39,8 +40,11 @@ def hanging(scope, record: Record) -> None:
 
 def is_running(pid: int) -> bool:
     """Whether the process exists and has not ended; one that nobody has waited for yet has ended too."""
-    status = Path(f"/proc/{pid}/stat")
-    return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):  # the second if it goes while it is read
+        return False
+    return status.rpartition(")")[2].split()[0] != "Z"
 
 
 def wait_until(condition, seconds: float = 60.0) -> None:
@@ -51,17 +55,18 @@ def wait_until(condition, seconds: float = 60.0) -> None:
 
 
 def test_phases_neither_stop_nor_outlive_each_other(tmp_path):
-    """The one that hangs has 15 s to write something, of which it needs one."""
+    """The one that hangs has 30 s to write something, of which it needs one."""
     phases = [Phase("failing", 0, failing), Phase("crashing", 0, crashing), Phase("hanging", 0, hanging)]
     (tmp_path / "hanging.json").write_text("of an earlier run")
     statuses = run_phases(phases[:2], 5, tmp_path)
-    statuses |= run_phases([phases[2], Phase("quick", 300, quick)], 5, tmp_path, time.monotonic() + 315)
+    statuses |= run_phases([phases[2], Phase("quick", 300, quick)], 5, tmp_path, time.monotonic() + 330)
     assert statuses == {"failing": "failed", "crashing": "failed", "hanging": "cut", "quick": "finished"}
     failed = read(tmp_path, "failing")
     assert failed["error"] == "ValueError: what a phase may raise" and failed["figure"] == 1
     assert "exit code 7" in read(tmp_path, "crashing")["error"]
     cut = read(tmp_path, "hanging")
-    assert cut["figure"] == 2 and "15 s, its budget" in cut["error"]
+    assert 0 < cut["budget_seconds"] <= 30, "what is kept for the last is not taken"
+    assert cut["figure"] == 2 and re.fullmatch(r"after \d+ s, its budget", cut["error"])
     wait_until(lambda: not is_running(cut["child"]))
     assert read(tmp_path, "quick")["figure"] == 5
 
@@ -87,6 +92,7 @@ def test_a_phase_may_take_what_those_before_it_left():
 
 
 def test_a_share_of_a_phase_is_counted_from_its_start(tmp_path):
-    record = Record(tmp_path, "any", deadline=time.monotonic() + 100)
-    assert record.latest_start(0.25) == pytest.approx(record.begun + 25, abs=1)
+    record = Record(tmp_path, "any")
+    record.deadline = record.begun + 100
+    assert record.latest_start(0.25) == record.begun + 25
     assert Record(tmp_path, "any").latest_start(0.25) == math.inf

@@ -26,7 +26,7 @@ SPAN = Span(0.0, 1.0, {})
 FRAMES = 5
 """Of a chunk."""
 
-PATIENCE = 30
+PATIENCE = 300
 """Seconds for what takes none."""
 
 
@@ -70,8 +70,7 @@ class StandIn:
         self.standing = Standing.STARTING
 
     def restart(self) -> None:
-        self.stop()
-        self.start()
+        self.start()  # `life` goes up once: whoever sees that it did knows the new one
 
     def give_up(self) -> None:
         self.stop()
@@ -81,10 +80,11 @@ class StandIn:
         self.tell(self, self.life, event, value)
 
     def call(self, method, arguments, answered, results=1, thread=None, gang=False) -> None:
-        self.calls.append(method)
-        if method in self.held:
+        is_held = method in self.held
+        if is_held:
             self.waiting.append((method, arguments, answered))
-        else:
+        self.calls.append(method)  # after that, so that whoever sees a held call can release it
+        if not is_held:
             self.answer(method, arguments, answered)
 
     def answer(self, method, arguments, answered) -> None:

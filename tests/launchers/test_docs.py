@@ -56,22 +56,25 @@ STAND_INS = {
         echo "srun $SRUN_CPUS_PER_TASK $*" >> "$RECORD"
         while [[ "$1" == --* ]]; do shift; done
         exec "$@\"""",
-    # A head node takes a while until it answers, and a node that joins before finds nobody.
+    # Between two knocks.
+    "sleep": """
+        echo "knocked in vain" >> "$RECORD"
+        command -p sleep 0.1""",
+    # A head node answers only after somebody has knocked in vain, and a node that joins before finds nobody.
     "ray": """
         if [[ " $* " == *" --head "* ]]; then
             [[ -n "$HEAD_FAILS" ]] && exit 1
+            until grep --quiet --extended-regexp 'knocked in vain|found nobody' "$RECORD"; do command -p sleep 0.1; done
             exec "$PYTHON" -c 'import os, socket, time
-        time.sleep(1.5)
-        with socket.create_server(("127.0.0.1", int(os.environ["PORT"]))):
-            time.sleep(10)'
+        socket.socket(fileno=int(os.environ["DOOR"])).listen()
+        time.sleep(600)'
         fi
         (exec 3<>"/dev/tcp/127.0.0.1/$PORT") 2>/dev/null && state=joined || state="found nobody"
         echo "$state: ray $*" >> "$RECORD\"""",
     # A driver waits for what it needs.
     "python": """
-        for moment in {1..300}; do
-            (( SLURM_JOB_NUM_NODES == 1 )) || grep --quiet ': ray start --address' "$RECORD" && break
-            sleep 0.1
+        until (( SLURM_JOB_NUM_NODES == 1 )) || grep --quiet ': ray start --address' "$RECORD"; do
+            command -p sleep 0.1
         done
         echo "driver: $(printf '%q ' "$@")" >> "$RECORD\"""",
 }
@@ -80,9 +83,9 @@ STAND_INS = {
 @pytest.fixture
 def batch(tmp_path):
     """Runs the script as Slurm would on the first of two machines; returns the exit code and what was called."""
-    with socket.socket() as trial:
-        trial.bind(("127.0.0.1", 0))
-        port = trial.getsockname()[1]
+    door = socket.socket()  # held from here on, and nobody listens before the head node does
+    door.bind(("127.0.0.1", 0))
+    port = door.getsockname()[1]
     binaries = tmp_path / ".venv" / "bin"
     binaries.mkdir(parents=True)
     (binaries / "activate").write_text(f"PATH={binaries}:$PATH\n")
@@ -104,6 +107,7 @@ def batch(tmp_path):
             "PYTHON": sys.executable,
             "RECORD": str(record),
             "PORT": str(port),
+            "DOOR": str(door.fileno()),
             "HEAD_FAILS": "1" if head_fails else "",
             "SLURM_SUBMIT_DIR": str(tmp_path),
             "SLURM_JOB_ID": "7",
@@ -119,15 +123,17 @@ def batch(tmp_path):
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            pass_fds=[door.fileno()],
         )
         try:
-            process.wait(timeout=60)
+            process.wait(timeout=300)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
         return process.returncode, record.read_text().splitlines(), process.stderr.read(), port
 
-    return run
+    with door:
+        yield run
 
 
 def test_the_slurm_script(batch):

@@ -10,7 +10,7 @@ import pytest
 
 from launchers.handle import VideoChunk, VideoHandle
 
-PATIENCE = 30
+PATIENCE = 300
 """Seconds for what takes none."""
 
 

@@ -25,7 +25,7 @@ from launchers.messages import Place
 from launchers.versions import VersionError, check_versions, own_versions
 from launchers.workers import Recipe, Worker
 
-PATIENCE = 30
+PATIENCE = 300
 """Seconds for what takes none."""
 
 
