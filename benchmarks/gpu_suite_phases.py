@@ -220,9 +220,8 @@ def run_tests(scope: Scope, record: Record) -> None:
             code = process.wait(None if stop == math.inf else max(stop, 0.0))
         except subprocess.TimeoutExpired:
             code = end_pytest(process)
-        suites = ElementTree.parse(report).getroot().iter("testsuite") if report.exists() else []
         counts = {name: 0 for name in ("tests", "failures", "errors", "skipped")}
-        for suite in suites:
+        for suite in _suites(report):
             counts |= {name: counts[name] + int(suite.get(name, 0)) for name in counts}
     record.update(exit_code=code, **counts, tail=log.read_text()[-3000:])
     print(f"  {counts}")
@@ -230,6 +229,14 @@ def run_tests(scope: Scope, record: Record) -> None:
         raise RuntimeError(f"pytest ended with exit code {code}, see {log.name}")
     if scope.device != "cpu" and counts["tests"] == counts["skipped"]:
         raise RuntimeError(f"no test was run: {counts['skipped']} were skipped, see {log.name}")
+
+
+def _suites(report: Path) -> list[ElementTree.Element]:
+    """None where pytest was made to end before its report was whole."""
+    try:
+        return list(ElementTree.parse(report).getroot().iter("testsuite"))
+    except (FileNotFoundError, ElementTree.ParseError):
+        return []
 
 
 def end_pytest(process: subprocess.Popen) -> int:

@@ -11,8 +11,6 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-
 from benchmarks.gpu_suite_runner import Phase, Record, budget, run_phases
 
 

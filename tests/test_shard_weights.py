@@ -261,6 +261,7 @@ def test_bytes_of_the_14b_model(ranks, gigabytes):
 
 def live_bytes() -> int:
     """Memory behind all tensors of this process that have not been frozen."""
+    gc.collect()  # now, and not when it would come by itself
     tensors = [item for item in gc.get_objects() if type(item) in (torch.Tensor, nn.Parameter)]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
