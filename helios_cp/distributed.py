@@ -21,8 +21,8 @@ from helios_cp.device import TESTED, card_count, card_of_rank, make_current
 from helios_cp.errors import RequestError
 from helios_cp.weights import CheckpointError
 
-PREPARED_POLL = 0.05
-"""Seconds between two looks whether all machines are prepared."""
+POLL = 0.05
+"""Seconds between two looks whether all ranks are as far as this one."""
 
 
 @dataclass(frozen=True)
@@ -111,17 +111,15 @@ class World:
         """Call `step` once on every machine, and wait until it has come to its end on all, however long that takes."""
         if self.ranks.local_rank == 0:
             step()
-        if self._store is None:
-            return
-        self._store.add("helios_cp/prepared", 1)
-        while self._store.add("helios_cp/prepared", 0) < self.ranks.size:
-            time.sleep(PREPARED_POLL)
+        if self._store is not None:
+            self._meet("prepared")
 
     @contextmanager
     def connected(self, backend: str, device: torch.device) -> Iterator[None]:
         """Process groups exist inside. An exception is reported by the first rank that has one, and ends the process.
 
-        When a rank fails its peers lose their connection to it and fail too; they stay silent.
+        When a rank fails its peers lose their connection to it and fail too; they stay silent. Ranks leave together, as
+        one that left early would close connections that others may still read from.
         """
         if self._store is None:
             yield
@@ -136,6 +134,8 @@ class World:
         except Exception as error:
             self._report(error)
             end_process(1)
+        with contextlib.suppress(Exception):  # the store went down, after the work was done
+            self._meet("finished")
         dist.destroy_process_group()
 
     def claim_end(self) -> bool:
@@ -145,6 +145,13 @@ class World:
         with contextlib.suppress(Exception):  # the store goes down with the job
             return self._store.add("helios_cp/ended", 1) == 1
         return False
+
+    def _meet(self, where: str) -> None:
+        """Wait until all ranks have come here: through the store, as some may have minutes of other work before."""
+        key = f"helios_cp/{where}"
+        self._store.add(key, 1)
+        while self._store.add(key, 0) < self.ranks.size:
+            time.sleep(POLL)
 
     def _report(self, error: Exception) -> None:
         if not self.claim_end():

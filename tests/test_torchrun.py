@@ -116,6 +116,30 @@ def test_a_lost_rank_ends_the_job(tmp_path, environment, fault):
         assert f"rank {1 - rank}: another rank does not answer" in stderr
 
 
+LATE = """
+import os, time
+import torch
+import torch.distributed as dist
+from helios_cp.distributed import Ranks, World
+
+ranks, leave = Ranks.of(os.environ), dist.destroy_process_group
+dist.destroy_process_group = lambda: (print("a rank leaves", flush=True), leave())
+with World(ranks, 60).connected("gloo", torch.device("cpu")):
+    if ranks.is_first:
+        time.sleep(1)
+        print("rank 0 is done", flush=True)
+"""
+
+
+def test_no_rank_leaves_before_all_are_done(tmp_path, environment):
+    """It would close connections that others may still read from."""
+    script = tmp_path / "late.py"
+    script.write_text(LATE)
+    code, stdout, stderr = torchrun(2, [str(script)], tmp_path, environment)
+    assert code == 0, stderr
+    assert stdout.splitlines() == ["rank 0 is done", "a rank leaves", "a rank leaves"]
+
+
 def test_two_machines(alone, tmp_path, environment):
     """Two agents on loopback stand for two machines of one rank each; files are written on the first."""
     port = free_port()
