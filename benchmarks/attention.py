@@ -21,11 +21,11 @@ from benchmarks import attention_engines, attention_ranks
 from benchmarks.attention_engines import EngineTimes, Shape, absent_engines, time_engines
 from benchmarks.attention_ranks import Case, Row, rows, time_algorithms
 from benchmarks.machine import RESULTS, write_result
+from benchmarks.ranks import MAX_RANKS, RankPool
 from helios_cp.arguments import OneLineParser, whole_number
 from helios_cp.device import dtype_name, pick_device
 from helios_cp.errors import RequestError
 from helios_cp.files import check_file_target
-from tests.ranks import MAX_RANKS, RankPool
 
 WIDTH = 118  # of tables in a file or a pipe
 SECONDS_OF_TURN = 60  # a rank that takes longer for all programs once hangs

@@ -24,11 +24,11 @@ from benchmarks.calibrate_messages import Message, MessageModel, MessageSettings
 from benchmarks.calibrate_messages import measure_on_rank as measure_messages
 from benchmarks.calibrate_rates import Measurement, Settings, measure, measure_on_rank, over_ranks
 from benchmarks.machine import cpu_name, describe
+from benchmarks.ranks import MAX_RANKS, RankPool
 from helios_cp.arguments import OneLineParser, whole_number
 from helios_cp.errors import RequestError
 from helios_cp.files import check_file_target, write_json
 from helios_cp.hardware import MEASUREMENTS, Hardware, detect_hardware
-from tests.ranks import MAX_RANKS, RankPool
 
 PATIENCE = 170.0
 """Seconds for all measurements of ranks; one that takes longer hangs."""

@@ -23,13 +23,13 @@ from benchmarks.diffusers_parallel import REPAIRS
 from benchmarks.forward_counts import SIZE
 from benchmarks.machine import RESULTS, write_result
 from benchmarks.models import STAGES
+from benchmarks.ranks import RankPool
 from helios_cp.arguments import OneLineParser
 from helios_cp.checkpoint import TransformerConfig
 from helios_cp.device import dtype_name
 from helios_cp.errors import RequestError
 from helios_cp.files import check_file_target
 from parallel.mesh import Degrees
-from tests.ranks import RankPool
 
 FULL = TransformerConfig()
 LAYOUTS = {

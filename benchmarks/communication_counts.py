@@ -20,12 +20,12 @@ from benchmarks.diffusers_parallel import FunctionalCollectives, enable_ulysses
 from benchmarks.models import Inputs, build_pair, encode_history
 from benchmarks.models import run_ours as forward_ours
 from benchmarks.models import run_theirs as forward_theirs
+from benchmarks.ranks import RankPool
 from helios_cp.checkpoint import TransformerConfig
 from helios_cp.parallelize import ShardedSequence, SplitBranches, narrow_feed_forward
 from helios_cp.transformer import HeliosTransformer
 from parallel.collectives import Meter
 from parallel.mesh import Degrees, Mesh
-from tests.ranks import RankPool
 
 # 8 heads divide over 2, 4 and 8 ranks as 40 do; 5120 is a multiple of the width.
 NARROW = TransformerConfig(

@@ -21,11 +21,11 @@ from rich.table import Table
 from benchmarks.attention import default_ranks
 from benchmarks.decode_ranks import ON_CPU, ON_GPU, PRECISIONS, WARMUP, Case, Row, rows, time_decoders
 from benchmarks.machine import RESULTS, write_result
+from benchmarks.ranks import MAX_RANKS, RankPool
 from helios_cp.arguments import OneLineParser, whole_number
 from helios_cp.device import pick_device
 from helios_cp.errors import RequestError
 from helios_cp.files import check_file_target
-from tests.ranks import MAX_RANKS, RankPool
 
 WIDTH = 118  # of tables in a file or a pipe
 SECONDS_OF_TURN = 120  # a rank that takes longer for all programs once hangs

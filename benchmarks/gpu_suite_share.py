@@ -18,6 +18,7 @@ import torch.distributed as dist
 from benchmarks import full_size
 from benchmarks.fps_rates import seconds_of
 from benchmarks.models import STAGES, Inputs, encode_history, run_ours
+from benchmarks.silent_ranks import silent_mesh
 from helios_cp.built_in import BuiltInCheckpoint
 from helios_cp.checkpoint import VAE_SPATIAL
 from helios_cp.cost import forward_cost
@@ -27,7 +28,6 @@ from helios_cp.request import Request
 from helios_cp.shares import shares
 from parallel.collectives import Group
 from parallel.mesh import Degrees, Mesh, default_degrees
-from tests.silent_ranks import silent_mesh
 
 RANKS = (1, 2, 4, 8)
 

@@ -17,13 +17,13 @@ from diffusers import AutoencoderKLWan
 from benchmarks.counting import Counts, count
 from benchmarks.forward_counts import SIZE, count_forward
 from benchmarks.models import Inputs, encode_history, run_ours
+from benchmarks.silent_ranks import silent_mesh
 from helios_cp.checkpoint import VAE_SPATIAL, TransformerConfig
 from helios_cp.parallelize import ShardedSequence, SplitBranches, SplitCodec, narrow_feed_forward
 from helios_cp.transformer import HeliosTransformer
 from helios_cp.vae import Codec
 from parallel.collectives import Meter
 from parallel.mesh import Degrees
-from tests.silent_ranks import silent_mesh
 
 META = torch.device("meta")
 DTYPE = torch.bfloat16

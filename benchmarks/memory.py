@@ -20,7 +20,7 @@ class LiveMemory(TorchDispatchMode):
     where composite operations come in whole, their intermediate tensors unseen; `torch.no_grad()` is the mode to use.
 
     The count is exact where one thread runs the program. A thread of gloo's lets go of a buffer now or a moment later,
-    so that a collective's peak is better counted on meta tensors, see `tests.silent_ranks`.
+    so that a collective's peak is better counted on meta tensors, see `benchmarks.silent_ranks`.
     """
 
     def __init__(self) -> None:

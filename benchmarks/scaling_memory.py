@@ -20,9 +20,9 @@ from benchmarks.diffusers_parallel import enable_ulysses
 from benchmarks.memory import LiveMemory
 from benchmarks.models import run_theirs
 from benchmarks.scaling_ranks import Case, Program, build, layouts, pick_dtype, sequence_program
+from benchmarks.silent_ranks import silent_mesh
 from helios_cp.parallelize import ShardedSequence
 from parallel.mesh import Degrees
-from tests.silent_ranks import silent_mesh
 
 META = torch.device("meta")
 

@@ -33,6 +33,7 @@ from benchmarks.plan_errors import (
     layout_name,
     median_error,
 )
+from benchmarks.ranks import RankPool
 from benchmarks.validate_plan_ranks import WARM_UP, Model, make_request, time_chunks
 from helios_cp.arguments import OneLineParser, whole_number
 from helios_cp.checkpoint import Checkpoint, TransformerConfig
@@ -46,7 +47,6 @@ from helios_cp.predict import Candidate, predict
 from helios_cp.vae_cost import VaeConfig
 from helios_cp.workload import Workload
 from parallel.mesh import Degrees
-from tests.ranks import RankPool
 
 RANKS = 2
 GOAL = 0.15

@@ -16,12 +16,12 @@ from torch.utils.flop_counter import sdpa_flop_count
 from benchmarks import attention_engines, attention_ranks
 from benchmarks.attention_engines import Shape, absent_engines, time_engines
 from benchmarks.attention_ranks import Case, RankTimes, algorithms, rows, time_algorithms
+from benchmarks.ranks import RankError, shared_pool
 from benchmarks.report_data import read_results
 from benchmarks.report_sections import attention_section
 from benchmarks.timing import Timing
 from parallel.mesh import Degrees
 from parallel.ulysses import UlyssesAttention
-from tests.ranks import RankError, shared_pool
 
 attention = pytest.importorskip("benchmarks.attention")  # which prints with rich
 

@@ -11,6 +11,7 @@ import importlib.util
 import pytest
 import torch
 
+from benchmarks.ranks import shared_pool
 from helios_cp import arguments
 from helios_cp.checkpoint import Checkpoint
 from helios_cp.errors import RequestError
@@ -20,7 +21,6 @@ from helios_cp.request import Request
 from helios_cp.sequence import WholeSequence
 from parallel.engines import ENGINES
 from parallel.mesh import Degrees, Mesh
-from tests.ranks import shared_pool
 
 CPU = torch.device("cpu")
 STEPS = {"tiny-base": {"num_inference_steps": 1}, "tiny-distilled": {"pyramid_num_inference_steps_list": (1, 1, 1)}}

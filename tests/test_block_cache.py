@@ -14,6 +14,7 @@ from unittest import mock
 import pytest
 import torch
 
+from benchmarks.ranks import shared_pool
 from helios_cp.block_cache import BlockCache, own_total
 from helios_cp.execution import Execution
 from helios_cp.generate import main
@@ -21,7 +22,6 @@ from helios_cp.pipeline import Pipeline
 from helios_cp.request import Request
 from helios_cp.transformer import BlockInputs
 from parallel.mesh import Degrees, Mesh
-from tests.ranks import shared_pool
 
 STEPS = {
     "tiny-base": {"num_inference_steps": 6, "guidance_scale": 3.0},

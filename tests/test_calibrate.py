@@ -36,11 +36,11 @@ from benchmarks.calibrate_rates import (
     time_call,
 )
 from benchmarks.counting import count
+from benchmarks.ranks import shared_pool
 from helios_cp.cost import PASSES, Product
 from helios_cp.errors import RequestError
 from helios_cp.hardware import CPU, MEASUREMENTS, Hardware, read_profile
 from parallel.collectives import Group, Meter
-from tests.ranks import shared_pool
 
 HOST = torch.device("cpu")
 FP32 = 4

@@ -26,10 +26,10 @@ from benchmarks.communication_counts import (
 from benchmarks.communication_formulas import DTYPE, Tokens, Traffic, predict_ours, predict_theirs
 from benchmarks.diffusers_parallel import FunctionalCollectives
 from benchmarks.forward_counts import SIZE
+from benchmarks.ranks import shared_pool
 from helios_cp.checkpoint import TransformerConfig
 from parallel.collectives import Group, Meter
 from parallel.mesh import Degrees
-from tests.ranks import shared_pool
 
 FULL = TransformerConfig()
 SMALL = (64, 64)

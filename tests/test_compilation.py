@@ -21,6 +21,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
+from benchmarks.ranks import shared_pool
 from helios_cp import compilation, layers
 from helios_cp.checkpoint import Checkpoint
 from helios_cp.compilation import compile_blocks, compile_decoder, compile_pipeline
@@ -33,7 +34,6 @@ from helios_cp.request import Request
 from helios_cp.weights import load_transformer
 from parallel.mesh import Degrees
 from tests.compiled_ranks import SIZES, compare, forwards
-from tests.ranks import shared_pool
 
 STEPS = {
     "tiny-base": {"num_inference_steps": 2, "guidance_scale": 3.0},

@@ -15,13 +15,13 @@ import torch
 
 from benchmarks import decode_ranks
 from benchmarks.decode_ranks import Case, RankTimes, channels_last, ours, product_at_once, rows, theirs, time_decoders
+from benchmarks.ranks import RankError, shared_pool
 from benchmarks.report_data import read_results
 from benchmarks.report_sections import decode_section
 from benchmarks.timing import Timing
 from helios_cp import parallelize
 from helios_cp.vae import to_frames
 from helios_cp.vae_cost import VaeConfig, decode_flops, decode_traffic
-from tests.ranks import RankError, shared_pool
 
 decode = pytest.importorskip("benchmarks.decode")  # which prints with rich
 

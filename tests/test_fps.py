@@ -20,6 +20,7 @@ from benchmarks.counting import FLOP_FORMULAS
 from benchmarks.fps_cost import ChunkFlops, Limit, StageFlops, chunk_flops
 from benchmarks.fps_measure import Measured, Rates, Subject, check_equal, frames_for, setting_request, take_turns
 from benchmarks.fps_videos import ChunkTimes, OurVideo, PeerVideo, repaired
+from benchmarks.ranks import shared_pool
 from helios_cp import pipeline as pipeline_module
 from helios_cp.distributed import Ranks
 from helios_cp.errors import RequestError
@@ -28,7 +29,6 @@ from helios_cp.predict import Workload
 from helios_cp.sampling import SamplingPlan
 from helios_cp.weight_cost import parameters
 from parallel.mesh import Degrees, Mesh
-from tests.ranks import shared_pool
 
 CPU = torch.device("cpu")
 TINY = {"height": 64, "width": 64, "max_sequence_length": 8}

@@ -18,6 +18,7 @@ from diffusers import HeliosPipeline, HeliosTransformer3DModel
 from safetensors.torch import load_file, save_file
 
 from benchmarks.models import Inputs, encode_history, run_ours, run_theirs
+from benchmarks.ranks import shared_pool
 from helios_cp.checkpoint import Checkpoint
 from helios_cp.errors import RequestError
 from helios_cp.execution import Adapter, Execution
@@ -28,7 +29,6 @@ from helios_cp.transformer import HeliosTransformer
 from helios_cp.transformer_weights import set_adapters
 from helios_cp.weights import load_transformer
 from parallel.mesh import Degrees, Mesh
-from tests.ranks import shared_pool
 
 if TYPE_CHECKING:
     from peft import LoraConfig

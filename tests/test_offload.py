@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from benchmarks.ranks import shared_pool
 from helios_cp import device_weights
 from helios_cp import offload as engine
 from helios_cp.compilation import compile_blocks
@@ -28,7 +29,6 @@ from helios_cp.pipeline import Pipeline
 from helios_cp.request import Request, ScheduledPrompt
 from helios_cp.transformer import History
 from parallel.mesh import Degrees, Mesh
-from tests.ranks import shared_pool
 
 HOW = ("model", "group")
 CPU = torch.device("cpu")

@@ -12,10 +12,10 @@ from unittest import mock
 import pytest
 import torch
 
+from benchmarks.ranks import shared_pool
 from helios_cp.conditioning import Inputs
 from helios_cp.request import Request
 from parallel.mesh import Degrees, Mesh
-from tests.ranks import shared_pool
 
 LAYOUTS = [
     Degrees(ulysses=2),

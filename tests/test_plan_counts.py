@@ -17,6 +17,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 from benchmarks.counting import Counter, Counts, count
 from benchmarks.memory import LiveMemory
 from benchmarks.models import TEXT_TOKENS, Inputs, encode_history, run_ours
+from benchmarks.silent_ranks import silent_mesh
 from helios_cp import cost, weight_cost
 from helios_cp.checkpoint import TransformerConfig
 from helios_cp.cost import PASSES, Product, Traffic, forward_cost, guidance_traffic
@@ -27,7 +28,6 @@ from helios_cp.transformer import HeliosTransformer
 from helios_cp.weight_cost import TextEncoderConfig
 from parallel.collectives import Meter
 from parallel.mesh import Degrees
-from tests.silent_ranks import silent_mesh
 
 META = torch.device("meta")
 FULL = TransformerConfig()

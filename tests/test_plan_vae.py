@@ -14,6 +14,7 @@ from diffusers import AutoencoderKLWan
 
 from benchmarks.counting import count
 from benchmarks.memory import LiveMemory
+from benchmarks.silent_ranks import silent_mesh
 from helios_cp import split_vae_cost, vae_cost
 from helios_cp.hardware import CPU, H100
 from helios_cp.layout import Layout
@@ -23,7 +24,6 @@ from helios_cp.split_vae_cost import decode_kernels, split_extra
 from helios_cp.vae import to_frames
 from helios_cp.vae_cost import VaeConfig
 from parallel.mesh import Degrees
-from tests.silent_ranks import silent_mesh
 from tests.workloads import workload
 
 META = torch.device("meta")

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from diffusers import HeliosTransformer3DModel
 from safetensors.torch import load_file, save_file
 
+from benchmarks.ranks import shared_pool
 from helios_cp.checkpoint import Checkpoint, TransformerConfig
 from helios_cp.errors import RequestError
 from helios_cp.execution import QUANTIZATIONS, Adapter, Execution
@@ -41,7 +42,6 @@ from helios_cp.weights import load_transformer
 from helios_cp.weights_cli import main
 from parallel.mesh import Degrees, Mesh
 from tests.loading_memory import OwnMemory, mapped
-from tests.ranks import shared_pool
 from tests.test_lora import bits as bits_of
 from tests.test_lora import error, forward, inputs_for, same_bits, written
 

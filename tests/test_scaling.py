@@ -20,6 +20,7 @@ from benchmarks import scaling, scaling_ranks
 from benchmarks.communication_formulas import DTYPE, Tokens, predict_ours
 from benchmarks.memory import LiveMemory
 from benchmarks.models import run_theirs
+from benchmarks.ranks import RankError, shared_pool
 from benchmarks.report_data import read_results
 from benchmarks.report_sections import scaling_section
 from benchmarks.scaling import measure_world
@@ -42,7 +43,6 @@ from helios_cp.sequence import WholeSequence
 from parallel.collectives import Group
 from parallel.mesh import Degrees
 from parallel.ulysses import UlyssesAttention
-from tests.ranks import RankError, shared_pool
 
 CPU = torch.device("cpu")
 KIB = 256  # fp32 values

@@ -18,13 +18,13 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from benchmarks.ranks import shared_pool
 from helios_cp.checkpoint import Checkpoint, TransformerConfig
 from helios_cp.conditioning import Inputs
 from helios_cp.request import Request, ScheduledPrompt
 from helios_cp.transformer import HeliosTransformer
 from parallel.collectives import Group
 from parallel.mesh import Degrees, Mesh
-from tests.ranks import shared_pool
 
 CASES = [
     ("tiny-mid", Degrees()),

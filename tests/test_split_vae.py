@@ -23,12 +23,12 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import helios_cp.split_vae
+from benchmarks.ranks import shared_pool
 from helios_cp.split_vae import split_decode, split_encode
 from helios_cp.vae import to_frames
 from parallel.collectives import Group, Meter
 from parallel.segments import split
 from tests.parallel.reference import world_group
-from tests.ranks import shared_pool
 
 TOLERANCE = 1e-5
 SMALL = {"z_dim": 4, "base_dim": 8, "dim_mult": [1, 2, 2, 2], "num_res_blocks": 1}

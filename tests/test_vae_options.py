@@ -19,6 +19,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import nn
 
+from benchmarks.ranks import shared_pool
 from helios_cp import vae as module
 from helios_cp.execution import Execution
 from helios_cp.generate import main
@@ -37,7 +38,6 @@ from helios_cp.vae import (
 )
 from helios_cp.video import encode_segment
 from tests.parallel.reference import world_group
-from tests.ranks import shared_pool
 
 LIMITS = {"bfloat16": (1.15, 15.0), "float16": (0.15, 1.9)}  # mean and largest deviation, in grey levels
 CASES = [

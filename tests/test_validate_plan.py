@@ -21,6 +21,7 @@ from benchmarks.plan_errors import (
     median_error,
     relative_error,
 )
+from benchmarks.ranks import RankError, shared_pool
 from benchmarks.validate_plan import RANKS, cases, compare, main
 from benchmarks.validate_plan_ranks import WARM_UP, ChunkTimes, Model, make_request, time_chunks
 from helios_cp.checkpoint import Checkpoint, TransformerConfig
@@ -31,7 +32,6 @@ from helios_cp.predict import Candidate, predict
 from helios_cp.vae_cost import VaeConfig
 from helios_cp.workload import Workload
 from parallel.mesh import Degrees
-from tests.ranks import RankError, shared_pool
 
 TINY = Model(
     "distilled",

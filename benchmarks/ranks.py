@@ -1,4 +1,4 @@
-"""A pool of gloo ranks for tests, started once and used by all.
+"""A pool of gloo ranks for benchmarks and tests, started once and used by all.
 
 `shared_pool().run(function, *args, ranks=P)` calls `function(rank, *args)` on ranks 0 … P−1 and returns their results
 in rank order. Every call runs in a world of its own of exactly P ranks (of none for P = 1), so that no test inherits
