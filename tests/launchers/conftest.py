@@ -23,6 +23,15 @@ STORE_BYTES = 200 * 2**20
 PATIENCE = 300
 """Seconds for what takes a few on a quiet machine."""
 
+UNHURRIED = {
+    "RAY_worker_register_timeout_seconds": str(PATIENCE),
+    "RAY_agent_register_timeout_ms": str(1000 * PATIENCE),
+    "RAY_DASHBOARD_STARTUP_TIMEOUT_S": str(PATIENCE),
+    "RAY_memory_monitor_refresh_ms": "0",
+}
+"""For Ray's environment: a busy machine may take its time to start a process, and Ray ends none for the memory that all
+programs on it take together."""
+
 QUICK = ["--height", "64", "--width", "64", "--pyramid-steps", "1", "1", "1"]
 
 
@@ -32,6 +41,8 @@ def cluster(cache):
     patch = pytest.MonkeyPatch()
     patch.setenv("OMP_NUM_THREADS", "1")
     patch.setenv("HELIOS_CP_CACHE", str(cache))
+    for name, value in UNHURRIED.items():
+        patch.setenv(name, value)
     folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # short: Ray's sockets lie in it
     patch.setenv("RAY_TMPDIR", folder)
     logging.getLogger("ray").setLevel(logging.ERROR)
@@ -81,6 +92,14 @@ def inside(worker, name: str) -> list:
     """What an attribute of each of a worker's actors is, after all calls that were sent before."""
     calls = [actor.__ray_call__.remote(lambda actor, name=name: getattr(actor, name)) for actor in worker._actors]
     return ray.get(calls, timeout=PATIENCE)
+
+
+def runs_actor(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/cmdline") as file:
+            return "ray::" in file.read()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def frames_in(path) -> int:

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.ray
 KILLS = {"decoder": 7, "rank": 4, "group": 4, "writer": 8, "text": 7}
 """Thirty; a group takes longest to start again."""
 
-STALLED = 150
+STALLED = PATIENCE
 """Seconds without a kill or a finished chunk after which nothing moves any more: restarts included, a few on a quiet
 machine."""
 
@@ -77,7 +77,8 @@ class Progress:
         assert time.monotonic() < self.since + STALLED, (facts, self.pipeline.status())
 
     def _latest(self) -> object:
-        return next(reversed(self.pipeline.events), None)
+        events = self.pipeline.events  # another thread adds to it, so there is no going through it
+        return events[-1] if events else None
 
 
 class Killer:
@@ -166,16 +167,16 @@ def test_a_node_goes(cluster, model, alone, tmp_path):
         in_flight = sum(name.startswith("group") for name in gone)
         # A video's next chunk is handed out once more where what it starts from went with the node before it began.
         assert pipeline.schedule.handed_out[Stage.DENOISE] <= chunks + in_flight + len(videos.handles)
-        assert not any(
-            place.node == node.node_id for w in pipeline.workers.values() for place in w.places if w.is_ready
-        )
+        while any(place.node == node.node_id for w in pipeline.workers.values() for place in w.places if w.is_ready):
+            progress.check()  # one that had nothing left to do is missed last
+            time.sleep(0.1)
 
 
 def test_work_that_kills_its_workers_is_given_up(cluster, model):
     """After so many attempts its video fails and says so; the chunk takes long enough to be hit every time."""
     with ChunkPipeline(model, decoders=0, limits=Limits(attempts=2), patience=PATIENCE) as pipeline:
         pipeline.wait_until_ready(PATIENCE)
-        slow = small(height=256, width=256, pyramid_num_inference_steps_list=(200, 200, 200))
+        slow = small(height=256, width=256, pyramid_num_inference_steps_list=(1000, 1000, 1000))
         handle = pipeline.submit(slow, decode=False)
         killer = Killer()
         deadline = time.monotonic() + PATIENCE

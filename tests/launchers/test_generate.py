@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import signal
+import re
 import socket
 import subprocess
 import sys
@@ -20,14 +20,32 @@ from helios_cp.generate import main as generate_alone
 from launchers.automatic import most_ranks
 from launchers.generate import build_parser
 from launchers.recipes import Resources
-from launchers.status import read_boards
-from tests.launchers.conftest import QUICK, frames_in
+from tests.launchers.conftest import PATIENCE, QUICK, frames_in, runs_actor
 
 pytestmark = pytest.mark.ray
 
 ROOT = Path(__file__).parents[2]
-PATIENCE = 300
-"""Seconds for what takes some on a quiet machine."""
+PATIENT = ["--wait", str(PATIENCE)]
+"""For calls that need what the cluster has, if not at once."""
+
+# A driver that says so once two chunks are in the file and its board shows that, and then waits to be killed: in the
+# thread that makes videos, so nothing more is handed out.
+HELD = """
+import sys, threading
+import ray
+from launchers import conductor
+from launchers.generate import main
+from launchers.pipeline import ChunkPipeline
+
+def show(pipeline, picture):
+    ray.get(pipeline._board.show.remote(picture))
+    if int(picture["videos"].get(0, "0 of").split()[0]) >= 2:
+        print("held", flush=True)
+        threading.Event().wait()
+
+ChunkPipeline._show, conductor.REFRESH = show, 0.01
+sys.exit(main(sys.argv[1:]))
+"""
 
 
 @pytest.fixture
@@ -50,11 +68,11 @@ def run(*arguments: str, **more: str) -> subprocess.CompletedProcess:
     )
 
 
-def wait_until(happens: Callable[[], bool], between: Callable[[], None] = lambda: time.sleep(0.2)) -> None:
+def wait_until(happens: Callable[[], bool]) -> None:
     deadline = time.monotonic() + PATIENCE
     while not happens():
         assert time.monotonic() < deadline, "it does not happen"
-        between()
+        time.sleep(0.2)
 
 
 def jobs() -> set[str]:
@@ -72,7 +90,7 @@ def test_local_makes_what_torchrun_makes_and_joins_no_cluster(folder, cluster):
     before = jobs()
     assert before, "this process is a driver of the cluster itself"
     files = ["--output", "b.mp4", "--save-latents", "b.safetensors", "--report", "b.json", "--timeline", "b.png"]
-    done = run("--address", "local", *request, *files, RAY_ADDRESS=cluster.address)
+    done = run("--address", "local", *PATIENT, *request, *files, RAY_ADDRESS=cluster.address)
     assert done.returncode == 0, done.stderr
     latents, others = (load_file(f"{name}.safetensors")["latents"] for name in "ab")
     assert latents.shape == others.shape == (1, 16, 18, 8, 8) and latents.equal(others)
@@ -86,23 +104,18 @@ def test_local_makes_what_torchrun_makes_and_joins_no_cluster(folder, cluster):
 
 
 def test_a_killed_driver_is_resumed(folder, cluster):
-    """SIGKILL in the middle. The driver is halted before, so that the status can be read at leisure."""
-    arguments = ["--address", cluster.address, "--num-frames", "660", "--save-latents", "a.safetensors"]
+    """SIGKILL in the middle. The driver is held before, so that the status can be read at leisure."""
+    to_cluster = ["--address", cluster.address, *PATIENT]
+    arguments = [*to_cluster, "--num-frames", "660", "--save-latents", "a.safetensors", "--checkpoint-dir", "run"]
+    python, _, _, *flags = command(*arguments)
     said = Path("said.txt")
     with said.open("w") as stderr:
-        process = subprocess.Popen(command(*arguments, "--checkpoint-dir", "run"), env=environment(), stderr=stderr)
-
-    def go_on_for_a_moment() -> None:
-        process.send_signal(signal.SIGCONT)
-        time.sleep(0.2)
-        process.send_signal(signal.SIGSTOP)
-
+        process = subprocess.Popen(
+            [python, "-c", HELD, *flags], env=environment(), stdout=subprocess.PIPE, stderr=stderr, text=True
+        )
     with process:
         try:
-            wait_until(lambda: "chunk 2 of 20" in said.read_text() or process.poll() is not None)
-            assert process.poll() is None, said.read_text()
-            process.send_signal(signal.SIGSTOP)
-            wait_until(lambda: "of 20 chunks, running" in str(read_boards()), go_on_for_a_moment)
+            assert process.stdout.readline() == "held\n", said.read_text()
             shown = subprocess.run(
                 [sys.executable, "-m", "launchers.status", "--address", cluster.address],
                 env=environment(),
@@ -111,14 +124,17 @@ def test_a_killed_driver_is_resumed(folder, cluster):
                 timeout=PATIENCE,
             )
         finally:
-            process.send_signal(signal.SIGKILL)
+            process.kill()
     assert shown.returncode == 0, shown.stderr
     for part in ("text ", "group-0", "decoder-0", "writer", " on node ", "of 20 chunks, running", "chunks a second"):
         assert part in shown.stdout, shown.stdout
+    pids = [int(pid) for pid in re.findall(r":(\d+) on node ", shown.stdout)]
+    assert len(pids) == 4, shown.stdout
+    wait_until(lambda: not any(runs_actor(pid) for pid in pids))  # the writer had a chunk in hand
     finished = json.loads(Path("run/state.json").read_text())["chunks"]
     assert 2 <= finished < 20 and not Path("a.safetensors").exists()
 
-    resume = [sys.executable, "-m", "launchers.generate", "--address", cluster.address, "--resume", "run"]
+    resume = [sys.executable, "-m", "launchers.generate", *to_cluster, "--resume", "run"]
     done = subprocess.run(
         [*resume, "--save-latents", "b.safetensors", "--report", "b.json"],
         env=environment(),
@@ -136,9 +152,10 @@ def test_a_killed_driver_is_resumed(folder, cluster):
 
 
 def test_missing_resources_are_told_within_thirty_seconds(folder, cluster):
-    """After `--wait`, whose default is well below; what is missing, and what each node has."""
+    """After `--wait`, whose default is well below, and in which even a busy cluster places the other workers; what is
+    missing, and what each node has."""
     assert build_parser().get_default("wait") <= 20
-    arguments = ["--ulysses", "4", "--ring", "3", "--height", "128", "--width", "128", "--wait", "5"]
+    arguments = ["--ulysses", "4", "--ring", "3", "--height", "128", "--width", "128"]
     before = jobs()
     done = run("--address", cluster.address, *arguments)
     assert done.returncode == 1, done.stderr
