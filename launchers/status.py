@@ -17,6 +17,8 @@ from helios_cp.errors import RequestError
 from launchers.address import address_of, check_address
 
 PROGRAM = "launchers.status"
+PATIENCE = 10.0
+"""Seconds that a pipeline's board has to answer."""
 
 
 def build_parser() -> OneLineParser:
@@ -72,9 +74,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def read_boards() -> list[dict[str, Any]]:
-    """What each pipeline of the cluster last said of itself."""
+    """What each pipeline of the cluster last said of itself; one that does not answer is told on stderr."""
     import ray
-    from ray.exceptions import RayError
+    from ray.exceptions import GetTimeoutError, RayError
 
     from launchers.board import NAMESPACE
 
@@ -83,7 +85,10 @@ def read_boards() -> list[dict[str, Any]]:
         if actor["namespace"] != NAMESPACE or not actor["name"].startswith("status-"):
             continue
         try:
-            status = ray.get(ray.get_actor(actor["name"], NAMESPACE).read.remote(), timeout=10)
+            status = ray.get(ray.get_actor(actor["name"], NAMESPACE).read.remote(), timeout=PATIENCE)
+        except GetTimeoutError:
+            print(f"{PROGRAM}: a pipeline is left out: it does not answer within {PATIENCE:g} s", file=sys.stderr)
+            continue
         except (RayError, ValueError):  # it ended meanwhile
             continue
         if status:

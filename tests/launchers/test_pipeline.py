@@ -23,7 +23,7 @@ from helios_cp.errors import RequestError
 from helios_cp.layout import Layout
 from helios_cp.request import ScheduledPrompt
 from helios_cp.run_folder import Run, RunFolder
-from launchers import ahead
+from launchers import ahead, status
 from launchers.arrays import Array
 from launchers.pipeline import NAMESPACE, ChunkPipeline, PipelineError
 from launchers.schedule import Limits
@@ -213,20 +213,36 @@ def test_a_run_goes_on_with_what_was_denoised(pipeline, alone, model, tmp_path):
     assert part.finished_chunks() == 4 and not list(part.path.glob("ahead-*"))
 
 
+def board_of(pipeline) -> ray.actor.ActorHandle:
+    return ray.get_actor(f"status-{ray.get_runtime_context().get_job_id()}-{id(pipeline)}", NAMESPACE)
+
+
+def place_of(board) -> tuple[str, int]:
+    """Node and process."""
+    look = lambda _: (ray.get_runtime_context().get_node_id(), os.getpid())  # noqa: E731
+    return ray.get(board.__ray_call__.remote(look), timeout=PATIENCE)
+
+
+def test_a_status_board_that_does_not_answer_is_told(pipeline, monkeypatch, capsys):
+    _, pid = place_of(board_of(pipeline))
+    monkeypatch.setattr(status, "PATIENCE", 1.0)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        status.read_boards()
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert "a pipeline is left out: it does not answer within 1 s" in capsys.readouterr().err
+
+
 def test_the_status_board_is_on_the_drivers_node_and_comes_back(pipeline):
-    board = ray.get_actor(f"status-{ray.get_runtime_context().get_job_id()}-{id(pipeline)}", NAMESPACE)
-
-    def where() -> tuple[str, int]:
-        look = lambda _: (ray.get_runtime_context().get_node_id(), os.getpid())  # noqa: E731
-        return ray.get(board.__ray_call__.remote(look), timeout=PATIENCE)
-
-    node, pid = where()
+    board = board_of(pipeline)
+    node, pid = place_of(board)
     assert node == ray.get_runtime_context().get_node_id()
     os.kill(pid, signal.SIGKILL)
     deadline, shown = time.monotonic() + PATIENCE, {}
     while not shown and time.monotonic() < deadline:
         try:
-            shown = ray.get(board.read.remote(), timeout=PATIENCE) if where()[1] != pid else {}
+            shown = ray.get(board.read.remote(), timeout=PATIENCE) if place_of(board)[1] != pid else {}
         except ray.exceptions.RayActorError:  # not back yet
             shown = {}
         time.sleep(0.1)
