@@ -22,7 +22,7 @@ from benchmarks.rank_groups import in_step, make_group, nothing, rank_device
 from benchmarks.timing import Timing, interleave
 from helios_cp.checkpoint import VAE_SPATIAL
 from helios_cp.parallelize import SplitCodec
-from helios_cp.vae import Codec, denormalise, to_channels_last
+from helios_cp.vae import Codec, convolution_tf32, denormalise, to_channels_last
 from helios_cp.vae_cost import VaeConfig, decode_flops
 from parallel.collectives import Meter
 
@@ -124,7 +124,7 @@ def time_decoders(rank: int, case: Case, repeats: int) -> RankTimes:
     groups = {ranks: make_group(range(ranks), device, Meter()) for ranks in (1, *case.ranks)}
     programs: dict[str, Callable[[], Any]] = {}
     traffic, levels, levels_of_fp32 = {}, {}, {}
-    exact = _bytes(decode_theirs(vae, latents)) if rank == 0 else None
+    exact = _bytes(_with_tf32(lambda: decode_theirs(vae, latents), False)()) if rank == 0 else None
     for name in case.precisions:
         precision = PRECISIONS[name]
         own = vae if precision.dtype == torch.float32 else copy.deepcopy(vae).to(precision.dtype)
@@ -173,7 +173,7 @@ def decode_theirs(vae, latents: Tensor) -> Tensor:
 
 def _with_tf32(program: Callable[[], Any], allowed: bool) -> Callable[[], Any]:
     def run() -> Any:
-        with tf32(allowed):
+        with tf32(allowed), convolution_tf32(allowed):
             return program()
 
     return run

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -76,6 +77,8 @@ def main(argv: list[str] | None = None) -> int:
     scope = Scope("14b", device, "bfloat16", arguments.chunks, True, gpu_test_files())
     if arguments.dry_run:
         scope = Scope("tiny", device, "float32", arguments.chunks, False, ("tests/parallel/test_attention.py",))
+    # Imports then count cards without touching them, and phases can be forked after all imports.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     chosen = [phase for phase in PHASES if arguments.phases is None or phase.name in arguments.phases]
     seconds = arguments.seconds or (math.inf if arguments.dry_run else SECONDS)
     statuses = run_phases(chosen, scope, arguments.output, start + seconds, device)

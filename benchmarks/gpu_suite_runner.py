@@ -90,13 +90,13 @@ def run_phases(
     statuses = {}
     for index, phase in enumerate(phases):
         left = deadline - time.monotonic()
-        missing = [name for name in phase.needs if importlib.util.find_spec(name) is None]
-        if missing:
+        if missing := _missing(phase):
             _skip(phase, folder, f"{', '.join(missing)} is not installed")
         elif left < LEAST_SECONDS:
             _skip(phase, folder, f"{max(left, 0):.0f} s were left")
         else:
-            _run_one(context, phase, scope, folder, time.monotonic() + budget(phases[index:], left))
+            to_come = [each for each in phases[index:] if not _missing(each)]
+            _run_one(context, phase, scope, folder, time.monotonic() + budget(to_come, left))
         statuses[phase.name] = Record.read(folder, phase.name).values["status"]
     return statuses
 
@@ -105,6 +105,11 @@ def budget(phases: Sequence[Phase], left: float) -> float:
     """Seconds of the first of the phases to come: its own, and what all of them together do not need."""
     spare = left - sum(phase.seconds for phase in phases)
     return min(left, phases[0].seconds + max(spare, 0.0))
+
+
+def _missing(phase: Phase) -> list[str]:
+    """Packages that it needs and that are not there."""
+    return [name for name in phase.needs if importlib.util.find_spec(name) is None]
 
 
 def _skip(phase: Phase, folder: Path, reason: str) -> None:
@@ -116,7 +121,8 @@ def _run_one(context: Any, phase: Phase, scope: Any, folder: Path, deadline: flo
     start = time.monotonic()
     seconds = None if deadline == math.inf else deadline - start
     print(phase.name if seconds is None else f"{phase.name}: up to {seconds:.0f} s", flush=True)
-    process = context.Process(target=_child, args=(phase, scope, folder, deadline), name=phase.name)
+    arguments = (phase, scope, folder, deadline, sys.orig_argv)
+    process = context.Process(target=_child, args=arguments, name=phase.name)
     process.start()
     try:
         process.join(seconds)
@@ -133,7 +139,8 @@ def _run_one(context: Any, phase: Phase, scope: Any, folder: Path, deadline: flo
     record.update(seconds=time.monotonic() - start)
 
 
-def _child(phase: Phase, scope: Any, folder: Path, deadline: float) -> None:
+def _child(phase: Phase, scope: Any, folder: Path, deadline: float, command: list[str]) -> None:
+    sys.orig_argv = command  # results tell the command that was typed, and not how this process was started
     os.setsid()  # so that it can be killed with all that it starts
     threading.Thread(target=_die_with_parent, daemon=True).start()
     record = Record(folder, phase.name, deadline)

@@ -50,7 +50,7 @@ class RankPool:
         self._workers: list[tuple[Any, Connection]] = []
         self._store: Any = None
         self._runs = 0
-        self._context = multiprocessing.get_context("forkserver")
+        self._context = multiprocessing.get_context(start_method())
         # Imported once in the fork server, so that starting a process costs milliseconds.
         self._context.set_forkserver_preload(PRELOADED)
 
@@ -128,6 +128,16 @@ class RankPool:
                     connection.recv_bytes()  # another's answer, which no longer counts
                 except (EOFError, ConnectionResetError):
                     raise _death(workers, ranks[connection]) from None
+
+
+def start_method() -> str:
+    """How processes are started: by a fork server, but afresh where there are CUDA cards.
+
+    A forked process cannot use them once its parent has asked for them, as diffusers does when it is imported.
+    """
+    import torch
+
+    return "spawn" if torch.cuda.is_available() else "forkserver"
 
 
 def _death(workers: list[tuple[Any, Connection]], rank: int) -> RankError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import sys
@@ -136,6 +137,7 @@ class World:
             end_process(1)
         with contextlib.suppress(Exception):  # the store went down, after the work was done
             self._meet("finished")
+        gc.collect()  # NCCL waits for ever for graphs that hold messages, and pipelines lie in cycles of references
         dist.destroy_process_group()
 
     def claim_end(self) -> bool:

@@ -15,10 +15,11 @@ but `CudaCapture` needs a GPU.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import itertools
 import weakref
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from helios_cp.pipeline import Pipeline
 
 MOST_GRAPHS = 24
-"""Kept at a time: four sizes of three stages, guided. What the least recently used one holds is freed for others."""
+"""Kept at a time: four sizes of three stages, guided. What all of them hold is freed for the next."""
 MOST_TEXTS = 2
 """In buffers of equal shapes: the prompt and the negative prompt."""
 WARM_UPS = 2
@@ -59,9 +60,22 @@ class CudaCapture:
         current.wait_stream(self.stream)
         graph = torch.cuda.CUDAGraph()
         # Other threads, such as NCCL's watchdog and a writer of frames, may go on calling CUDA meanwhile.
-        with torch.cuda.graph(graph, pool=self.memory.id, stream=self.stream, capture_error_mode="thread_local"):
+        capturing = torch.cuda.graph(graph, pool=self.memory.id, stream=self.stream, capture_error_mode="thread_local")
+        with keeping_garbage(), capturing:
             output = function()
         return graph.replay, output
+
+
+@contextmanager
+def keeping_garbage() -> Iterator[None]:
+    """Python collects none inside. Another graph, or a kernel of Triton, that went during a capture would spoil it."""
+    was_collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_collecting:
+            gc.enable()
 
 
 class StaticInputs:
@@ -105,7 +119,7 @@ class CapturedForward:
 class GraphedForward:
     """Stands in for `HeliosTransformer.forward`: captures it once for each kind of inputs, and replays it from then on.
 
-    At most `most` graphs are kept, those used last.
+    At most `most` graphs are kept; the next one takes the place of all.
     """
 
     def __init__(self, transformer: HeliosTransformer, capture: Capture, most: int = MOST_GRAPHS) -> None:
@@ -113,7 +127,7 @@ class GraphedForward:
         self.forward = transformer.forward
         self.capture = capture
         self.most = most
-        self.captured: OrderedDict[Hashable, CapturedForward] = OrderedDict()
+        self.captured: dict[Hashable, CapturedForward] = {}
         self._buffers: weakref.WeakValueDictionary[Hashable, StaticInputs] = weakref.WeakValueDictionary()
         self._clock = itertools.count(1)
 
@@ -145,16 +159,18 @@ class GraphedForward:
             static += [None] * (4 - len(static))
             replay, output = self.capture(lambda: self.forward(*static, frame_indices))
             found = self.captured[key] = CapturedForward(replay, output, inputs, reads)
-        self.captured.move_to_end(key)
         found.replay()
         return found.output.clone()
 
     def _make_room(self, kinds: Hashable, frame_indices: tuple[int, ...] | None) -> None:
-        """Drop the graph of these inputs whose weights lie elsewhere now, and the oldest where there are too many."""
-        for key in [key for key in self.captured if key[:2] == (kinds, frame_indices)]:
-            del self.captured[key]
-        while len(self.captured) >= self.most:
-            self.captured.popitem(last=False)
+        """Drop all graphs where that of these inputs has its weights elsewhere now, or where there are too many.
+
+        None goes alone: with it PyTorch frees the workspace of matrix products of the stream that all were captured on,
+        and the others would go on writing there (pytorch/pytorch issue 193402).
+        """
+        is_stale = any(key[:2] == (kinds, frame_indices) for key in self.captured)
+        if is_stale or len(self.captured) >= self.most:
+            self.captured.clear()
 
     def _number(self, kind: tuple[Hashable, ...], value: Any) -> int:
         """Which of the buffers of a kind is for this value: that with it, one whose text is gone, or the oldest.

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from helios_cp.device import free_memory, grow_segments, has_streams
+from helios_cp.device import free_memory, grow_segments, has_streams, wait_for
 from helios_cp.device_weights import Copies, HostCopies, MemoryCounter, Resident, StreamCopies, Streamed
 from helios_cp.host_weights import HostWeights, Place, places, tensors_at
 from helios_cp.transformer import BlockInputs, Body, HeliosTransformer
@@ -122,8 +122,13 @@ class Card:
         return Streamed(weights, following, self.device, self.counter, self.copies)
 
     def _trim(self) -> None:
-        """Have PyTorch's allocator give back to the driver what nobody holds."""
+        """Have PyTorch's allocator give back to the driver what nobody holds.
+
+        With segments that grow it waits for the work of the current device, as in another thread, and not for that of
+        the one whose memory it takes (pytorch/pytorch issue 196258).
+        """
         if has_streams(self.device):
+            wait_for(self.device)
             torch.accelerator.empty_cache()
 
     def _fits_beside(self, part: Part) -> bool:

@@ -49,6 +49,19 @@ def test_flops_are_the_planners():
     assert round(decode_ranks.ON_GPU.flops / 1e12, 1) == 69.3 and decode_ranks.ON_GPU.frames == 33
 
 
+@pytest.mark.parametrize("allowed", [False, True])
+def test_a_precision_holds_for_products_and_convolutions(allowed):
+    """Convolutions, of which a VAE is made, run on TF32 tensor cores unless PyTorch is told otherwise."""
+    backends = torch.backends
+
+    def settings() -> tuple[bool, bool]:
+        return backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32
+
+    before = settings()
+    assert decode_ranks._with_tf32(settings, allowed)() == (allowed, allowed)
+    assert settings() == before
+
+
 def _time_wrongly(rank):
     def dark(video, **options):
         return to_frames(video, **options) // 2

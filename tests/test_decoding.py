@@ -463,6 +463,9 @@ def test_a_side_stream_waits_for_its_mark_and_not_for_more():
     device = torch.device("cuda")
     side = SideStream(device)
     latents = torch.zeros(1 << 20, device=device)
+    with side.after(None, latents):  # loading kernels and allocating memory may wait for the whole card
+        side.to_host(latents * 2)
+    torch.cuda.synchronize()
     torch.cuda._sleep(50_000_000)
     latents += 1
     ready = side.mark()

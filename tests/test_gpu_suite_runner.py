@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 from benchmarks.gpu_suite_runner import Phase, Record, budget, run_phases
+from benchmarks.machine import describe
 
 
 def read(folder: Path, name: str) -> dict:
@@ -61,6 +62,7 @@ def test_phases_neither_stop_nor_outlive_each_other(tmp_path):
     assert statuses == {"failing": "failed", "crashing": "failed", "hanging": "cut", "quick": "finished"}
     failed = read(tmp_path, "failing")
     assert failed["error"] == "ValueError: what a phase may raise" and failed["figure"] == 1
+    assert json.loads((tmp_path / "failing.json").read_text())["command"] == describe()["command"]
     assert "exit code 7" in read(tmp_path, "crashing")["error"]
     cut = read(tmp_path, "hanging")
     assert 0 < cut["budget_seconds"] <= 30, "what is kept for the last is not taken"
@@ -79,6 +81,12 @@ def test_without_a_package_that_it_needs_a_phase_is_not_begun(tmp_path, capsys):
     assert run_phases(phases, 5, tmp_path) == {"failing": "skipped", "quick": "finished"}
     assert read(tmp_path, "failing") == {"status": "skipped", "error": "no_such_wheel is not installed"}
     assert "failing: skipped: no_such_wheel is not installed" in capsys.readouterr().out
+
+
+def test_a_phase_that_will_be_skipped_keeps_no_time(tmp_path):
+    phases = [Phase("quick", 10, quick), Phase("failing", 300, failing, needs=("no_such_wheel",))]
+    assert run_phases(phases, 5, tmp_path, time.monotonic() + 250) == {"quick": "finished", "failing": "skipped"}
+    assert read(tmp_path, "quick")["budget_seconds"] > 10
 
 
 def test_a_phase_may_take_what_those_before_it_left():

@@ -8,15 +8,19 @@ with compiled blocks in fp32 within 1e-4 of the range, as whole videos in `tests
 from __future__ import annotations
 
 import gc
+import sys
 import weakref
 from collections import Counter
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from helios_cp.checkpoint import Checkpoint
-from helios_cp.distributed import Ranks
+from helios_cp.distributed import Ranks, World
 from helios_cp.environment import prepare
 from helios_cp.errors import RequestError
 from helios_cp.execution import Execution, Target, apply
@@ -185,26 +189,75 @@ def test_changes_in_place_need_no_capture(transformer, captures):
     assert torch.equal(graphed(*call), transformer.forward(*call)) and captures.captures == 1
 
 
-def test_memory_is_bounded(transformer, captures):
-    """The least recently used graph goes, with buffers that no other uses."""
-    graphed = GraphedForward(transformer, captures, most=2)
+@pytest.mark.parametrize("change", ["one too many", "a parameter elsewhere"])
+def test_no_graph_is_dropped_alone(transformer, captures, change):
+    """All go, with their buffers; on a card the others would lose memory that they work in."""
+    graphed = GraphedForward(transformer, captures, most=3)
     text = text_of(transformer, 0)
 
     def run(size: int) -> None:
-        graphed(latents_of(0, size), torch.tensor([700]), text)
+        call = latents_of(0, size), torch.tensor([700]), text
+        assert torch.equal(graphed(*call), transformer.forward(*call))
 
-    run(2)
-    first = weakref.ref(next(iter(graphed.captured.values())).inputs[0])
-    shared = weakref.ref(next(iter(graphed.captured.values())).inputs[2])
-    run(4)
-    run(2)
-    run(6)
+    for size in (2, 4, 6, 2):
+        run(size)
+    assert len(graphed.captured) == captures.captures == 3
+    held = [weakref.ref(buffer) for graph in graphed.captured.values() for buffer in graph.inputs]
+    if change == "one too many":
+        run(8)
+    else:
+        transformer.proj_out.weight.data = transformer.proj_out.weight.data * 2
+        run(4)
     gc.collect()
-    assert len(graphed.captured) == 2 and first() is not None, "2 was used after 4"
-    run(4)
-    gc.collect()
-    assert first() is None and shared() is not None
-    assert captures.captures == 4
+    assert len(graphed.captured) == 1 and captures.captures == 4
+    assert all(buffer() is None for buffer in held)
+    run(2)
+    assert len(graphed.captured) == 2 and captures.captures == 5
+
+
+@pytest.mark.parametrize("is_collecting", [True, False])
+def test_no_garbage_is_collected_during_a_capture(monkeypatch, is_collecting):
+    """Of a card there is nothing here but the order of calls: two to warm up, and the captured one."""
+    stream = SimpleNamespace(device=None, wait_stream=lambda other: None)
+    stand_ins = {"Stream": stream, "current_stream": stream, "MemPool": SimpleNamespace(id=(0, 1))}
+    stand_ins |= {
+        "CUDAGraph": SimpleNamespace(replay=None),
+        **dict.fromkeys(("device", "stream", "graph"), nullcontext()),
+    }
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, stand_in=stand_in, **__: stand_in)
+    seen = []
+    try:
+        if not is_collecting:
+            gc.disable()
+        CudaCapture(torch.device("cuda"))(lambda: seen.append(gc.isenabled()))
+        assert seen == [is_collecting, is_collecting, False] and gc.isenabled() == is_collecting
+    finally:
+        gc.enable()
+
+
+def test_graphs_go_before_the_process_groups(presets, captures, monkeypatch):
+    """Else NCCL waits for ever for graphs that hold its messages. One rank, with a store as several have."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
+    world = World(Ranks(), 60)
+    monkeypatch.setattr(world, "_store", dist.HashStore())
+    left, leave = [], dist.destroy_process_group
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: (left.append(graph()), leave()))
+
+    def capture() -> weakref.ref:
+        transformer = load_transformer(Checkpoint.read(presets["tiny-mid"]), torch.float32)
+        transformer.forward = GraphedForward(transformer, captures)
+        transformer(latents_of(0), torch.tensor([700]), text_of(transformer, 0))
+        return weakref.ref(*transformer.forward.captured.values())
+
+    gc.disable()  # by chance it would come between
+    try:
+        with world.connected("gloo", torch.device("cpu")):
+            graph = capture()
+            assert graph() is not None, "it lies in a cycle"
+    finally:
+        gc.enable()
+    assert left == [None]
 
 
 def test_whole_video(presets, captures):
@@ -417,6 +470,47 @@ def test_the_only_graph_is_dropped_and_another_captured_on_a_card(presets):
         torch.cuda.synchronize()
         held.append(torch.cuda.memory_allocated(device))
     assert held[0] == held[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_graphs_stay_right_after_others_were_dropped_on_a_card(presets):
+    """With room for two graphs, three sizes in turn; memory that was freed goes to others and stays as they left it."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    transformer = load_transformer(Checkpoint.read(presets["tiny-mid"]), torch.bfloat16, device)
+    graphed = GraphedForward(transformer, CudaCapture(device), most=2)
+    words = torch.randn(1, 11, 32, generator=torch.Generator().manual_seed(0))
+    text = transformer.encode_text(words.to(device, torch.bfloat16))
+    others = []
+    for size in (2, 4, 6, 2, 4, 6, 4, 2):
+        call = latents_of(0, size).to(device), torch.tensor([700], device=device), text
+        assert torch.equal(graphed(*call), transformer.forward(*call))
+        torch.cuda.empty_cache()
+        others.append(torch.full((64 << 20,), 255, dtype=torch.uint8, device=device))
+    assert all((other == 255).all() for other in others)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_garbage_spoils_no_capture_on_a_card():
+    """A graph that nobody has any more, in a cycle, when the next one is captured and much is allocated."""
+    device, calls, thresholds = torch.device("cuda", torch.cuda.current_device()), [], gc.get_threshold()
+
+    def function() -> Tensor:
+        calls.append(None)
+        if len(calls) == 3:
+            gc.set_threshold(1)
+        return torch.stack([torch.ones(3, device=device) for _ in range(100)]).sum(0)
+
+    garbage = [CudaCapture(device)(lambda: torch.ones(1, device=device))]
+    garbage.append(garbage)
+    del garbage
+    try:
+        replay, output = CudaCapture(device)(function)
+    finally:
+        gc.set_threshold(*thresholds)
+    replay()
+    assert output.tolist() == [100] * 3
 
 
 @pytest.mark.gpu

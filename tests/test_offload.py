@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -387,6 +388,16 @@ def test_every_way_to_offload_has_segments_grow(folders, monkeypatch):
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
 
 
+def test_a_card_is_done_before_its_memory_goes_back(monkeypatch):
+    """PyTorch alone would wait for the card that is current, which may be another one."""
+    device, seen = torch.device("cuda", 1), []
+    monkeypatch.setattr(engine, "has_streams", lambda device: True)
+    monkeypatch.setattr(engine, "wait_for", seen.append)
+    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: seen.append("memory"))
+    Card(device, HostCopies()).add("any", [], [])
+    assert seen == [device, "memory"]
+
+
 @pytest.mark.gpu
 @GPU
 @pytest.mark.parametrize("how", HOW)
@@ -401,11 +412,27 @@ def test_bits_on_a_card(folders, astronaut, name, how):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_bits_in_a_thread_with_another_card(folders, astronaut):
+    """The current card is one of each thread; a new thread begins with the first."""
+    with torch.cuda.device(0):  # loading makes the other one current, which ends here
+        pipelines = [
+            Pipeline.from_pretrained(folders["tiny-mid"], device="cuda:1", execution=Execution(offload=how))
+            for how in ("none", "model")
+        ]
+    with ThreadPoolExecutor(1) as threads:
+        inputs = request_of("tiny-mid"), Inputs(image=astronaut)
+        results = [threads.submit(video, pipeline, *inputs).result() for pipeline in pipelines]
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.gpu
 @GPU
 def test_14b_in_7_gb_as_the_driver_counts_it():
     """At full size, with random weights and prompts that are embedded already, a chunk of 384 × 640."""
     from benchmarks.full_size import build_random, named_checkpoint, random_inputs
 
+    shared_pool().close()  # the contexts of ranks that other tests have used on the card would count
     device = torch.device("cuda", torch.cuda.current_device())
     checkpoint = named_checkpoint("14b")
     pipeline = build_random(
@@ -437,6 +464,7 @@ def test_memory_as_the_driver_counts_it():
     transformer.to_empty(device="cpu")
     for parameter in transformer.parameters():
         nn.init.normal_(parameter, std=0.02)
+    gc.collect()  # what other tests have left would be given to this one later
     torch.cuda.empty_cache()
     before = torch.cuda.mem_get_info(device)[0]
     card = Card(device)

@@ -14,6 +14,7 @@ import torch
 
 from benchmarks.ranks import shared_pool
 from helios_cp.conditioning import Inputs
+from helios_cp.execution import Execution
 from helios_cp.request import Request
 from parallel.mesh import Degrees, Mesh
 
@@ -171,8 +172,8 @@ def test_a_broken_merge_shows(pool, folders, forwards_alone):
 def make_video_on_card(rank: int, folder: str, degrees: Degrees, dtype: torch.dtype, image) -> torch.Tensor:
     from helios_cp.parallelize import load_parallel
 
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    pipeline = load_parallel(folder, Mesh.build(degrees), dtype=dtype, device="cuda:0")
+    execution = Execution(tf32=False)
+    pipeline = load_parallel(folder, Mesh.build(degrees), dtype=dtype, device="cuda:0", execution=execution)
     request = Request(prompt=("a fox",), height=64, width=64, num_frames=66, **STEPS["tiny-mid"])
     return torch.cat([chunk.latents.cpu() for chunk in pipeline.stream(request, Inputs(image=image))], 2)
 

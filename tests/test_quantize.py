@@ -139,9 +139,13 @@ def test_products(kind, device):
     tolerance = 2e-2 if device == "cuda" else 1e-5  # bfloat16 has 8 bits
     whole = F.linear(states, quantised, bias)
     assert whole.dtype == dtype and error(whole.double(), expected) <= tolerance
-    assert torch.equal(F.linear(states, quantised[32:64], bias[32:64]), whole[..., 32:64])
+    rows = F.linear(states, quantised[32:64], bias[32:64])
     assert error(F.linear(states, quantised).double(), expected - bias.double()) <= tolerance
-    assert error(F.linear(exact, weight.double(), bias.double()), expected) > tolerance  # were it not quantised
+    if device == "cuda":  # where the kernel depends on the number of rows, and bfloat16 loses as much as 8 bits do
+        assert error(rows.double(), whole[..., 32:64].double()) <= tolerance
+    else:
+        assert torch.equal(rows, whole[..., 32:64])
+        assert error(F.linear(exact, weight.double(), bias.double()), expected) > tolerance  # were it not quantised
 
 
 # A model

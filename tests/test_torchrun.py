@@ -1,4 +1,4 @@
-"""Multi-rank gloo, by the command that users type: torchrun, its faults, several machines, refused layouts."""
+"""Multi-rank gloo and GPU, by the command that users type: torchrun, its faults, several machines, refused layouts."""
 
 from __future__ import annotations
 
@@ -138,6 +138,16 @@ def test_no_rank_leaves_before_all_are_done(tmp_path, environment):
     code, stdout, stderr = torchrun(2, [str(script)], tmp_path, environment)
     assert code == 0, stderr
     assert stdout.splitlines() == ["rank 0 is done", "a rank leaves", "a rank leaves"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_ranks_with_graphs_of_messages_end(tmp_path, environment):
+    """NCCL lets nobody leave while such a graph is there."""
+    graphs = ["-m", "helios_cp.generate", *REQUEST, "--ulysses", "2", "--cuda-graphs"]
+    code, _, stderr = torchrun(2, graphs, tmp_path, environment)
+    assert code == 0, stderr
+    assert frames_in(tmp_path / "out.mp4") == 99
 
 
 def test_two_machines(alone, tmp_path, environment):

@@ -1,14 +1,16 @@
 """Multi-rank gloo: the pool of ranks itself. A failing rank must fail its test at once, with its own error."""
 
+import contextlib
 import os
 import signal
+import sys
 import time
 from multiprocessing.connection import wait
 
 import pytest
 import torch.distributed as dist
 
-from benchmarks.ranks import RankError
+from benchmarks.ranks import RankError, RankPool
 
 
 def _world(rank):
@@ -43,6 +45,17 @@ def test_world_has_exactly_the_ranks_asked_for(ranks, size):
 
 def test_one_rank_needs_no_process_group(ranks):
     assert ranks.run(_without_world, ranks=1) == [False]
+
+
+def _inherits(rank):
+    return "diffusers" in sys.modules
+
+
+def test_beside_cards_a_rank_inherits_nothing(monkeypatch):
+    """diffusers asks for cards when it is imported, and a process that is forked after that cannot use them."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    with contextlib.closing(RankPool(2)) as pool:
+        assert pool.run(_inherits, ranks=2) == [False, False]
 
 
 @pytest.mark.parametrize(
