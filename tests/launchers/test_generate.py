@@ -106,7 +106,7 @@ def test_local_makes_what_torchrun_makes_and_joins_no_cluster(folder, cluster):
 def test_a_killed_driver_is_resumed(folder, cluster):
     """SIGKILL in the middle. The driver is held before, so that the status can be read at leisure."""
     to_cluster = ["--address", cluster.address, *PATIENT]
-    arguments = [*to_cluster, "--num-frames", "660", "--save-latents", "a.safetensors", "--checkpoint-dir", "run"]
+    arguments = [*to_cluster, "--num-frames", "396", "--save-latents", "a.safetensors", "--checkpoint-dir", "run"]
     python, _, _, *flags = command(*arguments)
     said = Path("said.txt")
     with said.open("w") as stderr:
@@ -126,13 +126,13 @@ def test_a_killed_driver_is_resumed(folder, cluster):
         finally:
             process.kill()
     assert shown.returncode == 0, shown.stderr
-    for part in ("text ", "group-0", "decoder-0", "writer", " on node ", "of 20 chunks, running", "chunks a second"):
+    for part in ("text ", "group-0", "decoder-0", "writer", " on node ", "of 12 chunks, running", "chunks a second"):
         assert part in shown.stdout, shown.stdout
     pids = [int(pid) for pid in re.findall(r":(\d+) on node ", shown.stdout)]
     assert len(pids) == 4, shown.stdout
     wait_until(lambda: not any(runs_actor(pid) for pid in pids))  # the writer had a chunk in hand
     finished = json.loads(Path("run/state.json").read_text())["chunks"]
-    assert 2 <= finished < 20 and not Path("a.safetensors").exists()
+    assert 2 <= finished < 12 and not Path("a.safetensors").exists()
 
     resume = [sys.executable, "-m", "launchers.generate", *to_cluster, "--resume", "run"]
     done = subprocess.run(
@@ -144,8 +144,8 @@ def test_a_killed_driver_is_resumed(folder, cluster):
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(Path("b.json").read_text())["resumed_from_chunk"] == finished
-    assert frames_in(Path("out.mp4")) == 660
-    alone = [*QUICK, "--prompt", "a fox", "--num-frames", "660", "--save-latents", "c.safetensors", "--output", "c.mp4"]
+    assert frames_in(Path("out.mp4")) == 396
+    alone = [*QUICK, "--prompt", "a fox", "--num-frames", "396", "--save-latents", "c.safetensors", "--output", "c.mp4"]
     assert generate_alone(alone) == 0
     assert load_file("b.safetensors")["latents"].equal(load_file("c.safetensors")["latents"])
     assert Path("out.mp4").read_bytes() == Path("c.mp4").read_bytes()
