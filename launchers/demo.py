@@ -8,8 +8,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from helios_cp.arguments import OneLineParser
-from helios_cp.errors import RequestError
+from helios_cp.config.arguments import OneLineParser
+from helios_cp.config.errors import RequestError
 
 PROMPTS = ("a red fox running through fresh snow", "a lighthouse in a storm at night")
 NODES = (3, 2)
@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
         "--output", type=Path, default=Path("outputs/demo-ray"), metavar="DIR", help="default: outputs/demo-ray"
     )
     output = parser.parse_args(argv).output
-    from helios_cp.files import check_folder_target
+    from helios_cp.files.whole_files import check_folder_target
 
     try:
         check_folder_target("--output", output)
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ |= {"RAY_TMPDIR": folder, "OMP_NUM_THREADS": "1"}
     from ray.cluster_utils import Cluster
 
-    from launchers.generate import main as generate
+    from launchers.generate.__main__ import main as generate
 
     store = {"object_store_memory": 200 * 2**20}
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": NODES[0], "include_dashboard": False, **store})

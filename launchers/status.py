@@ -12,9 +12,9 @@ import sys
 import time
 from typing import Any
 
-from helios_cp.arguments import OneLineParser, number
-from helios_cp.errors import RequestError
-from launchers.address import address_of, check_address
+from helios_cp.config.arguments import OneLineParser, number
+from helios_cp.config.errors import RequestError
+from launchers.cluster.address import address_of, check_address
 
 PROGRAM = "launchers.status"
 PATIENCE = 10.0
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(str(error))
     if arguments.watch is not None and not 0 < arguments.watch < math.inf:
         parser.error(f"--watch {arguments.watch:g}: a number of seconds above 0 is allowed")
-    from launchers.cluster import ClusterError, connected
+    from launchers.cluster.cluster import ClusterError, connected
 
     try:
         with connected(address):
@@ -78,7 +78,7 @@ def read_boards() -> list[dict[str, Any]]:
     import ray
     from ray.exceptions import GetTimeoutError, RayError
 
-    from launchers.board import NAMESPACE
+    from launchers.driver.board import NAMESPACE
 
     found = []
     for actor in ray.util.list_named_actors(all_namespaces=True):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from helios_cp.presets import PRESETS, preset_folder
+from helios_cp.weights.presets import PRESETS, preset_folder
 
 # One thread: the models are tiny, and threads that wait for each other on a busy machine cost more than they do.
 torch.set_num_threads(1)
@@ -55,7 +55,7 @@ class WeightsReached(BaseException):
 @pytest.fixture
 def no_weights(monkeypatch):
     """Whatever the command line would load weights with raises `WeightsReached`."""
-    importlib.import_module("helios_cp.runner")
+    importlib.import_module("helios_cp.generate.run")
 
     def reached(*_, **__):
         raise WeightsReached

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from benchmarks.report_model import GPUS, HARDWARE, STEPS, predict_lines
-from helios_cp import cards
-from helios_cp.generate import build_parser
+from benchmarks.report.modelled import GPUS, HARDWARE, STEPS, predict_lines
+from helios_cp.generate.__main__ import build_parser
+from helios_cp.plan import cards
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

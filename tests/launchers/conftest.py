@@ -13,8 +13,8 @@ import ray
 import torch
 from ray.cluster_utils import Cluster
 
-from helios_cp.pipeline import Pipeline
-from helios_cp.request import Request
+from helios_cp.config.request import Request
+from helios_cp.pipeline.pipeline import Pipeline
 
 SMALL = Request(
     prompt=("a fox",), height=64, width=64, num_frames=99, pyramid_num_inference_steps_list=(1, 1, 1), seed=(7,)

@@ -9,18 +9,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from helios_cp.conditioning import Inputs
-from helios_cp.request import Request
-from helios_cp.video import encode_segment
-from launchers.calls import Payload
-from launchers.conductor import Conductor
-from launchers.course import Course, Limits, Stage
-from launchers.faults import WorkerLostError
-from launchers.handle import VideoHandle
-from launchers.messages import Decoded, Denoised, Span, Target, Text
-from launchers.videos import Video
-from launchers.workers import Standing
-from launchers.writer import VideoWriter
+from helios_cp.config.request import Request
+from helios_cp.files.mp4 import encode_segment
+from helios_cp.pipeline.start import Inputs
+from launchers.cluster.calls import Payload
+from launchers.cluster.faults import WorkerLostError
+from launchers.cluster.worker import Standing
+from launchers.driver.conductor import Conductor
+from launchers.driver.handle import VideoHandle
+from launchers.driver.video import Video
+from launchers.messages.messages import Decoded, Denoised, Span, Target, Text
+from launchers.schedule.terms import Course, Limits, Stage
+from launchers.workers.writer import VideoWriter
 
 SPAN = Span(0.0, 1.0, {})
 FRAMES = 5

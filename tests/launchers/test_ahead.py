@@ -5,20 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 
-from helios_cp.errors import RequestError
-from helios_cp.pipeline import Chunk
-from helios_cp.request import Request
-from helios_cp.run_folder import Run, RunFolder
-from helios_cp.state import ChunkState
-from helios_cp.weights import resolve
-from launchers import ahead
-from launchers.arrays import Array, StateArrays
-from launchers.calls import Payload
-from launchers.course import Course
-from launchers.handle import VideoHandle
-from launchers.messages import Denoised, Span
-from launchers.submission import Submission
-from launchers.writer import VideoWriter
+from helios_cp.config.errors import RequestError
+from helios_cp.config.request import Request
+from helios_cp.generate.run_folder import Run, RunFolder
+from helios_cp.pipeline.pipeline import Chunk
+from helios_cp.sampling.state import ChunkState
+from helios_cp.weights.load import resolve
+from launchers.cluster.calls import Payload
+from launchers.driver.handle import VideoHandle
+from launchers.driver.submission import Submission
+from launchers.messages.arrays import Array, StateArrays
+from launchers.messages.messages import Denoised, Span
+from launchers.schedule.terms import Course
+from launchers.workers import ahead
+from launchers.workers.writer import VideoWriter
 
 CHUNKS = 5
 

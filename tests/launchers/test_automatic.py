@@ -7,17 +7,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from helios_cp.errors import RequestError
-from helios_cp.hardware import detect_hardware
-from helios_cp.layout import Layout
-from helios_cp.plan import best_prediction
-from helios_cp.request import Request
-from helios_cp.weights import resolve
-from launchers import automatic
-from launchers.automatic import largest_group, take_best_layout
-from launchers.generate import build_parser, check_cluster_flags
-from launchers.loading import Loading
-from launchers.recipes import Resources, bundle, recipes
+from helios_cp.config.errors import RequestError
+from helios_cp.config.layout import Layout
+from helios_cp.config.request import Request
+from helios_cp.plan.__main__ import best_prediction
+from helios_cp.plan.detect import detect_hardware
+from helios_cp.weights.load import resolve
+from launchers.driver.recipes import Resources, bundle, recipes
+from launchers.generate import automatic_layout as automatic
+from launchers.generate.__main__ import build_parser, check_cluster_flags
+from launchers.generate.automatic_layout import largest_group, take_best_layout
+from launchers.workers.loading import Loading
 from parallel.mesh import Degrees
 
 NODES = [{"CPU": 8.0}, {"CPU": 4.0}]
@@ -138,7 +138,7 @@ def test_workers_that_no_pipeline_can_have(degrees, groups, decoders, spread, sa
 
 @pytest.mark.parametrize(("shard_weights", "device", "gpus"), [(False, "cuda", 0.5), (True, "cpu", None)])
 def test_text_is_encoded_where_the_single_program_does_it(shard_weights, device, gpus):
-    """On the CPU beside sharded weights, and then without a card; see `helios_cp.parallelize.load_parallel`."""
+    """On the CPU beside sharded weights, and then without a card; see `pipeline.parallelize.load_parallel`."""
     found = recipes(loading(shard_weights), 1, 1, Resources.of("cuda"), False, "node")
     text = next(recipe for recipe in found if recipe.name == "text")
     ((_, (_, where, dtype, _), _),) = text.actors

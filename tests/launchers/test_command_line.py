@@ -16,18 +16,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from helios_cp.errors import RequestError
-from helios_cp.execution import Execution
-from helios_cp.generate import build_parser as build_single_parser
-from launchers import checks, demo, runner, status
-from launchers.address import address_of, check_address, host_and_port
-from launchers.checks import cards_for, check_cards, check_session, pick_cluster_device, shares_of_workers
-from launchers.cluster import ClusterError, connected, knock
-from launchers.generate import build_parser, check_cluster_flags, main
-from launchers.limits import check_offload
-from launchers.pipeline import PipelineError
-from launchers.recipes import Resources
-from launchers.timeline import Event
+from helios_cp.config.errors import RequestError
+from helios_cp.config.execution import Execution
+from helios_cp.generate.__main__ import build_parser as build_single_parser
+from launchers import demo, status
+from launchers.cluster.address import address_of, check_address, host_and_port
+from launchers.cluster.cluster import ClusterError, connected, knock
+from launchers.driver.pipeline import PipelineError
+from launchers.driver.recipes import Resources
+from launchers.driver.timeline import Event
+from launchers.generate import checks
+from launchers.generate import run as runner
+from launchers.generate.__main__ import build_parser, check_cluster_flags, main
+from launchers.generate.checks import cards_for, check_cards, check_session, pick_cluster_device, shares_of_workers
+from launchers.schedule.limits import check_offload
 from tests.launchers.conftest import QUICK
 
 CLUSTER = "127.0.0.1:7777"
@@ -317,7 +319,7 @@ STATUS = {
 
 
 def test_status_for_readers_and_programs(folder, capsys, monkeypatch):
-    monkeypatch.setattr("launchers.cluster.connected", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr("launchers.cluster.cluster.connected", lambda *_, **__: contextlib.nullcontext())
     monkeypatch.setattr(status, "read_boards", lambda: [STATUS, STATUS])
     assert status.main([]) == 0
     assert capsys.readouterr().out.count("group-0") == 2
@@ -357,7 +359,7 @@ def demonstration(folder, monkeypatch):
     monkeypatch.setenv("RAY_TMPDIR", "")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr("ray.cluster_utils.Cluster", StandInCluster)
-    monkeypatch.setattr("launchers.generate.main", generate)
+    monkeypatch.setattr("launchers.generate.__main__.main", generate)
     return calls
 
 

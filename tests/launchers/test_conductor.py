@@ -8,11 +8,11 @@ from concurrent.futures import CancelledError
 
 import pytest
 
-from launchers import conductor as conductor_module
-from launchers.conductor import PipelineError
-from launchers.course import Limits
-from launchers.faults import StartError, WorkerLostError
-from launchers.workers import Standing
+from launchers.cluster.faults import StartError, WorkerLostError
+from launchers.cluster.worker import Standing
+from launchers.driver import conductor as conductor_module
+from launchers.driver.conductor import PipelineError
+from launchers.schedule.terms import Limits
 from tests.launchers.conftest import frames_in
 from tests.launchers.stand_ins import FRAMES, PATIENCE, Studio
 
@@ -151,7 +151,7 @@ def test_a_fatal_error_finishes_the_files(tmp_path, is_lost):
 
 def test_a_writer_that_hangs_in_the_end(tmp_path, monkeypatch):
     """It is killed, and the files are finished by the driver."""
-    monkeypatch.setattr("launchers.video_files.PATIENCE", 0.1)
+    monkeypatch.setattr("launchers.driver.video_files.PATIENCE", 0.1)
     studio = Studio()
     studio.workers["writer"].held.add("close")
     handle = hold_the_second_write(studio, tmp_path / "a.mp4")

@@ -20,7 +20,7 @@ import yaml
 from packaging.requirements import Requirement
 
 from launchers import status
-from launchers.generate import build_parser, check_cluster_flags
+from launchers.generate.__main__ import build_parser, check_cluster_flags
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -255,7 +255,7 @@ def test_commands_of_the_pages(page):
 
 
 def test_the_range_of_ray_holds_what_is_tested():
-    """`launchers.cluster` reads what nodes have free by a function that Ray keeps to itself."""
+    """`launchers.cluster.cluster` reads what nodes have free by a function that Ray keeps to itself."""
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
     lines = setup["options.extras_require"]["cluster"].split()

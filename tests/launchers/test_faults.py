@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from ray.util.placement_group import placement_group, remove_placement_group
 
-from helios_cp.layout import Layout
-from launchers.pipeline import ChunkPipeline, PipelineError
-from launchers.schedule import Limits, Stage
+from helios_cp.config.layout import Layout
+from launchers.driver.pipeline import ChunkPipeline, PipelineError
+from launchers.schedule.schedule import Limits, Stage
 from parallel.mesh import Degrees
 from tests.launchers.conftest import PATIENCE, frames_in, small
 

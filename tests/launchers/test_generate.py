@@ -16,10 +16,10 @@ import pytest
 import ray
 from safetensors.torch import load_file
 
-from helios_cp.generate import main as generate_alone
-from launchers.automatic import most_ranks
-from launchers.generate import build_parser
-from launchers.recipes import Resources
+from helios_cp.generate.__main__ import main as generate_alone
+from launchers.driver.recipes import Resources
+from launchers.generate.__main__ import build_parser
+from launchers.generate.automatic_layout import most_ranks
 from tests.launchers.conftest import PATIENCE, QUICK, frames_in, runs_actor
 
 pytestmark = pytest.mark.ray

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from launchers.handle import VideoChunk, VideoHandle
+from launchers.driver.handle import VideoChunk, VideoHandle
 
 PATIENCE = 300
 """Seconds for what takes none."""

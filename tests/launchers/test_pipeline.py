@@ -19,15 +19,16 @@ import pytest
 import ray
 import torch
 
-from helios_cp.errors import RequestError
-from helios_cp.layout import Layout
-from helios_cp.request import ScheduledPrompt
-from helios_cp.run_folder import Run, RunFolder
-from launchers import ahead, status
-from launchers.arrays import Array
-from launchers.pipeline import NAMESPACE, ChunkPipeline, PipelineError
-from launchers.schedule import Limits
-from launchers.workers import Worker
+from helios_cp.config.errors import RequestError
+from helios_cp.config.layout import Layout
+from helios_cp.config.request import ScheduledPrompt
+from helios_cp.generate.run_folder import Run, RunFolder
+from launchers import status
+from launchers.cluster.worker import Worker
+from launchers.driver.pipeline import NAMESPACE, ChunkPipeline, PipelineError
+from launchers.messages.arrays import Array
+from launchers.schedule.schedule import Limits
+from launchers.workers import ahead
 from parallel.mesh import Degrees
 from tests.launchers.conftest import PATIENCE, frames_in, inside, runs_actor, small
 
@@ -290,7 +291,7 @@ def test_missing_resources_are_named(cluster, model, monkeypatch):
     def worker(recipe, tell, patience) -> Worker:
         return Worker(recipe, tell, patience if recipe.name == "group-0" else PATIENCE)
 
-    monkeypatch.setattr("launchers.pipeline.Worker", worker)
+    monkeypatch.setattr("launchers.driver.pipeline.Worker", worker)
     with ChunkPipeline(model, groups=1, layout=Layout(Degrees(ulysses=4, ring=3)), patience=1) as pipeline:
         handle = pipeline.submit(small())
         with pytest.raises(PipelineError, match="group-0 needs 12 CPU on one node") as caught:

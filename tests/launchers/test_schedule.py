@@ -11,8 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from launchers.course import Course, Limits, Stage, Status
-from launchers.schedule import Schedule
+from launchers.schedule.schedule import Schedule
+from launchers.schedule.terms import Course, Limits, Stage, Status
 
 WORKERS = {
     "text": {Stage.TEXT: 1},
@@ -371,5 +371,5 @@ def test_keys_are_used_once():
 
 
 def test_neither_ray_nor_torch_is_imported():
-    code = "import sys, launchers.schedule; print({'ray', 'torch', 'numpy'} & set(sys.modules))"
+    code = "import sys, launchers.schedule.schedule; print({'ray', 'torch', 'numpy'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"

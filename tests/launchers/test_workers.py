@@ -17,13 +17,13 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
-from launchers import workers as module
-from launchers.cluster import Needs
-from launchers.course import Stage
-from launchers.faults import PayloadLostError, StartError, WorkerLostError, fault_of, start_fault_of
-from launchers.messages import Place
-from launchers.versions import VersionError, check_versions, own_versions
-from launchers.workers import Recipe, Worker
+from launchers.cluster import worker as module
+from launchers.cluster.cluster import Needs
+from launchers.cluster.faults import PayloadLostError, StartError, WorkerLostError, fault_of, start_fault_of
+from launchers.cluster.worker import Recipe, Worker
+from launchers.messages.messages import Place
+from launchers.messages.versions import VersionError, check_versions, own_versions
+from launchers.schedule.terms import Stage
 
 PATIENCE = 300
 """Seconds for what takes none."""

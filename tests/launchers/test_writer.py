@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from helios_cp.video import Mp4Writer, encode_segment
-from launchers.messages import Decoded, Span, Target
-from launchers.timeline import Event, busy, draw, overlap, union
-from launchers.writer import VideoWriter
+from helios_cp.files.mp4 import Mp4Writer, encode_segment
+from launchers.driver.timeline import Event, busy, draw, overlap, union
+from launchers.messages.messages import Decoded, Span, Target
+from launchers.workers.writer import VideoWriter
 from tests.launchers.conftest import frames_in
 
 CHUNKS = 3

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.ranks import RankPool, shared_pool
+from benchmarks.ranks.pool import RankPool, shared_pool
 
 
 @pytest.fixture(scope="session")

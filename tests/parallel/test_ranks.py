@@ -10,7 +10,7 @@ from multiprocessing.connection import wait
 import pytest
 import torch.distributed as dist
 
-from benchmarks.ranks import RankError, RankPool
+from benchmarks.ranks.pool import RankError, RankPool
 
 
 def _world(rank):
@@ -80,6 +80,6 @@ def test_hanging_rank_is_named(ranks, monkeypatch):
         assert 0 < timeout <= 600
         return wait(connections, timeout if len(connections) > 1 else 0.1)
 
-    monkeypatch.setattr("benchmarks.ranks.wait", wait_for_others)
+    monkeypatch.setattr("benchmarks.ranks.pool.wait", wait_for_others)
     with pytest.raises(RankError, match=r"no answer within 600 s from ranks \[1\]"):
         ranks.run(_hang_on, 1, ranks=3, timeout=600)

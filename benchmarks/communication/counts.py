@@ -1,0 +1,186 @@
+"""What the ranks of a forward send each other, counted in gloo runs.
+
+Counts are of a narrow and shallow model on the token counts of the full one. Two things carry them to the full size,
+both exact, since bytes depend on shapes alone:
+
+- Blocks but the last are alike, so that models of two and of three blocks tell those of any deeper one.
+- What blocks exchange is proportional to the width of the model. The velocity, which leaves it, is as wide in both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from benchmarks.models.communication_formulas import AXES, DTYPE, ByAxis, Tokens, Traffic, predict_ours, predict_theirs
+from benchmarks.models.diffusers_parallel import FunctionalCollectives, enable_ulysses
+from benchmarks.models.models import Inputs, build_pair, encode_history
+from benchmarks.models.models import run_ours as forward_ours
+from benchmarks.models.models import run_theirs as forward_theirs
+from benchmarks.ranks.pool import RankPool
+from helios_cp.config.checkpoint import TransformerConfig
+from helios_cp.model.transformer import HeliosTransformer
+from helios_cp.pipeline.parallelize import ShardedSequence, SplitBranches, narrow_feed_forward
+from parallel.collectives import Meter
+from parallel.mesh import Degrees, Mesh
+
+# 8 heads divide over 2, 4 and 8 ranks as 40 do; 5120 is a multiple of the width.
+NARROW = TransformerConfig(
+    num_attention_heads=8, attention_head_dim=8, rope_dim=(4, 2, 2), ffn_dim=64, text_dim=64, num_layers=3
+)
+GROWS_WITH_WIDTH = ("ulysses", "ring", "ffn_tp", "context")
+TIMEOUT = 600.0  # seconds for the counts of one layout
+
+
+def count_ours(
+    rank: int, configs: Sequence[TransformerConfig], size: tuple[int, int], stages: Sequence[int], degrees: Degrees
+) -> dict[tuple[int, TransformerConfig], ByAxis]:
+    """What this rank of a running gloo world sends in one step, for each stage and config."""
+    return {(stage, config): _count_ours(config, size, stage, degrees) for stage in stages for config in configs}
+
+
+@torch.inference_mode()
+def _count_ours(config: TransformerConfig, size: tuple[int, int], stage: int, degrees: Degrees) -> ByAxis:
+    torch.manual_seed(0)
+    mesh, meters = _metered(Mesh.build(degrees))
+    model = _sharded_model(config, mesh)
+    inputs = Inputs.random(config, size, stage, torch.device("cpu"), DTYPE)
+    velocity = forward_ours(model, inputs, model.encode_text(inputs.text), encode_history(model, inputs))
+    if mesh.cfg.size > 1:
+        SplitBranches(mesh.cfg).exchange([velocity])
+    return {axis: Traffic(meter.total_calls, meter.total_bytes) for axis, meter in meters.items()}
+
+
+def _metered(mesh: Mesh) -> tuple[Mesh, dict[str, Meter]]:
+    """The mesh with a meter on each of its axes."""
+    meters = {axis: Meter() for axis in AXES}
+    return replace(mesh, **{axis: replace(getattr(mesh, axis), meter=meters[axis]) for axis in AXES}), meters
+
+
+def _sharded_model(config: TransformerConfig, mesh: Mesh) -> HeliosTransformer:
+    model = HeliosTransformer(config).eval().cast(DTYPE)
+    if mesh.ffn_tp.size > 1:
+        weights = model.state_dict()
+        for name, part in narrow_feed_forward(model, mesh.ffn_tp).items():
+            weights[name] = weights[name][part]
+        model.load_state_dict(weights, assign=True)
+    model.sequence = ShardedSequence(mesh)
+    return model
+
+
+def count_theirs(
+    rank: int, configs: Sequence[TransformerConfig], size: tuple[int, int], stages: Sequence[int], ranks: int
+) -> dict[tuple[int, TransformerConfig], ByAxis | str]:
+    """As `count_ours` for diffusers' Ulysses over the `ranks` of the world, or why it cannot run."""
+    return {(stage, config): _count_theirs(config, size, stage, ranks) for stage in stages for config in configs}
+
+
+@torch.inference_mode()
+def _count_theirs(config: TransformerConfig, size: tuple[int, int], stage: int, ranks: int) -> ByAxis | str:
+    torch.manual_seed(0)
+    model, _ = build_pair(config, torch.device("cpu"), DTYPE)
+    inputs = Inputs.random(config, size, stage, torch.device("cpu"), DTYPE)
+    enable_ulysses(model, ranks)
+    meter = Meter()
+    try:
+        with FunctionalCollectives(meter):
+            forward_theirs(model, inputs)
+    except AssertionError as error:  # tokens that do not divide, before anything is sent
+        return str(error)
+    return {"context": Traffic(meter.total_calls, meter.total_bytes)}
+
+
+def at_full_size(two: ByAxis, three: ByAxis, narrow: TransformerConfig, full: TransformerConfig) -> ByAxis:
+    """The traffic of `full`, from that of `narrow` with two and with three blocks. Raises `ValueError` if inexact."""
+    found = {}
+    for axis, traffic in three.items():
+        calls = traffic.calls + (full.num_layers - 3) * (traffic.calls - two[axis].calls)
+        sent = traffic.sent_bytes + (full.num_layers - 3) * (traffic.sent_bytes - two[axis].sent_bytes)
+        if axis in GROWS_WITH_WIDTH:
+            sent, rest = divmod(sent * full.dim, narrow.dim)
+            if rest:
+                raise ValueError(f"width {narrow.dim}: the bytes on axis {axis} do not scale to {full.dim} exactly")
+        found[axis] = Traffic(calls, sent)
+    return found
+
+
+@dataclass(frozen=True)
+class Count:
+    """One layout at one stage at full size: counted on each rank, and the predicted calls and sum of bytes."""
+
+    ranks: tuple[ByAxis, ...]
+    predicted: ByAxis
+
+    @property
+    def calls(self) -> int:
+        """Of any rank: all make the same."""
+        return _total(self.ranks[0]).calls
+
+    @property
+    def mean_bytes(self) -> float:
+        return sum(_total(rank).sent_bytes for rank in self.ranks) / len(self.ranks)
+
+    @property
+    def max_bytes(self) -> int:
+        return max(_total(rank).sent_bytes for rank in self.ranks)
+
+    @property
+    def is_as_predicted(self) -> bool:
+        """To the byte, on every axis."""
+        return all(
+            all(rank[axis].calls == predicted.calls for rank in self.ranks)
+            and sum(rank[axis].sent_bytes for rank in self.ranks) == predicted.sent_bytes
+            for axis, predicted in self.predicted.items()
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        axes = {
+            axis: {"calls": self.ranks[0][axis].calls, "bytes_of_ranks": [rank[axis].sent_bytes for rank in self.ranks]}
+            for axis, predicted in self.predicted.items()
+            if predicted.calls
+        }
+        totals = {"calls": self.calls, "mean_bytes": self.mean_bytes, "max_bytes": self.max_bytes}
+        return {**totals, "is_as_predicted": self.is_as_predicted, "axes": axes}
+
+
+def _total(traffic: ByAxis) -> Traffic:
+    return sum(traffic.values(), Traffic())
+
+
+def counts_of_ours(
+    pool: RankPool, degrees: Degrees, full: TransformerConfig, size: tuple[int, int], stages: Sequence[int]
+) -> dict[int, Count]:
+    """One layout of `full` by stage, counted on the narrow model."""
+    configs = two, three = _two_depths()
+    ranks = pool.run(count_ours, configs, size, stages, degrees, ranks=degrees.world, timeout=TIMEOUT)
+    return {
+        stage: Count(
+            tuple(at_full_size(rank[stage, two], rank[stage, three], NARROW, full) for rank in ranks),
+            predict_ours(full, Tokens.of(size, stage), degrees),
+        )
+        for stage in stages
+    }
+
+
+def counts_of_theirs(
+    pool: RankPool, ranks: int, full: TransformerConfig, size: tuple[int, int], stages: Sequence[int]
+) -> dict[int, Count | str]:
+    """diffusers' Ulysses by stage, or why it cannot run."""
+    configs = two, three = _two_depths()
+    found = pool.run(count_theirs, configs, size, stages, ranks, ranks=ranks, timeout=TIMEOUT)
+    counts: dict[int, Count | str] = {}
+    for stage in stages:
+        if isinstance(found[0][stage, three], str):
+            counts[stage] = found[0][stage, three]
+            continue
+        each = tuple(at_full_size(rank[stage, two], rank[stage, three], NARROW, full) for rank in found)
+        counts[stage] = Count(each, predict_theirs(full, Tokens.of(size, stage), ranks))
+    return counts
+
+
+def _two_depths() -> tuple[TransformerConfig, TransformerConfig]:
+    two, three = (replace(NARROW, num_layers=layers) for layers in (2, 3))
+    return two, three

@@ -1,0 +1,257 @@
+"""Decoding one chunk with the VAE: diffusers', ours on one rank, and ours split over several, in each precision.
+
+The functions here run on every rank of one world at once, in step.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from diffusers.video_processor import VideoProcessor
+from torch import Tensor
+
+from benchmarks.measuring.device_rates import tf32
+from benchmarks.measuring.product import Product
+from benchmarks.measuring.timing import Timing, interleave
+from benchmarks.models.full_size import random_vae
+from benchmarks.ranks.groups import in_step, make_group, nothing, rank_device
+from helios_cp.config.checkpoint import VAE_SPATIAL
+from helios_cp.model.codec import Codec, convolution_tf32, denormalise, to_channels_last
+from helios_cp.pipeline.parallelize import SplitCodec
+from helios_cp.plan.vae_cost import VaeConfig, decode_flops
+from parallel.collectives import Meter
+
+WARMUP = 1
+PRODUCTS = 8  # in a row
+FRAMES_PER_LATENT = 4
+
+
+@dataclass(frozen=True)
+class Precision:
+    """In what the VAE computes; `tf32` says whether fp32 may run on TF32 tensor cores."""
+
+    name: str
+    dtype: torch.dtype
+    tf32: bool = False
+
+
+PRECISIONS = {
+    "fp32": Precision("fp32", torch.float32),
+    "tf32": Precision("tf32", torch.float32, tf32=True),
+    "bf16": Precision("bf16", torch.bfloat16),
+}
+# In levels of grey, the largest difference of a pixel from diffusers' in the same precision. Ours rounds the same
+# values, so that one level is what another order of additions can leave in fp32; TF32 keeps 11 bits, bf16 8.
+LEVELS = {"fp32": 1, "tf32": 8, "bf16": 32}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One chunk of a video of `size` (height, width) pixels, the precisions, and the ranks to split it over."""
+
+    vae: VaeConfig
+    size: tuple[int, int]
+    precisions: tuple[str, ...]
+    ranks: tuple[int, ...]
+    device_type: str = "cpu"
+    latent_frames: int = 9
+
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        return self.size[0] // VAE_SPATIAL, self.size[1] // VAE_SPATIAL
+
+    @property
+    def frames(self) -> int:
+        return FRAMES_PER_LATENT * (self.latent_frames - 1) + 1
+
+    @property
+    def flops(self) -> int:
+        return decode_flops(self.vae, self.latent_frames, *self.latent_size)
+
+
+ON_CPU = Case(VaeConfig(base_dim=16), (64, 128), ("fp32",), (2,))
+ON_GPU = Case(VaeConfig(), (384, 640), ("fp32", "tf32", "bf16"), (), "cuda")
+
+
+@dataclass(frozen=True)
+class RankTimes:
+    """As one rank sees them, by program. `traffic` is (collectives, bytes sent) of the rank in one call.
+
+    `levels` is by how many levels of grey a pixel differs at most from diffusers' in the same precision, and
+    `levels_of_fp32` from its fp32; both as rank 0 finds them.
+    """
+
+    timings: dict[str, Timing]
+    traffic: dict[str, tuple[int, int]]
+    levels: dict[str, int]
+    levels_of_fp32: dict[str, int]
+    product_flops: int
+
+
+def theirs(precision: str) -> str:
+    return f"diffusers, {precision}"
+
+
+def ours(precision: str, ranks: int = 1) -> str:
+    return f"ours, {precision}, {ranks} rank{'s' * (ranks > 1)}"
+
+
+def channels_last(precision: str) -> str:
+    """Ours on one rank with `--vae-channels-last`."""
+    return f"ours, {precision}, channels last"
+
+
+def product_at_once(precision: str, ranks: int) -> str:
+    return f"product, {precision}, {ranks} at once"
+
+
+@torch.inference_mode()
+def time_decoders(rank: int, case: Case, repeats: int) -> RankTimes:
+    """Times of all programs in turns, on the largest world of the case.
+
+    Raises `RuntimeError` before timing where frames differ from diffusers' by more than `LEVELS`.
+    """
+    device = rank_device(case.device_type, rank)
+    vae = random_vae(case.vae, device, device)
+    latents = torch.randn(
+        (1, case.vae.z_dim, case.latent_frames, *case.latent_size), generator=torch.Generator().manual_seed(0)
+    ).to(device)
+    groups = {ranks: make_group(range(ranks), device, Meter()) for ranks in (1, *case.ranks)}
+    programs: dict[str, Callable[[], Any]] = {}
+    traffic, levels, levels_of_fp32 = {}, {}, {}
+    exact = _bytes(_with_tf32(lambda: decode_theirs(vae, latents), False)()) if rank == 0 else None
+    for name in case.precisions:
+        precision = PRECISIONS[name]
+        own = vae if precision.dtype == torch.float32 else copy.deepcopy(vae).to(precision.dtype)
+        calls: dict[str, Callable[[], Tensor | None]] = {}
+        if rank == 0:
+            calls[theirs(name)] = lambda own=own: decode_theirs(own, latents)
+        for ranks, group in groups.items():
+            if group is not None:
+                codec = Codec(own) if ranks == 1 else SplitCodec(own, group)
+                calls[ours(name, ranks)] = lambda codec=codec: codec.decode(latents, "uint8")
+        if rank == 0:
+            last = Codec(copy.deepcopy(own))
+            to_channels_last(last.vae)
+            calls[channels_last(name)] = lambda codec=last: codec.decode(latents, "uint8")
+        calls = {key: _with_tf32(call, precision.tf32) for key, call in calls.items()}
+        expected = _bytes(calls[theirs(name)]()) if rank == 0 else None
+        for key, call in calls.items():
+            for group in groups.values():
+                if group is not None:
+                    group.meter.reset()
+            frames = call()
+            meters = [group.meter for group in groups.values() if group is not None]
+            traffic[key] = sum(meter.total_calls for meter in meters), sum(meter.total_bytes for meter in meters)
+            if frames is not None:
+                levels[key], levels_of_fp32[key] = (_levels(_bytes(frames), other) for other in (expected, exact))
+        product = Product(device, precision.dtype, PRODUCTS, precision.tf32)
+        for ranks in groups:
+            calls[product_at_once(name, ranks)] = product if rank < ranks else nothing
+        for key in (theirs(name), *(ours(name, ranks) for ranks in groups), channels_last(name)):
+            programs[key] = calls.get(key, nothing)
+        programs |= {key: calls[key] for key in (product_at_once(name, ranks) for ranks in groups)}
+    wrong = {key: value for key, value in levels.items() if value > LEVELS[key.split(", ")[1]]}
+    if wrong:
+        raise RuntimeError(f"frames differ from diffusers' by {wrong} levels of grey; allowed are {LEVELS}")
+    if dist.is_initialized():
+        dist.barrier()
+    timings = interleave({name: in_step(each, device) for name, each in programs.items()}, repeats, device, WARMUP)
+    return RankTimes(timings, traffic, levels, levels_of_fp32, product.flops)
+
+
+def decode_theirs(vae, latents: Tensor) -> Tensor:
+    """Frames `[B, T, C, H, W]` in [0, 1], as diffusers' pipelines decode a chunk and make pictures of it."""
+    video = vae.decode(denormalise(vae, latents), return_dict=False)[0]
+    return VideoProcessor(vae_scale_factor=VAE_SPATIAL).postprocess_video(video, output_type="pt")
+
+
+def _with_tf32(program: Callable[[], Any], allowed: bool) -> Callable[[], Any]:
+    def run() -> Any:
+        with tf32(allowed), convolution_tf32(allowed):
+            return program()
+
+    return run
+
+
+def _bytes(frames: Tensor) -> Tensor:
+    """`[B, T, H, W, 3]` on the CPU as bytes in int16, of diffusers' frames or ours."""
+    if frames.dtype != torch.uint8:
+        frames = (frames.float() * 255).round().permute(0, 1, 3, 4, 2)
+    return frames.cpu().to(torch.int16)
+
+
+def _levels(frames: Tensor, expected: Tensor) -> int:
+    return int((frames - expected).abs().max())
+
+
+@dataclass(frozen=True)
+class Row:
+    """One program. `limit` is the FPS if all its FLOPs ran at the rate of products on as many ranks at once."""
+
+    name: str
+    precision: str
+    ranks: int
+    timing: Timing
+    fps: float
+    limit: float
+    speedup: float
+    levels: int
+    levels_of_fp32: int
+    calls: int
+    sent_bytes: float
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "precision": self.precision,
+            "ranks": self.ranks,
+            "frames_per_second": self.fps,
+            "limit_frames_per_second": self.limit,
+            "share_of_limit": self.fps / self.limit,
+            "speedup_over_diffusers": self.speedup,
+            "levels_from_diffusers": self.levels,
+            "levels_from_diffusers_fp32": self.levels_of_fp32,
+            "collectives": self.calls,
+            "sent_bytes": self.sent_bytes,
+            **self.timing.to_json(),
+        }
+
+
+def rows(case: Case, found: Sequence[RankTimes]) -> list[Row]:
+    """From what every rank of the world found; times are those of rank 0."""
+    first = found[0]
+
+    def row(name: str, precision: str, ranks: int) -> Row:
+        timing = first.timings[name]
+        product = first.timings[product_at_once(precision, ranks)].median
+        fps, rate = case.frames / timing.median, ranks * first.product_flops / product
+        sent = [each.traffic[name][1] for each in found[:ranks]]
+        return Row(
+            name=name,
+            precision=precision,
+            ranks=ranks,
+            timing=timing,
+            fps=fps,
+            limit=case.frames * rate / case.flops,
+            speedup=first.timings[theirs(precision)].median / timing.median,
+            levels=first.levels[name],
+            levels_of_fp32=first.levels_of_fp32[name],
+            calls=first.traffic[name][0],
+            sent_bytes=sum(sent) / len(sent),
+        )
+
+    return [
+        row(name, precision, ranks)
+        for precision in case.precisions
+        for name, ranks in (
+            (theirs(precision), 1),
+            (ours(precision), 1),
+            (channels_last(precision), 1),
+            *((ours(precision, ranks), ranks) for ranks in case.ranks),
+        )
+    ]

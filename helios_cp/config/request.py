@@ -1,0 +1,254 @@
+"""What a user asks of a checkpoint, checked before anything heavy is loaded; nothing here imports torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from helios_cp.config.checkpoint import VAE_SPATIAL, VAE_TEMPORAL, Checkpoint
+from helios_cp.config.errors import RequestError
+from helios_cp.config.json_types import check_types
+
+MAX_SIDE = 16384
+"""Pixels of a side that x264 takes."""
+
+MAX_FPS = 2**31 - 1
+"""FFmpeg counts frame rates in 32 bits."""
+
+
+@dataclass(frozen=True)
+class ScheduledPrompt:
+    """One entry of an interactive schedule: a prompt and for how many chunks it holds."""
+
+    prompt: str
+    chunks: int
+
+
+@dataclass(frozen=True)
+class Request:
+    """One video, or a batch of videos that share everything but prompt and seed. Names are those of diffusers.
+
+    `None` means "what this checkpoint is meant for"; `resolve` fills it in. `image` and `video` are paths; the pipeline
+    also takes loaded pictures and tensors in their place.
+    """
+
+    prompt: tuple[str, ...] = ()
+    negative_prompt: str = ""
+    prompt_schedule: tuple[ScheduledPrompt, ...] = ()
+    interpolation_steps: int = 3
+    image: str | None = None
+    video: str | None = None
+    height: int = 384
+    width: int = 640
+    num_frames: int = 132
+    fps: int = 24
+    seed: tuple[int, ...] = (42,)
+    guidance_scale: float | None = None
+    num_inference_steps: int | None = None
+    pyramid_num_inference_steps_list: tuple[int, ...] | None = None
+    sigmas: tuple[float, ...] | None = None
+    is_amplify_first_chunk: bool | None = None
+    is_skip_first_chunk: bool = False
+    keep_first_frame: bool = True
+    history_sizes: tuple[int, ...] = (16, 2, 1)
+    num_latent_frames_per_chunk: int = 9
+    use_zero_init: bool = True
+    zero_steps: int = 1
+    add_noise_to_image_latents: bool = True
+    image_noise_sigma_min: float = 0.111
+    image_noise_sigma_max: float = 0.135
+    add_noise_to_video_latents: bool = True
+    video_noise_sigma_min: float = 0.111
+    video_noise_sigma_max: float = 0.135
+    max_sequence_length: int = 512
+
+    @property
+    def batch_size(self) -> int:
+        return 1 if self.prompt_schedule else len(self.prompt)
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """One seed a video: those given, or the single one given counted upwards."""
+        if len(self.seed) == self.batch_size:
+            return self.seed
+        return tuple(self.seed[0] + i for i in range(self.batch_size))
+
+    @property
+    def frames_per_chunk(self) -> int:
+        """33 for the default 9 latent frames."""
+        return (self.num_latent_frames_per_chunk - 1) * VAE_TEMPORAL + 1
+
+    @property
+    def num_chunks(self) -> int:
+        asked = -(-self.num_frames // self.frames_per_chunk)  # rounded up
+        return max(asked, sum(entry.chunks for entry in self.prompt_schedule))
+
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        return self.height // VAE_SPATIAL, self.width // VAE_SPATIAL
+
+    @property
+    def history_frames(self) -> tuple[int, int, int]:
+        """Latent frames of the long, mid and short history, without the anchor.
+
+        Without an anchor (`keep_first_frame=False`) its place goes to one more short frame.
+        """
+        long, mid, short = sorted(self.history_sizes, reverse=True)
+        return long, mid, short if self.keep_first_frame else short + 1
+
+    def resolve(self, checkpoint: Checkpoint) -> Request:
+        """Fill in what the checkpoint decides, then check everything. Raises `RequestError`."""
+        filled: dict[str, Any] = {}
+        if self.guidance_scale is None:
+            filled["guidance_scale"] = 1.0 if checkpoint.is_distilled else 5.0
+        if checkpoint.is_pyramid:
+            if self.num_inference_steps is not None:
+                raise RequestError(
+                    f"--num-inference-steps {self.num_inference_steps}: only Helios-Base takes it; "
+                    f"this is Helios-{checkpoint.variant.capitalize()}: use --pyramid-steps"
+                )
+            if self.sigmas is not None:
+                raise RequestError("sigmas: only Helios-Base takes a sigma schedule of its own; leave it out")
+            if self.pyramid_num_inference_steps_list is None:
+                filled["pyramid_num_inference_steps_list"] = (2, 2, 2) if checkpoint.is_distilled else (20, 20, 20)
+        else:
+            if self.pyramid_num_inference_steps_list is not None:
+                raise RequestError(
+                    f"--pyramid-steps {' '.join(map(str, self.pyramid_num_inference_steps_list))}: Helios-Base has no "
+                    "pyramid: use --num-inference-steps"
+                )
+            if self.num_inference_steps is None:
+                filled["num_inference_steps"] = len(self.sigmas) if self.sigmas else 50
+        if self.is_amplify_first_chunk is None:
+            filled["is_amplify_first_chunk"] = checkpoint.is_distilled
+        elif self.is_amplify_first_chunk and not checkpoint.is_distilled:
+            raise RequestError(
+                f"--amplify-first-chunk: only Helios-Distilled has it, this is Helios-{checkpoint.variant.capitalize()}"
+            )
+        request = dataclasses.replace(self, **filled)
+        request.validate(checkpoint)
+        return request
+
+    def ignored(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """Flags with values that this checkpoint does not read, though they are given."""
+        if not checkpoint.is_distilled:
+            return {}
+        scale = {} if self.guidance_scale in (None, 1.0) else {"--guidance-scale": self.guidance_scale}
+        return scale | ({"--negative-prompt": repr(self.negative_prompt)} if self.negative_prompt else {})
+
+    def validate(self, checkpoint: Checkpoint) -> None:
+        """Raises `RequestError`, naming the flag, the value and what is allowed. See `tests/test_bad_input.py`."""
+        self.check()
+        self._check_steps(checkpoint)
+        self._check_sizes(checkpoint)
+
+    def check(self) -> None:
+        """The part of `validate` that needs no checkpoint, so that one need not be downloaded first."""
+        self._check_prompts()
+        self._check_seeds()
+        self._check_numbers()
+        if self.image is not None and self.video is not None:
+            raise RequestError(f"--image {self.image} and --video {self.video}: give one of the two")
+
+    def _check_prompts(self) -> None:
+        if self.prompt_schedule and self.prompt:
+            raise RequestError("--prompt and --prompt-schedule: give one of the two")
+        if not self.prompt and not self.prompt_schedule:
+            raise RequestError("--prompt: at least one prompt is needed; or use --prompt-schedule or --prompt-file")
+        for entry in self.prompt_schedule:
+            if entry.chunks < 1:
+                raise RequestError(f"--prompt-schedule {entry.chunks}: a prompt holds for at least 1 chunk")
+        texts = [("--prompt", prompt) for prompt in self.prompt]
+        texts += [("--prompt-schedule", entry.prompt) for entry in self.prompt_schedule]
+        for flag, text in texts:
+            if not text.strip():
+                raise RequestError(f"{flag} {text!r}: a prompt must hold more than white space")
+        for flag, text in [*texts, ("--negative-prompt", self.negative_prompt)]:
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                raise RequestError(f"{flag} {text!r}: this is not valid UTF-8 text") from None
+
+    def _check_seeds(self) -> None:
+        if self.batch_size != len(self.seed) and len(self.seed) != 1:
+            raise RequestError(
+                f"--seed {' '.join(map(str, self.seed))}: {len(self.seed)} seeds for {self.batch_size} prompt(s); give "
+                "one, or one for each prompt"
+            )
+        for seed in self.seed:
+            if not 0 <= seed < 2**63:
+                raise RequestError(f"--seed {seed}: allowed is 0 to 2^63 - 1")
+
+    def _check_numbers(self) -> None:
+        at_least_one = {
+            "--num-frames": self.num_frames,
+            "--fps": self.fps,
+            "--num-latent-frames-per-chunk": self.num_latent_frames_per_chunk,
+            "--interpolation-steps": self.interpolation_steps,
+            "--max-sequence-length": self.max_sequence_length,
+        }
+        for flag, value in at_least_one.items():
+            if value < 1:
+                raise RequestError(f"{flag} {value}: at least 1 is allowed")
+        for flag, value, most in (
+            ("--height", self.height, MAX_SIDE),
+            ("--width", self.width, MAX_SIDE),
+            ("--fps", self.fps, MAX_FPS),
+        ):
+            if value > most:
+                raise RequestError(f"{flag} {value}: at most {most} is allowed")
+        if self.guidance_scale is not None and not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 0):
+            raise RequestError(f"--guidance-scale {self.guidance_scale}: a finite number of at least 0 is allowed")
+        if self.zero_steps < 0:
+            raise RequestError(f"--zero-steps {self.zero_steps}: at least 0 is allowed")
+        for name in ("image", "video"):
+            low, high = getattr(self, f"{name}_noise_sigma_min"), getattr(self, f"{name}_noise_sigma_max")
+            if not 0 <= low <= high <= 1:  # false for NaN too
+                raise RequestError(f"--{name}-noise-sigma {low} {high}: allowed is 0 <= MIN <= MAX <= 1")
+        if len(self.history_sizes) != 3 or min(self.history_sizes) < 1:
+            raise RequestError(
+                f"--history-sizes {' '.join(map(str, self.history_sizes))}: three sizes of at least 1 are allowed"
+            )
+
+    def _check_sizes(self, checkpoint: Checkpoint) -> None:
+        stages = len(self.pyramid_num_inference_steps_list or ()) if checkpoint.is_pyramid else 1
+        multiple = VAE_SPATIAL * checkpoint.transformer.patch_size[1] * 2 ** (stages - 1)
+        for flag, value in (("--height", self.height), ("--width", self.width)):
+            if value < multiple or value % multiple:
+                below = max(value, 0) // multiple * multiple
+                near = [size for size in (below, below + multiple) if 0 < size <= MAX_SIDE]
+                raise RequestError(
+                    f"{flag} {value}: Helios-{checkpoint.variant.capitalize()} takes multiples of {multiple}; "
+                    f"the nearest are {' and '.join(map(str, near))}"
+                )
+
+    def _check_steps(self, checkpoint: Checkpoint) -> None:
+        if checkpoint.is_pyramid:
+            steps = self.pyramid_num_inference_steps_list or ()
+            stages = checkpoint.stages
+            if len(steps) != stages or min(steps, default=0) < 1:
+                raise RequestError(
+                    f"--pyramid-steps {' '.join(map(str, steps))}: {stages} numbers of at least 1 are allowed, one a "
+                    "stage of this checkpoint"
+                )
+        elif self.num_inference_steps is not None and self.num_inference_steps < 1:
+            raise RequestError(f"--num-inference-steps {self.num_inference_steps}: at least 1 is allowed")
+        if self.sigmas is not None and len(self.sigmas) != self.num_inference_steps:
+            raise RequestError(f"sigmas: {len(self.sigmas)} given for --num-inference-steps {self.num_inference_steps}")
+
+    def to_json(self) -> dict[str, Any]:
+        """A dictionary of plain JSON values; `from_json` reads it back to an equal request."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Request:
+        """Raises `TypeError` for names or types that a request does not have."""
+        values = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+        entries = values.pop("prompt_schedule", ())
+        for entry in entries:
+            check_types(ScheduledPrompt, entry)
+        request = {**values, "prompt_schedule": tuple(ScheduledPrompt(**entry) for entry in entries)}
+        check_types(cls, request)
+        return cls(**request)

@@ -1,0 +1,88 @@
+"""Writing finished chunks beside the computation of the next one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from helios_cp.device.device import SideStream, has_streams
+from helios_cp.pipeline.decoding import Side
+from helios_cp.pipeline.pipeline import Chunk
+
+T = TypeVar("T")
+
+
+class BackgroundWriter(Generic[T]):
+    """Calls `write` for one item after the other, in a thread of its own; a context manager.
+
+    At most one item is in hand: `put` waits until the one before is written, so that a slow writer slows down what
+    makes the items, and no memory fills up. An error of `write` is raised by the next `check`, `put` or `wait`, or at
+    the end of the `with`; nothing is written after it. When the `with` ends, by an error or an interrupt too, the item
+    in hand is written first.
+    """
+
+    def __init__(self, write: Callable[[T], None]) -> None:
+        self.write = write
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="writer")
+        self._in_hand: Future[None] | None = None
+
+    def put(self, item: T) -> None:
+        """Write this next, and come back at once if nothing is in hand."""
+        self.wait()
+        self._in_hand = self._thread.submit(self.write, item)
+
+    def check(self) -> None:
+        """Raises the writer's error, if it has had one. Never waits."""
+        if self._in_hand is not None and self._in_hand.done():
+            self._in_hand.result()
+
+    def wait(self) -> None:
+        """Until nothing is in hand. Raises the writer's error."""
+        if self._in_hand is not None:
+            self._in_hand.result()
+
+    def __enter__(self) -> BackgroundWriter[T]:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
+        try:
+            # An error under way is told rather than one of writing; a mere interrupt is not.
+            if not isinstance(error, Exception):
+                self.wait()
+        finally:
+            self._thread.shutdown()
+
+
+class HostCopies:
+    """Copies of finished chunks with nothing on the device, so that other threads can write them without touching it.
+
+    They are made on a stream of their own, through pinned memory: the host waits for these copies and not for the steps
+    of the next chunk, which the device has been given already. `side` stands for that stream.
+    """
+
+    def __init__(self, device: torch.device, side: Side | None = None) -> None:
+        self.side = side or (SideStream(device) if has_streams(device) else None)
+
+    def __call__(self, chunk: Chunk) -> Chunk:
+        """The same chunk on the host. The device must be past all of it, as it is when a pipeline yields it."""
+        if self.side is None:
+            return _with_tensors(chunk, Tensor.cpu)
+        with self.side.after(None):
+            copy = _with_tensors(chunk, self.side.to_host)
+            end = self.side.mark()
+        end.synchronize()
+        return copy
+
+
+def _with_tensors(chunk: Chunk, function: Callable[[Tensor], Tensor]) -> Chunk:
+    """A chunk whose tensors are what a function makes of them."""
+    state = chunk.state
+    anchor = None if state.anchor is None else function(state.anchor)
+    state = replace(state, history=function(state.history), anchor=anchor)
+    frames = None if chunk.frames is None else function(chunk.frames)
+    return replace(chunk, latents=function(chunk.latents), frames=frames, state=state)

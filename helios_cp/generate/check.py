@@ -1,0 +1,302 @@
+"""From parsed flags to a checked session: everything that can be refused is refused here, before weights are loaded."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import av
+import torch
+
+from helios_cp.config.arguments import absolute_media, as_typed, flag_of, given_fields
+from helios_cp.config.checkpoint import Checkpoint
+from helios_cp.config.errors import RequestError
+from helios_cp.config.execution import Execution, Target
+from helios_cp.config.layout import Layout, choose_layout, planning_hardware
+from helios_cp.config.request import Request
+from helios_cp.device.device import capability, dtype_name, pick_device, pick_dtype
+from helios_cp.files.media import check_image, check_video
+from helios_cp.files.whole_files import check_file_target, check_folder_target
+from helios_cp.generate.prompt_files import INTERPOLATE_TIME, Job, read_prompt_file, single_job
+from helios_cp.generate.run_folder import Run, RunFolder
+from helios_cp.pipeline.world import Ranks, device_of_rank, pick_backend
+from helios_cp.weights.load import resolve
+from helios_cp.weights.lora import check_adapters
+from helios_cp.weights.presets import PRESETS
+from helios_cp.weights.quantize import agreed_quantization, check_quantization
+
+DEFAULT_MODEL = "tiny-distilled"
+
+
+@dataclass(frozen=True)
+class Session:
+    """A checked call: nothing in it can be refused any more.
+
+    `run_folders` has one folder or `None` for each job, below or equal to `checkpoint_dir`. `skipped` are the videos of
+    a prompt file that exist already.
+    """
+
+    checkpoint: Checkpoint
+    model: str
+    device: torch.device
+    dtype: torch.dtype
+    layout: Layout
+    backend: str
+    execution: Execution
+    jobs: tuple[Job, ...]
+    skipped: tuple[Path, ...]
+    run_folders: tuple[Path | None, ...]
+    checkpoint_dir: Path | None
+    save_latents: Path | None
+    report: Path | None
+    has_prompt_file: bool
+    planned_for: str | None = None
+
+    def remarks(self) -> list[str]:
+        """What to tell before work starts.
+
+        That weights are random, what `--layout auto` took for which machine, and which flags are given without effect.
+        """
+        random = (
+            f"{self.model}: the weights are random, so the video is noise; "
+            "--model BestWishYsh/Helios-Distilled gets the real ones"
+        )
+        ignored = {flag: value for job in self.jobs for flag, value in job.request.ignored(self.checkpoint).items()}
+        planned = [] if self.planned_for is None else [self.layout.as_planned(self.planned_for)]
+        return (
+            [random] * self.checkpoint.random_weights
+            + planned
+            + [
+                f"{flag} {value}: Helios-Distilled has its guidance built in and does not read it"
+                for flag, value in ignored.items()
+            ]
+        )
+
+    def for_followers(self) -> dict[str, Any]:
+        """What the ranks other than 0 need to know, as JSON: `Followed.from_json` reads it."""
+        unfinished = [
+            job.request.to_json()
+            for job, folder in zip(self.jobs, self.run_folders, strict=True)
+            if folder is None
+            or not RunFolder.is_run(folder)
+            or RunFolder.open(folder).finished_chunks() < job.request.num_chunks
+        ]
+        return {
+            "model": self.model,
+            "dtype": dtype_name(self.dtype),
+            "layout": self.layout.to_json(),
+            "backend": self.backend,
+            "execution": self.execution.to_json(),
+            "requests": unfinished,
+        }
+
+
+@dataclass(frozen=True)
+class Followed:
+    """A session as the ranks other than 0 see it: work without files."""
+
+    checkpoint: Checkpoint
+    device: torch.device
+    dtype: torch.dtype
+    layout: Layout
+    backend: str
+    execution: Execution
+    requests: tuple[Request, ...]
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any], device: torch.device, cache: Path | None) -> Followed:
+        return cls(
+            checkpoint=resolve(values["model"], cache, weights=()),
+            device=device,
+            dtype=pick_dtype(values["dtype"], device),
+            layout=Layout.from_json(values["layout"]),
+            backend=values["backend"],
+            execution=Execution.from_json(values["execution"]),
+            requests=tuple(Request.from_json(request) for request in values["requests"]),
+        )
+
+
+def check(
+    arguments: argparse.Namespace, cache: Path | None, ranks: Ranks | None = None, target: Target | None = None
+) -> Session:
+    """Everything that can be found wrong before weights are loaded. Raises `RequestError`; writes nothing.
+
+    With several ranks it is called on rank 0. `cache` is where presets are kept. What needs no checkpoint is checked
+    first, then what needs its configuration, which is all that is downloaded of a hub id. `target` is what the work is
+    done on, where that is not the device given, as with a cluster's cards seen from a machine without one.
+    """
+    options = vars(arguments)
+    ranks = ranks or Ranks()
+    _check_combinations(options)
+    given = absolute_media(given_fields(arguments))
+    resume, prompt_file = options.get("resume"), options.get("prompt_file")
+    saved = RunFolder.open(resume).run if resume is not None and prompt_file is None else None
+    model = absolute_model(options.get("model", saved.model if saved else DEFAULT_MODEL))
+    device = device_of_rank(pick_device(arguments.device), ranks)
+    backend = pick_backend(options.get("backend"), device, ranks)
+    dtype = pick_dtype(options.get("dtype", saved.dtype if saved else "auto"), device)
+    execution = Execution.of(arguments, saved.execution if saved else None)
+    if saved is not None:
+        asked = Run(replace(saved.request, **given), model, dtype_name(dtype), (), execution)
+        check_same_run(saved, asked, resume)
+
+    jobs = _jobs(options, given, saved)
+    for job in jobs:
+        job.request.check()
+    finished = [prompt_file is not None and is_finished(job) for job in jobs]
+    skipped = [job for job, is_done in zip(jobs, finished, strict=True) if is_done]
+    waiting = [job for job, is_done in zip(jobs, finished, strict=True) if not is_done]
+    for name, suffix in (("save_latents", ".safetensors"), ("report", ".json")):
+        if name in options:
+            check_file_target(f"--{name.replace('_', '-')}", options[name], suffix)
+    _check_media(waiting)
+    _check_outputs(waiting)
+    folder = resume or options.get("checkpoint_dir")
+    folders = [folder / job.output[0].stem if folder and prompt_file else folder for job in waiting]
+    for each in filter(None, folders):
+        _check_run_folder(each, resume is not None)
+
+    checkpoint = resolve(model, cache, weights=())
+    execution = replace(execution, quantize=agreed_quantization(execution, checkpoint.folder))
+    target = target or Target(device.type, capability(device))
+    execution.check(device=target.kind, capability=target.capability, is_distilled=checkpoint.is_distilled)
+    waiting = [Job(job.request.resolve(checkpoint), job.output) for job in waiting]
+    skipped = [Job(job.request.resolve(checkpoint), job.output) for job in skipped]
+    for job, each in zip(waiting, folders, strict=True):
+        if resume is not None and RunFolder.is_run(each):
+            check_same_run(RunFolder.open(each).run, Run(job.request, model, dtype_name(dtype), (), execution), each)
+    requests = [job.request for job in (*waiting, *skipped)]
+    planned = planning_hardware(arguments, device.type, ranks.local_size)
+    layout = choose_layout(
+        arguments, checkpoint, requests, ranks.size, device, dtype, execution, ranks_of_node=ranks.local_size
+    )
+    execution.check_layout(layout.shard_weights)
+    sends = backend if target.kind == device.type else options.get("backend", "nccl")
+    execution.check_graphs(sends, ranks.size, layout.shard_weights, layout.attention)
+    check_quantization(
+        execution.quantize,
+        checkpoint.transformer,
+        dtype=dtype,
+        device=torch.device(target.kind),
+        ffn_tp=layout.degrees.ffn_tp,
+    )
+    check_adapters(execution.lora, checkpoint.transformer)
+    return Session(
+        checkpoint=checkpoint,
+        model=model,
+        device=device,
+        dtype=dtype,
+        layout=layout,
+        backend=backend,
+        execution=execution,
+        jobs=tuple(waiting),
+        skipped=tuple(job.output[0] for job in skipped),
+        run_folders=tuple(folders),
+        checkpoint_dir=folder,
+        save_latents=options.get("save_latents"),
+        report=options.get("report"),
+        has_prompt_file=prompt_file is not None,
+        planned_for=planned and planned.name,
+    )
+
+
+def absolute_model(model: str) -> str:
+    """A folder's path is made absolute, so that a run can be resumed from elsewhere; other names stay."""
+    folder = os.path.expanduser(model)
+    return os.path.abspath(folder) if model not in PRESETS and os.path.isdir(folder) else model
+
+
+def check_same_run(saved: Run, asked: Run, folder: Path) -> None:
+    """Raises `RequestError` when a flag given now differs from the saved run's: the video could not be the same."""
+    fields = [("--model", saved.model, asked.model), ("--dtype", saved.dtype, asked.dtype)]
+    for name in Request.__dataclass_fields__:
+        fields.append((flag_of(name), getattr(saved.request, name), getattr(asked.request, name)))
+    before, now = saved.execution.bits(), asked.execution.bits()
+    fields += [("--" + name.replace("_", "-"), before[name], now[name]) for name in before]
+    for flag, before, now in fields:
+        if before != now:
+            raise RequestError(
+                f"--resume {folder}: this run was started with {as_typed(flag, before)}, not with "
+                f"{as_typed(flag, now)}; leave {flag} out, or start another run with --checkpoint-dir"
+            )
+
+
+def is_finished(job: Job) -> bool:
+    """Whether a prompt file's video exists and is not to be made.
+
+    One with fewer frames than asked for is what a stopped run left, and is made again. A file whose frames cannot be
+    counted is not ours to replace.
+    """
+    output = job.output[0]
+    if not os.path.lexists(output):
+        return False
+    try:
+        with av.open(os.path.abspath(output)) as container:
+            frames = container.streams.video[0].frames
+    except (av.FFmpegError, OSError, IndexError):
+        return True
+    return frames == 0 or frames >= job.request.num_chunks * job.request.frames_per_chunk
+
+
+def _check_combinations(options: dict[str, Any]) -> None:
+    if "resume" in options and "checkpoint_dir" in options:
+        raise RequestError(
+            f"--resume {options['resume']} and --checkpoint-dir {options['checkpoint_dir']}: give one of the two; "
+            "--resume goes on saving in its folder"
+        )
+    if "prompt_file" not in options:
+        for name in ("image_folder", "interpolate_time"):
+            if name in options:
+                raise RequestError(f"--{name.replace('_', '-')} {options[name]}: only allowed beside --prompt-file")
+        return
+    if "save_latents" in options:
+        raise RequestError(
+            f"--save-latents {options['save_latents']}: not with --prompt-file; --checkpoint-dir keeps the latents of "
+            "every video"
+        )
+    if "output" in options and options["output"].suffix.lower() == ".mp4":
+        raise RequestError(f"--output {options['output']}: with --prompt-file this is a folder; leave out .mp4")
+    if "resume" in options and not options["resume"].is_dir():
+        raise RequestError(f"--resume {options['resume']}: there is no such folder; start with --checkpoint-dir")
+
+
+def _jobs(options: dict[str, Any], given: dict[str, Any], saved: Run | None) -> list[Job]:
+    if "prompt_file" in options:
+        return read_prompt_file(
+            options["prompt_file"],
+            Request(**given),
+            options.get("output", Path("outputs")),
+            image_folder=options.get("image_folder"),
+            chunks=options.get("interpolate_time", INTERPOLATE_TIME),
+        )
+    if saved is None:
+        return [single_job(Request(**given), options.get("output", Path("out.mp4")))]
+    if "output" in options:
+        return [single_job(saved.request, options["output"])]
+    return [Job(saved.request, tuple(Path(path) for path in saved.output))]
+
+
+def _check_media(jobs: list[Job]) -> None:
+    for image in sorted({job.request.image for job in jobs if job.request.image is not None}):
+        check_image(image)
+    clips = {(job.request.video, job.request.frames_per_chunk) for job in jobs if job.request.video is not None}
+    for video, frames in sorted(clips):
+        check_video(video, frames)
+
+
+def _check_outputs(jobs: list[Job]) -> None:
+    for job in jobs:
+        for output in job.output:
+            check_file_target("--output", output, ".mp4")
+            for flag, source in (("--image", job.request.image), ("--video", job.request.video)):
+                if source is not None and output.exists() and output.samefile(source):
+                    raise RequestError(f"--output {output}: that is the {flag} to start from; give another name")
+
+
+def _check_run_folder(folder: Path, resume: bool) -> None:
+    check_folder_target("--resume" if resume else "--checkpoint-dir", folder)
+    if not resume:
+        RunFolder.check_new(folder)

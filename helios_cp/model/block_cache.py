@@ -1,0 +1,98 @@
+"""First-block residual caching: a step whose first block does much the same as before reuses what the others did.
+
+After block 0 of the branch of the prompt, its residual r (what it added to the noisy tokens) is compared with that of
+the last step that was computed in full: mean |r − r'| / mean |r'|. Below the threshold the other blocks are left out,
+and what they added then is added again. Not exact. Nothing is reused across chunks, nor across pyramid stages.
+
+One decision holds for both branches of guidance and all ranks, so ranks that exchange or gather anything in a step do
+so in step, in every layout. It takes one message of a few bytes, and the host waits for the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from helios_cp.model.transformer import BlockInputs, HeliosTransformer
+
+Total = Callable[[Tensor], Tensor]
+"""From sums `[2]` over this rank's tokens to those over all tokens of the prompt's branch, equal on all ranks."""
+
+
+def own_total(sums: Tensor) -> Tensor:
+    """Where all tokens are here."""
+    return sums
+
+
+@dataclass(frozen=True)
+class Residuals:
+    """What the first block and all others added to the noisy tokens `[B, S, dim]` of one branch in a step."""
+
+    first: Tensor
+    others: Tensor
+
+
+class BlockCache:
+    """A transformer's body that leaves blocks out. Its forwards come as in `Pipeline`: step by step, and in each step
+    the branches in the same order.
+
+    `steps` counts the steps of the chunk so far, and `skipped` has the numbers of those that left blocks out; a step
+    without forwards, as CFG-Zero* has, does not count. A batch is one: its samples are skipped together.
+    """
+
+    def __init__(self, threshold: float, total: Total = own_total) -> None:
+        self.threshold = threshold
+        self.total = total
+        self.start_chunk()
+
+    def start_chunk(self) -> None:
+        """Forget everything."""
+        self.steps = 0
+        self.skipped: list[int] = []
+        self._branches: list[object] = []  # keys and values of the prompts, by which branches are told apart
+        self._residuals: dict[int, Residuals] = {}
+        self._skips = False
+
+    def __call__(self, blocks: nn.ModuleList, states: Tensor, inputs: BlockInputs) -> Tensor:
+        if len(inputs.keys_values) < 2:
+            return inputs.run(blocks, states)
+        branch = self._branch(inputs)
+        before = states[:, inputs.history :].clone()  # blocks write over it
+        states = inputs.run(blocks[:1], states)
+        after = states[:, inputs.history :]
+        first = after - before
+        last = self._residuals.get(branch)
+        if last is not None and last.first.shape != first.shape:
+            last = None
+        if branch == 0:
+            self._skips = last is not None and self._change(first, last.first) < self.threshold
+            self.skipped += [self.steps] * self._skips
+            self.steps += 1
+        if self._skips:
+            return after + last.others
+        after = after.clone()
+        states = inputs.run(blocks[1:], states, first=1)
+        self._residuals[branch] = Residuals(first, states - after)
+        return states
+
+    def _branch(self, inputs: BlockInputs) -> int:
+        """The number of this forward in its step."""
+        for number, keys_values in enumerate(self._branches):
+            if keys_values is inputs.keys_values:
+                return number
+        self._branches.append(inputs.keys_values)
+        return len(self._branches) - 1
+
+    def _change(self, residual: Tensor, last: Tensor) -> float:
+        norms = [torch.linalg.vector_norm(each, 1, dtype=torch.float32) for each in (residual - last, last)]
+        difference, size = self.total(torch.stack(norms)).tolist()
+        return difference / size if size else 0.0 if not difference else float("inf")
+
+
+def cache_blocks(transformer: HeliosTransformer, threshold: float, total: Total = own_total) -> BlockCache:
+    """Have a transformer leave blocks out of steps that change little."""
+    transformer.body = BlockCache(threshold, total)
+    return transformer.body

@@ -1,0 +1,318 @@
+"""The layers of a Helios block, with parameters named as in diffusers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from helios_cp.model.rope import rotate_
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""`(query [B, Sq, H, D], key [B, Sk, H, D], value [B, Sk, H, D]) -> [B, Sq, H, D]`, unmasked."""
+
+MAX_HISTORY_KEY_SCALE = 10.0
+
+
+@dataclass(frozen=True)
+class TokenOperations:
+    """The operations of a block that may look beyond the tokens or weights at hand, injected for each forward."""
+
+    attention: Attention
+    feed_forward: Callable[[FeedForward, Tensor], Tensor]
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention to keys and values that are all at hand, by PyTorch's fused kernels."""
+    out = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+    return out.transpose(1, 2)
+
+
+class FusedLinear(nn.Linear):
+    """Several linear layers over one input as one matrix product.
+
+    In a state dict it appears as the separate layers `names` (siblings of this module, views of the fused weight), so
+    that checkpoints keep the names of diffusers and can be copied into place.
+    """
+
+    def __init__(self, in_features: int, out_features: int, names: tuple[str, ...]) -> None:
+        super().__init__(in_features, out_features * len(names))
+        self.names = names
+
+    def project(self, states: Tensor, first: int, last: int) -> Tensor:
+        """Only the layers `first` to `last` (exclusive)."""
+        width = self.out_features // len(self.names)
+        rows = slice(first * width, last * width)
+        return F.linear(states, self.weight[rows], self.bias[rows])
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        parent = _parent(prefix)
+        for kind, fused in (("weight", self.weight), ("bias", self.bias)):
+            for name, part in zip(self.names, fused.chunk(len(self.names)), strict=True):
+                destination[f"{parent}{name}.{kind}"] = part if keep_vars else part.detach()
+
+    @staticmethod
+    def gather_parts(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        """Load hook for the module that holds fused layers: joins the separate layers of a state dict."""
+        for child_name, child in module.named_children():
+            if not isinstance(child, FusedLinear):
+                continue
+            for kind in ("weight", "bias"):
+                keys = [f"{prefix}{name}.{kind}" for name in child.names]
+                if all(key in state_dict for key in keys):
+                    state_dict[f"{prefix}{child_name}.{kind}"] = torch.cat([state_dict.pop(key) for key in keys])
+
+
+def _parent(prefix: str) -> str:
+    return prefix[: prefix.rstrip(".").rfind(".") + 1]
+
+
+class PatchEmbedding(nn.Module):
+    """Linear embedding of non-overlapping patches; weights in the shape of the equal strided Conv3d."""
+
+    def __init__(self, in_channels: int, dim: int, patch_size: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.weight = nn.Parameter(torch.empty(dim, in_channels, *patch_size))
+        self.bias = nn.Parameter(torch.empty(dim))
+        bound = 1 / math.sqrt(in_channels * math.prod(patch_size))
+        nn.init.uniform_(self.weight, -bound, bound)
+        nn.init.uniform_(self.bias, -bound, bound)
+
+    def grid(self, latents: Tensor) -> tuple[int, int, int]:
+        """Tokens along frame, row and column of `[B, C, T, h, w]`; what a patch does not fill is left out."""
+        time, rows, columns = (s // p for s, p in zip(latents.shape[-3:], self.patch_size, strict=True))
+        return time, rows, columns
+
+    def patches(self, latents: Tensor) -> Tensor:
+        """`[B, C, T, h, w]` to `[B, S, C·p]`, each row in the order of the weight's axes."""
+        (time, rows, columns), (pt, ph, pw) = self.grid(latents), self.patch_size
+        latents = latents[:, :, : time * pt, : rows * ph, : columns * pw]
+        blocks = latents.unflatten(4, (columns, pw)).unflatten(3, (rows, ph)).unflatten(2, (time, pt))
+        return blocks.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """`[B, S, C·p]` to `[B, S, D]`."""
+        return F.linear(patches, self.weight.flatten(1), self.bias)
+
+
+def modulated_norm(states: Tensor, shift: Tensor, scale: Tensor, history: int, eps: float) -> Tensor:
+    """LayerNorm in fp32, then · scale + shift, for two kinds of tokens.
+
+    `states` is `[B, S, D]`, its first `history` tokens take row 0 and the others row 1 of `shift` and `scale`
+    `[R, 2, D]`, where R is 1, or B if samples differ. One row a kind is enough: the affine part of a LayerNorm is the
+    same computation.
+    """
+    if torch.compiler.is_compiling():
+        normed = F.layer_norm(states.float(), states.shape[-1:], eps=eps)
+        length = states.shape[1]
+        return (normed * _per_token(scale, length, history) + _per_token(shift, length, history)).to(states.dtype)
+    out = torch.empty_like(states)
+    for samples, tokens, row, kind in _parts(shift, states.shape[1], history):
+        weight, bias = scale[row, kind], shift[row, kind]
+        out[samples, tokens] = F.layer_norm(states[samples, tokens].float(), weight.shape, weight, bias, eps)
+    return out
+
+
+def gated_add_(states: Tensor, update: Tensor, gate: Tensor, history: int) -> Tensor:
+    """`states + update · gate`, written over `states` unless it is compiled; arguments as in `modulated_norm`.
+
+    The fp32 gate promotes the computation to fp32, so that it is rounded once, to the dtype of `states`.
+    """
+    if torch.compiler.is_compiling():
+        return (states + update * _per_token(gate, states.shape[1], history)).to(states.dtype)
+    for samples, tokens, row, kind in _parts(gate, states.shape[1], history):
+        states[samples, tokens].addcmul_(update[samples, tokens], gate[row, kind])
+    return states
+
+
+def add_to_last_(states: Tensor, update: Tensor) -> Tensor:
+    """Add `update` `[B, N, D]` to the last N tokens of `states` `[B, S, D]`, in place unless it is compiled."""
+    before = states.shape[1] - update.shape[1]
+    if torch.compiler.is_compiling():
+        return states + F.pad(update, (0, 0, before, 0))
+    states[:, before:].add_(update)
+    return states
+
+
+def _per_token(rows: Tensor, length: int, history: int) -> Tensor:
+    """Rows `[R, 2, D]` as a selection `[R, length, D]` that a compiler computes where it is read, and never stores."""
+    if not 0 < history < length:
+        return rows[:, :1] if history else rows[:, 1:]
+    is_history = torch.arange(length, device=rows.device).unsqueeze(-1) < history
+    return torch.where(is_history, rows[:, :1], rows[:, 1:])
+
+
+def _parts(rows: Tensor, length: int, history: int) -> list[tuple[slice, slice, int, int]]:
+    samples = [slice(None)] if rows.shape[0] == 1 else [slice(b, b + 1) for b in range(rows.shape[0])]
+    kinds = [(slice(0, history), 0), (slice(history, length), 1)]
+    return [
+        (sample, tokens, row, kind)
+        for row, sample in enumerate(samples)
+        for tokens, kind in kinds
+        if tokens.start < tokens.stop
+    ]
+
+
+class SelfAttention(nn.Module):
+    """Attention among all tokens, history keys amplified if the checkpoint says so."""
+
+    def __init__(
+        self, dim: int, heads: int, eps: float, *, amplify_history: bool = False, history_scale_mode: str = "per_head"
+    ) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_qkv = FusedLinear(dim, dim, ("to_q", "to_k", "to_v"))
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+        self.norm_q = nn.RMSNorm(dim, eps)
+        self.norm_k = nn.RMSNorm(dim, eps)
+        self.history_key_scale = None
+        if amplify_history:
+            self.history_key_scale = nn.Parameter(torch.ones(heads if history_scale_mode == "per_head" else 1))
+        self.register_load_state_dict_pre_hook(FusedLinear.gather_parts)
+
+    def forward(
+        self, states: Tensor, rotary: Tensor, history: int, attention: Attention, *, prune_history: bool = False
+    ) -> Tensor:
+        """`[B, S, dim]` to the same, or to the tokens after the first `history` if `prune_history`.
+
+        `rotary` is the table `[S, D/2, 2]` of cos and sin. History tokens still serve as keys when they are pruned.
+        """
+        if prune_history:
+            query = self.to_qkv.project(states[:, history:], 0, 1)
+            key, value = self.to_qkv.project(states, 1, 3).chunk(2, dim=-1)
+        else:
+            query, key, value = self.to_qkv(states).chunk(3, dim=-1)
+        query = self.norm_q(query).unflatten(2, (self.heads, -1))
+        key = self.norm_k(key).unflatten(2, (self.heads, -1))
+        value = value.unflatten(2, (self.heads, -1))
+        query = rotate_(query, rotary[-query.shape[1] :])
+        key = rotate_(key, rotary)
+        if self.history_key_scale is not None and history:
+            scale = 1 + torch.sigmoid(self.history_key_scale) * (MAX_HISTORY_KEY_SCALE - 1)
+            key = scale_first_(key, scale, history)
+        return self.to_out[0](attention(query, key, value).flatten(2))
+
+
+def scale_first_(key: Tensor, scale: Tensor, history: int) -> Tensor:
+    """Multiply the first `history` tokens of `key` `[B, S, H, D]` by a fp32 factor a head, in place unless compiled."""
+    if torch.compiler.is_compiling():
+        is_history = torch.arange(key.shape[1], device=key.device).view(-1, 1, 1) < history
+        return (key * torch.where(is_history, scale.unsqueeze(-1), 1.0)).to(key.dtype)
+    key[:, :history].mul_(scale.unsqueeze(-1))
+    return key
+
+
+class CrossAttention(nn.Module):
+    """Attention to the text, whose keys and values are computed once per prompt."""
+
+    def __init__(self, dim: int, heads: int, eps: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(dim, dim)
+        self.to_kv = FusedLinear(dim, dim, ("to_k", "to_v"))
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+        self.norm_q = nn.RMSNorm(dim, eps)
+        self.norm_k = nn.RMSNorm(dim, eps)
+        self.register_load_state_dict_pre_hook(FusedLinear.gather_parts)
+
+    def keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values `[B, L, H, D]` of the embedded text `[B, L, dim]`."""
+        key, value = self.to_kv(text).chunk(2, dim=-1)
+        key = self.norm_k(key).unflatten(2, (self.heads, -1))
+        return key, value.unflatten(2, (self.heads, -1)).contiguous()
+
+    def forward(self, states: Tensor, keys_values: tuple[Tensor, Tensor]) -> Tensor:
+        """`[B, S, dim]` to the same."""
+        query = self.norm_q(self.to_q(states)).unflatten(2, (self.heads, -1))
+        return self.to_out[0](attend(query, *keys_values).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """Linear, GELU (tanh form), linear."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        first = nn.Module()
+        first.proj = nn.Linear(dim, hidden)
+        self.net = nn.ModuleList([first, nn.Identity(), nn.Linear(hidden, dim)])
+
+    def forward(self, states: Tensor) -> Tensor:
+        return self.net[2](gelu_tanh(self.net[0].proj(states)))
+
+
+def gelu_tanh(states: Tensor) -> Tensor:
+    return F.gelu(states, approximate="tanh")
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention and feed-forward, each on a modulated or plain norm of the residual stream."""
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        ffn_dim: int,
+        eps: float,
+        *,
+        cross_attn_norm: bool,
+        guidance_cross_attn: bool,
+        amplify_history: bool,
+        history_scale_mode: str,
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        self.guidance_cross_attn = guidance_cross_attn
+        self.attn1 = SelfAttention(
+            dim, heads, eps, amplify_history=amplify_history, history_scale_mode=history_scale_mode
+        )
+        self.attn2 = CrossAttention(dim, heads, eps)
+        self.norm2 = nn.LayerNorm(dim, eps) if cross_attn_norm else None
+        self.ffn = FeedForward(dim, ffn_dim)
+        self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+
+    def forward(
+        self,
+        states: Tensor,
+        modulation: Tensor,
+        keys_values: tuple[Tensor, Tensor],
+        rotary: Tensor,
+        history: int,
+        operations: TokenOperations,
+        *,
+        prune_history: bool = False,
+    ) -> Tensor:
+        """The residual stream `states` `[B, S, dim]` after this block, in place of the one before it.
+
+        It is changed in place, unless the block is compiled; use what is returned.
+
+        `modulation` `[R, 2, 6, dim]` in fp32 holds the rows of history and noisy tokens. With `prune_history` only the
+        tokens after the first `history` are updated and returned: the last block's history rows are never read.
+        """
+        rows = self.scale_shift_table + modulation
+        rows[:, :, 1::3].add_(1)  # the two scales are stored as what they add to 1
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = rows.unbind(2)
+
+        normed = modulated_norm(states, shift, scale, history, self.eps)
+        update = self.attn1(normed, rotary, history, operations.attention, prune_history=prune_history)
+        if prune_history:
+            states, history = states[:, history:], 0
+        states = gated_add_(states, update, gate, history)
+
+        queries = states[:, history:] if self.guidance_cross_attn else states
+        states = add_to_last_(states, self.attn2(self._cross_norm(queries), keys_values))
+
+        normed = modulated_norm(states, ffn_shift, ffn_scale, history, self.eps)
+        return gated_add_(states, operations.feed_forward(self.ffn, normed), ffn_gate, history)
+
+    def keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross-attention keys and values `[B, L, H, D]` of the embedded text `[B, L, dim]`."""
+        return self.attn2.keys_values(text)
+
+    def _cross_norm(self, states: Tensor) -> Tensor:
+        return states if self.norm2 is None else self.norm2(states.float()).to(states.dtype)

@@ -1,0 +1,308 @@
+"""A pipeline spread over ranks: the one file that knows both Helios and groups of ranks.
+
+Every rank runs the same request in step. Tokens are sharded on entry to the transformer and gathered on exit; the two
+branches of guidance, the feed-forward weights and the VAE are spread by the other axes of the mesh. Text encoding and
+media reading happen on rank 0, and frames end there.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from helios_cp.config.checkpoint import Checkpoint
+from helios_cp.config.execution import Execution, Target, apply
+from helios_cp.config.request import Request
+from helios_cp.device.device import capability, make_current
+from helios_cp.model.block_cache import Total
+from helios_cp.model.codec import Codec, DiagonalGaussianDistribution, as_input, denormalise, posterior_of, to_frames
+from helios_cp.model.layers import FeedForward, TokenOperations, gelu_tanh
+from helios_cp.model.text import PromptEncoder
+from helios_cp.model.transformer import HeliosTransformer, TextCondition
+from helios_cp.pipeline.pipeline import Pipeline
+from helios_cp.pipeline.prompts import Branches, Prompts
+from helios_cp.pipeline.split_vae import split_decode, split_encode
+from helios_cp.pipeline.start import Inputs, initial_state, pixels_to_encode
+from helios_cp.sampling.state import ChunkState
+from helios_cp.weights.load import WEIGHTS, load_scheduler, load_text_encoder, load_transformer, load_vae, resolve
+from parallel.collectives import Group
+from parallel.engines import sequence_attention
+from parallel.mesh import Degrees, Mesh
+from parallel.segments import SegmentPlan
+from parallel.tensor import feed_forward, shard_slice
+
+
+def load_parallel(
+    model: str | Checkpoint,
+    mesh: Mesh,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str | torch.device = "cpu",
+    attention: str = "native",
+    cache: Path | None = None,
+    shard_weights: bool = False,
+    denoise_only: bool = False,
+    execution: Execution | None = None,
+) -> ParallelPipeline:
+    """Load this rank's part of a checkpoint; every rank of the mesh calls it.
+
+    The text encoder is loaded on rank 0 only, the VAE on the ranks that share it with rank 0, and of the feed-forward
+    weights only this rank's slice. With `shard_weights` every rank keeps an equal share of the blocks' weights (see
+    `weights.sharded`), and text is encoded on the CPU, as there is no room for the encoder. A mesh of one rank
+    gives the plain pipeline. Raises `ValueError` for `shard_weights` where the mesh splits the feed-forward weights
+    already, and for an `attention` engine that cannot run here, and `RequestError` for an `execution` that cannot.
+    """
+    weights = ("transformer",) if denoise_only else WEIGHTS
+    checkpoint = model if isinstance(model, Checkpoint) else resolve(model, cache, weights=weights)
+    execution, device = execution or Execution(), torch.device(device)
+    execution.check_all(
+        Target(device.type, capability(device)),
+        is_distilled=checkpoint.is_distilled,
+        backend=dist.get_backend() if mesh.world.size > 1 else "gloo",
+        ranks=mesh.world.size,
+        shard_weights=shard_weights,
+        attention=attention,
+    )
+    make_current(device)
+    home = execution.home(device)
+    narrow = functools.partial(narrow_feed_forward, group=mesh.ffn_tp) if mesh.ffn_tp.size > 1 else None
+    sequence = ShardedSequence(mesh, attention, device)
+    transformer = load_transformer(
+        checkpoint,
+        dtype,
+        home,
+        narrow,
+        mesh.world if shard_weights else None,
+        quantize=execution.quantize,
+        adapters=execution.lora,
+        compute_on=device,
+    )
+    transformer.sequence = sequence
+    encodes, decodes = mesh.rank == 0 and not denoise_only, 0 in mesh.vae.ranks and not denoise_only
+    text_home, text_device = (torch.device("cpu"),) * 2 if shard_weights else (home, device)
+    encoder = PromptEncoder(*load_text_encoder(checkpoint, text_home, dtype), text_device) if encodes else None
+    vae = load_vae(checkpoint, home) if decodes else None
+    pipeline = ParallelPipeline(
+        checkpoint,
+        transformer,
+        BroadcastPromptEncoder(encoder, mesh.world, checkpoint.transformer.text_dim, device),
+        SplitCodec(vae, mesh.vae),
+        load_scheduler(checkpoint),
+        SplitBranches(mesh.cfg, in_step=shard_weights) if mesh.cfg.size > 1 else Branches(),
+        device,
+        mesh=mesh,
+    )
+    apply(pipeline, execution)
+    return pipeline
+
+
+class ShardedSequence:
+    """Each rank of the sequence group holds an equal part of every segment, history and noisy tokens alike."""
+
+    def __init__(self, mesh: Mesh, attention: str = "native", device: str | torch.device = "cpu") -> None:
+        self.mesh = mesh
+        self.attention = sequence_attention(attention, mesh.ulysses, mesh.ring, device)
+        self.operations = functools.lru_cache(maxsize=64)(self._operations)
+
+    @property
+    def group(self) -> Group:
+        return self.mesh.sequence
+
+    def shard(self, tokens: Tensor, dim: int, before: int) -> Tensor:
+        return self._plan(tokens.shape[dim], before).shard(tokens, dim, self.group.rank)
+
+    def gather(self, tokens: Tensor, dim: int, length: int, before: int) -> Tensor:
+        plan = self._plan(length, before)
+        return plan.unshard(self.group.all_gather(tokens, plan.local_lengths, dim), dim)
+
+    def _operations(self, lengths: tuple[int, ...]) -> tuple[TokenOperations, TokenOperations]:
+        plan = SegmentPlan(lengths, self.group.size)
+        every, last = plan.local_lengths, plan.only(len(lengths) - 1).local_lengths
+        return self._for_queries(every, every), self._for_queries(last, every)
+
+    def _for_queries(self, query_lengths: Sequence[int], key_lengths: Sequence[int]) -> TokenOperations:
+        attention = self.attention(query_lengths, key_lengths)
+        group = self.mesh.ffn_tp
+        first = self.group.rank - group.rank
+        lengths = tuple(query_lengths[first : first + group.size])
+
+        def feed(layer: FeedForward, states: Tensor) -> Tensor:
+            if group.size == 1:
+                return layer(states)
+            return feed_forward(states, layer.net[0].proj, gelu_tanh, layer.net[2], group, lengths)
+
+        return TokenOperations(attention, feed)
+
+    def _plan(self, length: int, before: int) -> SegmentPlan:
+        # The surplus goes on where that of the segments before ended, as it does in one plan of all segments.
+        return SegmentPlan((length,), self.group.size, before % self.group.size)
+
+
+class SplitBranches(Branches):
+    """One branch of guidance on each of two ranks, which exchange their velocities once a step.
+
+    With `in_step` both ranks encode the prompts of both branches, for use with `OwnPrompts`.
+    """
+
+    def __init__(self, group: Group, in_step: bool = False) -> None:
+        self.group = group
+        self.in_step = in_step
+        self.own = (0, 1) if in_step else (group.rank,)
+
+    def exchange(self, velocities: list[Tensor]) -> tuple[Tensor, Tensor]:
+        (own,) = velocities
+        prompt, negative = self.group.all_gather(own, [own.shape[0]] * 2, 0)
+        return prompt, negative
+
+
+class OwnPrompts:
+    """This rank's branch of prompts that all ranks encode in step, as it takes all of them to gather sharded weights.
+
+    Prompts change at other times than the negative prompt, so a rank that encoded its own alone would wait for ever.
+    """
+
+    def __init__(self, prompts: Prompts, branch: int) -> None:
+        self.prompts = prompts
+        self.branch = branch
+
+    def at(self, chunk: int) -> list[TextCondition]:
+        """As `Prompts.at`, of one branch."""
+        conditions = self.prompts.at(chunk)
+        return [conditions[self.branch % len(conditions)]]  # there is only one where nothing is guided
+
+
+class BroadcastPromptEncoder:
+    """Text is encoded on rank 0 and broadcast."""
+
+    def __init__(self, encoder: PromptEncoder | None, group: Group, text_dim: int, device: torch.device) -> None:
+        self.encoder = encoder
+        self.group = group
+        self.text_dim = text_dim
+        self.device = device
+
+    @property
+    def text_encoder(self) -> nn.Module | None:
+        return None if self.encoder is None else self.encoder.text_encoder
+
+    def __call__(self, prompts: Sequence[str], max_sequence_length: int, dtype: torch.dtype) -> Tensor:
+        if self.encoder is not None:
+            embeds = self.encoder(prompts, max_sequence_length, dtype).to(self.device)
+        else:
+            embeds = torch.empty(len(prompts), max_sequence_length, self.text_dim, dtype=dtype, device=self.device)
+        return self.group.broadcast(embeds)
+
+
+class SplitCodec(Codec):
+    """The VAE split by rows over the ranks that share it with rank 0, where frames and posteriors end."""
+
+    def __init__(self, vae: nn.Module | None, group: Group) -> None:
+        super().__init__(vae)
+        self.group = group
+
+    @property
+    def is_local(self) -> bool:
+        return super().is_local and self.group.size == 1
+
+    def encode(self, videos: Sequence[Tensor | None]) -> list[DiagonalGaussianDistribution | None]:
+        """As `Codec.encode`; ranks other than 0 pass a `None` for each video and get one back."""
+        if self.vae is None:
+            return [None] * len(videos)
+        found = []
+        for video in videos:
+            pixels = None if video is None else as_input(self.vae, video)
+            with self.convolutions():
+                parameters = split_encode(self.vae, pixels, self.group)
+            found.append(None if parameters is None else posterior_of(parameters))
+        return found
+
+    def decode(self, latents: Tensor, output_type: str) -> Tensor | None:
+        if self.vae is None:
+            return None
+        finish = functools.partial(to_frames, output_type=output_type)
+        with self.convolutions():
+            return split_decode(self.vae, denormalise(self.vae, latents), self.group, finish=finish, dim=2)
+
+
+class ParallelPipeline(Pipeline):
+    """A pipeline whose start is computed on rank 0 and broadcast, where there is a picture or clip to read."""
+
+    def __init__(self, *parts, mesh: Mesh) -> None:
+        super().__init__(*parts)
+        self.mesh = mesh
+
+    @property
+    def degrees(self) -> Degrees:
+        return self.mesh.degrees
+
+    @property
+    def total(self) -> Total:
+        return functools.partial(prompt_total, mesh=self.mesh)
+
+    def encode_prompts(self, request: Request, inputs: Inputs | None = None) -> Prompts | OwnPrompts:
+        prompts = super().encode_prompts(request, inputs)
+        if isinstance(self.branches, SplitBranches) and self.branches.in_step:
+            return OwnPrompts(prompts, self.branches.group.rank)
+        return prompts
+
+    def initial_state(self, request: Request, inputs: Inputs | None = None) -> ChunkState:
+        inputs = inputs or Inputs()
+        if self.mesh.world.size == 1 or not inputs.has_anchor:
+            return super().initial_state(request, inputs)
+        reads = self.mesh.rank == 0
+        videos, hidden = pixels_to_encode(request, inputs) if reads else ([], 0)
+        world, channels = self.mesh.world, self.checkpoint.transformer.in_channels
+        count = int(world.broadcast(torch.tensor([len(videos)], device=self.device)))
+        posteriors = self.codec.encode(videos if reads else [None] * count)
+        state = None
+        if reads:
+            state = initial_state(request, inputs, self.codec, posteriors, hidden, channels, self.device)
+        return self._broadcast(request, state)
+
+    def share_state(self, request: Request, state: ChunkState | None) -> ChunkState | None:
+        """Rank 0's saved state of a resolved request on every rank; `None` where it has none."""
+        world = self.mesh.world
+        if world.size == 1:
+            return state
+        index = int(world.broadcast(torch.tensor([0 if state is None else state.index], device=self.device)))
+        return replace(self._broadcast(request, state), index=index) if index else None
+
+    def _broadcast(self, request: Request, state: ChunkState | None) -> ChunkState:
+        world = self.mesh.world
+        if state is None:  # of the right shapes; what is in it is overwritten
+            channels = self.checkpoint.transformer.in_channels
+            state = initial_state(request, Inputs(), self.codec, [], 0, channels, self.device)
+        anchor = None if state.anchor is None else world.broadcast(state.anchor)
+        generators = world.broadcast(state.generators.to(self.device)).cpu()
+        return ChunkState(state.index, world.broadcast(state.history), anchor, generators)
+
+
+def prompt_total(sums: Tensor, mesh: Mesh) -> Tensor:
+    """Sums `[N]` over each rank's tokens to those over all tokens of the prompt's branch, equal on every rank."""
+    group = mesh.sequence
+    return mesh.cfg.broadcast(torch.stack(group.all_gather(sums, [len(sums)] * group.size, 0)).sum(0))
+
+
+def narrow_feed_forward(transformer: HeliosTransformer, group: Group) -> dict[str, tuple[slice, ...]]:
+    """Leave each feed-forward layer of a model on the meta device this rank's hidden features only.
+
+    Returns which part of a stored tensor belongs to each parameter that became smaller, by name. The second layer's
+    bias stays whole: it is added once, to the sum.
+    """
+    parts: dict[str, tuple[slice, ...]] = {}
+    own = shard_slice(transformer.config.ffn_dim, group.size, group.rank)
+    size = own.stop - own.start
+    for index, block in enumerate(transformer.blocks):
+        dim = block.ffn.net[2].out_features
+        with torch.device("meta"):
+            block.ffn.net[0].proj = nn.Linear(dim, size)
+            block.ffn.net[2] = nn.Linear(size, dim)
+        parts[f"blocks.{index}.ffn.net.0.proj.weight"] = (own,)
+        parts[f"blocks.{index}.ffn.net.0.proj.bias"] = (own,)
+        parts[f"blocks.{index}.ffn.net.2.weight"] = (slice(None), own)
+    return parts

@@ -1,0 +1,317 @@
+"""From a request to a stream of chunks."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from helios_cp.config.checkpoint import Checkpoint
+from helios_cp.config.errors import RequestError
+from helios_cp.config.execution import Adapter, Execution, Target, apply
+from helios_cp.config.request import Request
+from helios_cp.device.device import Pace, SideStream, capability, free_memory, has_streams, make_current, to_device
+from helios_cp.device.timing import Stopwatch
+from helios_cp.model.block_cache import BlockCache, Total, own_total
+from helios_cp.model.codec import OUTPUT_TYPES, Codec
+from helios_cp.model.text import PromptEncoder
+from helios_cp.model.transformer import HeliosTransformer, History, TextCondition
+from helios_cp.pipeline.decoding import MARGIN, AtOnce, Beside, Decoding, Denoised, with_frames
+from helios_cp.pipeline.prompts import Branches, Prompts
+from helios_cp.pipeline.start import Inputs, initial_state, pixels_to_encode
+from helios_cp.plan.card_memory import expected_bytes
+from helios_cp.runtime.offload import Card
+from helios_cp.sampling.denoise import SamplingPlan, Step, denoise
+from helios_cp.sampling.noise import normal
+from helios_cp.sampling.state import ChunkState
+from helios_cp.weights.load import load_scheduler, load_text_encoder, load_transformer, load_vae, resolve
+from helios_cp.weights.transformer import set_adapters
+from parallel.mesh import Degrees
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One finished chunk.
+
+    `latents` `[B, C, T, h, w]` fp32; `frames` `[B, 33, H, W, 3]`, uint8 or fp32 in [0, 1], or `None` for output type
+    "latent". `state` is what the next chunk starts from; saved, it resumes the video. `seconds` by stage, as the device
+    took them; those of "decode" may have passed beside the stages of the next chunk. `skipped` are the steps that left
+    blocks out (see `helios_cp.model.block_cache`), of those that had a forward, counted from 0.
+    """
+
+    index: int
+    latents: Tensor
+    frames: Tensor | None
+    state: ChunkState
+    seconds: dict[str, float]
+    skipped: tuple[int, ...] = ()
+
+
+class Pipeline:
+    """A loaded checkpoint that turns requests into videos, one chunk at a time.
+
+    `prompt_encoder`, `codec`, `branches` and the transformer's `sequence` are what `pipeline.parallelize` exchanges to
+    spread the work over ranks; every rank then runs `stream` with the same request. `device` is where the work is done,
+    by default where the transformer is. `decodes_beside` says whether a chunk is decoded beside the denoising of the
+    next, where the device has streams for it; the memory that decoding takes then comes on top of that of denoising.
+    `None` leaves it to what is free on a card when a video begins.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        transformer: HeliosTransformer,
+        prompt_encoder: PromptEncoder,
+        codec: Codec,
+        scheduler,
+        branches: Branches | None = None,
+        device: torch.device | None = None,
+        decodes_beside: bool | None = None,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.transformer = transformer
+        self.prompt_encoder = prompt_encoder
+        self.codec = codec
+        self.scheduler = scheduler
+        self.branches = branches or Branches()
+        self.device = device or transformer.device
+        self.decodes_beside = decodes_beside
+        self.card: Card | None = None
+        self.block_cache: BlockCache | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Checkpoint,
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        device: str | torch.device = "cpu",
+        cache: Path | None = None,
+        execution: Execution | None = None,
+    ) -> Pipeline:
+        """Load a preset, a folder in the diffusers layout or a hub id onto one device; the VAE stays in fp32.
+
+        Raises `RequestError` for an `execution` that does not go together, or not on this device.
+        """
+        checkpoint = model if isinstance(model, Checkpoint) else resolve(model, cache)
+        execution, device = execution or Execution(), torch.device(device)
+        execution.check_all(Target(device.type, capability(device)), is_distilled=checkpoint.is_distilled)
+        make_current(device)
+        home = execution.home(device)
+        pipeline = cls(
+            checkpoint,
+            load_transformer(
+                checkpoint, dtype, home, quantize=execution.quantize, adapters=execution.lora, compute_on=device
+            ),
+            PromptEncoder(*load_text_encoder(checkpoint, home, dtype), device),
+            Codec(load_vae(checkpoint, home)),
+            load_scheduler(checkpoint),
+            device=device,
+        )
+        apply(pipeline, execution)
+        return pipeline
+
+    def set_adapters(self, adapters: Iterable[Adapter]) -> None:
+        """Run with these adapters and no others from the next request on; `[]` gives the checkpoint itself.
+
+        The result has the bits of a fresh load; every rank calls it. Raises `RequestError` for adapters that do not
+        fit, before anything is changed. `helios_cp.weights.transformer.set_adapters` says what it takes.
+        """
+        set_adapters(self, adapters)
+
+    @torch.no_grad()
+    def stream(
+        self,
+        request: Request,
+        inputs: Inputs | None = None,
+        *,
+        state: ChunkState | None = None,
+        output_type: str = "uint8",
+        on_step: Callable[[Step], None] | None = None,
+        keep_on_device: bool = False,
+    ) -> Iterator[Chunk]:
+        """Yield each chunk as soon as it is denoised and decoded; nothing of earlier chunks is kept.
+
+        Frames come to the host, or stay on the device with `keep_on_device`. On an accelerator a chunk is decoded and
+        copied beside the denoising of the next (`pipeline.decoding`), and comes between two steps of that; its frames
+        then lie in pinned memory, which is used again once they are dropped. `state` goes on from a saved chunk.
+        `on_step` is called after every denoising step. Raises `RequestError` for a bad request before any work is done.
+        """
+        if output_type not in OUTPUT_TYPES:
+            raise RequestError(f"output_type {output_type!r}: allowed are {', '.join(OUTPUT_TYPES)}")
+        request, inputs = (inputs or Inputs()).merged(request)
+        request = request.resolve(self.checkpoint)
+        if self.card is not None:
+            self.card.expect(expected_bytes(self.checkpoint, request, self.transformer, self.codec.vae, self.degrees))
+        watch = Stopwatch(self.device)
+        with watch.measure("text"):
+            prompts = self.encode_prompts(request, inputs)
+        if state is None:
+            with watch.measure("media"):
+                state = self.initial_state(request, inputs)
+        events = self._events(request, inputs, prompts, state, watch)
+        decoding = self._decoding(request, output_type, keep_on_device)
+        for chunk in with_frames(events, decoding, on_step):
+            with watch.paused():
+                yield chunk
+
+    @torch.no_grad()
+    def denoise(
+        self, request: Request, inputs: Inputs, prompts: Prompts, state: ChunkState
+    ) -> tuple[Tensor, ChunkState]:
+        """One chunk alone, as `stream` makes it: its latents `[B, C, T, h, w]` in fp32, and the next chunk's state.
+
+        `request` and `inputs` are resolved and merged, `prompts` those of `encode_prompts`.
+        """
+        watch = Stopwatch(self.device)
+        scheduler = copy.deepcopy(self.scheduler)
+        for event in self._denoise(request, inputs, prompts.at(state.index), state, scheduler, watch):
+            if not isinstance(event, Step):
+                latents, following = event
+        return latents.float(), following
+
+    def encode_prompts(self, request: Request, inputs: Inputs | None = None) -> Prompts:
+        """Text conditions of a resolved request."""
+        inputs = inputs or Inputs()
+        length, dtype = request.max_sequence_length, self.transformer.dtype
+        texts = tuple(entry.prompt for entry in request.prompt_schedule) or request.prompt
+        embeds, negative = inputs.prompt_embeds, None
+        if embeds is None:
+            embeds = self.prompt_encoder(texts, length, dtype)
+        if SamplingPlan.of(request, self.checkpoint).is_guided:
+            negative = inputs.negative_prompt_embeds
+            if negative is None:
+                negative = self.prompt_encoder([request.negative_prompt], length, dtype)
+            negative = negative.to(self.device, dtype).expand(request.batch_size, -1, -1)
+        return Prompts(self.transformer, self.branches, request, embeds.to(self.device, dtype), negative)
+
+    def initial_state(self, request: Request, inputs: Inputs | None = None) -> ChunkState:
+        """The state before chunk 0 of a resolved request: encodes the picture or clip, if there is one."""
+        inputs = inputs or Inputs()
+        videos, hidden = pixels_to_encode(request, inputs)
+        posteriors = self.codec.encode(videos)
+        channels = self.checkpoint.transformer.in_channels
+        return initial_state(request, inputs, self.codec, posteriors, hidden, channels, self.device)
+
+    def _events(
+        self, request: Request, inputs: Inputs, prompts: Prompts, state: ChunkState, watch: Stopwatch
+    ) -> Iterator[Step | Denoised]:
+        """The steps of each chunk, followed by the chunk without its frames."""
+        scheduler, pace = copy.deepcopy(self.scheduler), Pace(self.device)
+        for index in range(state.index, request.num_chunks):
+            with watch.measure("conditions"):
+                conditions = prompts.at(index)
+            for event in self._denoise(request, inputs, conditions, state, scheduler, watch):
+                if isinstance(event, Step):
+                    pace.step()
+                    yield event
+                else:
+                    latents, state = event
+            skipped = () if self.block_cache is None else tuple(self.block_cache.skipped)
+            yield Denoised(Chunk(index, latents.float(), None, state, {}, skipped), watch.take())
+
+    @property
+    def degrees(self) -> Degrees:
+        """How the work is spread over ranks."""
+        return Degrees()
+
+    @property
+    def total(self) -> Total:
+        """How sums over this rank's tokens become those over all tokens of the prompt's branch."""
+        return own_total
+
+    def _decoding(self, request: Request, output_type: str, keep_on_device: bool) -> Decoding:
+        if output_type == "latent":
+            return AtOnce(None, self.device)
+        decode = functools.partial(self.codec.decode, output_type=output_type)
+        has_nothing = self.codec.vae is None  # other ranks decode, and this one goes on with its steps
+        is_beside = has_streams(self.device) and not keep_on_device and (has_nothing or self.codec.is_local)
+        if is_beside and self._has_room_beside(request):
+            return Beside(decode, self._side)
+        return AtOnce(decode, self.device, keep_on_device=keep_on_device)
+
+    def _has_room_beside(self, request: Request) -> bool:
+        """Whether denoising and decoding are to be on the device together; asked when all weights are there."""
+        if self.decodes_beside is not None:
+            return self.decodes_beside
+        if self.device.type != "cuda" or self.codec.vae is None:
+            return True  # nobody can tell, or there is nothing to decode
+        working = expected_bytes(self.checkpoint, request, self.transformer, self.codec.vae, self.degrees)
+        return free_memory(self.device) >= MARGIN * (working["transformer"] + working["decoder"])
+
+    @functools.cached_property
+    def _side(self) -> SideStream:
+        # One for all videos: torch keeps the memory that was freed on a stream for that stream alone.
+        return SideStream(self.device)
+
+    def _denoise(
+        self,
+        request: Request,
+        inputs: Inputs,
+        conditions: list[TextCondition],
+        state: ChunkState,
+        scheduler,
+        watch: Stopwatch,
+    ) -> Iterator[Step | tuple[Tensor, ChunkState]]:
+        plan = SamplingPlan.of(request, self.checkpoint)
+        if self.block_cache is not None:
+            self.block_cache.start_chunk()
+        generators = state.make_generators()
+        noise = self._initial_noise(request, inputs, state, generators)
+        with watch.measure("conditions"):
+            history, frame_indices = split_history(state, request)
+            history = self.transformer.encode_history(history)
+
+        def predict(latents: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor | None]:
+            own = [self.transformer(latents, timestep, text, history, frame_indices) for text in conditions]
+            return self.branches.exchange(own) if plan.is_guided else (own[0], None)
+
+        events = denoise(
+            noise,
+            predict,
+            plan,
+            scheduler,
+            generators,
+            chunk=state.index,
+            dtype=self.transformer.dtype,
+            measure=watch.measure,
+        )
+        for event in events:
+            if isinstance(event, Step):
+                yield event
+            else:
+                yield event, state.after(event, generators, request, anchored=inputs.has_anchor)
+
+    def _initial_noise(
+        self, request: Request, inputs: Inputs, state: ChunkState, generators: list[torch.Generator]
+    ) -> Tensor:
+        frames = request.num_latent_frames_per_chunk
+        if inputs.latents is None:
+            shape = (self.checkpoint.transformer.in_channels, frames, *request.latent_size)
+            return normal(shape, generators, self.device)
+        return to_device(inputs.latents[:, :, state.index * frames :][:, :, :frames].float(), self.device)
+
+
+def split_history(state: ChunkState, request: Request) -> tuple[History, tuple[int, ...]]:
+    """The history of a state with its frame indices, and the indices of the noisy frames.
+
+    Indices are the same for every chunk: anchor · long · mid · short · noisy, counted from 0.
+    """
+    sizes = request.history_frames
+    long, mid, short = state.history.split(sizes, dim=2)
+    anchor = 0 if state.anchor is None else 1
+    bounds = [anchor]
+    for size in (*sizes, request.num_latent_frames_per_chunk):
+        bounds.append(bounds[-1] + size)
+    long_indices, mid_indices, short_indices, noisy_indices = (
+        tuple(range(start, stop)) for start, stop in itertools.pairwise(bounds)
+    )
+    if state.anchor is not None:
+        short, short_indices = torch.cat([state.anchor, short], dim=2), (0, *short_indices)
+    return History(short, short_indices, mid, mid_indices, long, long_indices), noisy_indices

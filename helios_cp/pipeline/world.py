@@ -1,0 +1,189 @@
+"""Joining the ranks that torchrun starts, and ending them all when one fails."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from helios_cp.config.errors import RequestError
+from helios_cp.device.device import TESTED, card_count, card_of_rank, make_current
+from helios_cp.weights.load import CheckpointError
+
+POLL = 0.05
+"""Seconds between two looks whether all ranks are as far as this one."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place in a job."""
+
+    rank: int = 0
+    local_rank: int = 0
+    local_size: int = 1
+    size: int = 1
+
+    @classmethod
+    def of(cls, environment: Mapping[str, str]) -> Ranks:
+        """Read torchrun's environment; one rank without it. Raises `RequestError` for what torchrun does not set."""
+
+        def number(name: str, default: int) -> int:
+            text = environment.get(name, str(default))
+            if not text.isdecimal():
+                raise RequestError(f"{name} {text!r} in the environment: a whole number is allowed; torchrun sets it")
+            return int(text)
+
+        return cls(number("RANK", 0), number("LOCAL_RANK", 0), number("LOCAL_WORLD_SIZE", 1), number("WORLD_SIZE", 1))
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+
+def device_of_rank(device: torch.device, ranks: Ranks) -> torch.device:
+    """One card a rank, in turn, where no card is named."""
+    return card_of_rank(device, ranks.local_rank)
+
+
+def pick_backend(name: str | None, device: torch.device, ranks: Ranks) -> str:
+    """NCCL for CUDA and gloo elsewhere, or the one named. Raises `RequestError` where it cannot run."""
+    if ranks.size > 1 and device.type not in TESTED:
+        raise RequestError(
+            f"--device {device.type}: one process only; {ranks.size} ranks run on {' and '.join(TESTED)}"
+        )
+    backend = name or ("nccl" if device.type == "cuda" else "gloo")
+    if backend == "nccl":
+        if device.type != "cuda":
+            raise RequestError(f"--backend nccl: it needs CUDA devices, this is {device.type}; use gloo")
+        if ranks.local_size > card_count(device):
+            raise RequestError(
+                f"--backend nccl: {ranks.local_size} ranks share {card_count(device)} card(s), and it needs one each; "
+                "use --backend gloo"
+            )
+    return backend
+
+
+class World:
+    """The ranks of one job: they share what rank 0 decides, and the first that fails speaks for all.
+
+    Its store is that of torchrun's rendezvous. A job of one rank has none and communicates nothing. Raises
+    `RequestError` where there is no rendezvous.
+    """
+
+    def __init__(self, ranks: Ranks, timeout: float) -> None:
+        self.ranks = ranks
+        self.timeout = timedelta(seconds=timeout)
+        self._store = None
+        if ranks.size > 1:
+            try:
+                store, _, _ = next(dist.rendezvous("env://", timeout=self.timeout))
+            except (ValueError, RuntimeError) as error:
+                reason = str(error).splitlines()[0]
+                raise RequestError(
+                    f"WORLD_SIZE {ranks.size} in the environment, but the ranks do not find each other ({reason}); "
+                    f"start them with torchrun --nproc_per_node {ranks.size}"
+                ) from None
+            store.set_timeout(self.timeout)
+            self._store = store
+
+    def share(self, decide: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What `decide` returns on rank 0, as JSON, on every rank. It is called on rank 0 only."""
+        if self._store is None:
+            return decide()
+        if self.ranks.is_first:
+            decided = decide()
+            self._store.set("helios_cp/decided", json.dumps(decided))
+            return decided
+        return json.loads(self._store.get("helios_cp/decided"))
+
+    def prepare(self, step: Callable[[], object]) -> None:
+        """Call `step` once on every machine, and wait until it has come to its end on all, however long that takes."""
+        if self.ranks.local_rank == 0:
+            step()
+        if self._store is not None:
+            self._meet("prepared")
+
+    @contextmanager
+    def connected(self, backend: str, device: torch.device) -> Iterator[None]:
+        """Process groups exist inside. An exception is reported by the first rank that has one, and ends the process.
+
+        When a rank fails its peers lose their connection to it and fail too; they stay silent. Ranks leave together, as
+        one that left early would close connections that others may still read from.
+        """
+        if self._store is None:
+            yield
+            return
+        make_current(device)
+        store = dist.PrefixStore("helios_cp/group", self._store)
+        dist.init_process_group(
+            backend, store=store, rank=self.ranks.rank, world_size=self.ranks.size, timeout=self.timeout
+        )
+        try:
+            yield
+        except Exception as error:
+            self._report(error)
+            end_process(1)
+        with contextlib.suppress(Exception):  # the store went down, after the work was done
+            self._meet("finished")
+        gc.collect()  # NCCL waits for ever for graphs that hold messages, and pipelines lie in cycles of references
+        dist.destroy_process_group()
+
+    def claim_end(self) -> bool:
+        """Whether this is the first rank to end the job: what the others see then is a consequence, and not told."""
+        if self._store is None:
+            return True
+        with contextlib.suppress(Exception):  # the store goes down with the job
+            return self._store.add("helios_cp/ended", 1) == 1
+        return False
+
+    def _meet(self, where: str) -> None:
+        """Wait until all ranks have come here: through the store, as some may have minutes of other work before."""
+        key = f"helios_cp/{where}"
+        self._store.add(key, 1)
+        while self._store.add(key, 0) < self.ranks.size:
+            time.sleep(POLL)
+
+    def _report(self, error: Exception) -> None:
+        if not self.claim_end():
+            return
+        who = f"rank {self.ranks.rank}"
+        if isinstance(error, RequestError | CheckpointError):
+            lines = f"{who}: error: {error}"
+        elif is_lost_connection(error):
+            lines = (
+                f"{who}: another rank does not answer: it was killed, its machine is gone, or it hangs for more than "
+                f"--timeout {self.timeout.total_seconds():g} s ({' '.join(str(error).split())[:300]})"
+            )
+        else:
+            lines = f"{who} failed:\n{''.join(traceback.format_exception(error))}".rstrip()
+        print(lines, file=sys.stderr, flush=True)
+
+
+def is_lost_connection(error: Exception) -> bool:
+    """Whether a peer is gone or too slow; gloo says so in a plain RuntimeError."""
+    text = str(error)
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError)
+        and any(
+            sign in text for sign in ("gloo", "Connection closed", "Connection reset", "Timed out", "NCCL", "Socket")
+        )
+    )
+
+
+def end_process(code: int) -> None:
+    """End at once: a rank that waits for its process groups to close could wait for a dead peer."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,0 +1,173 @@
+"""What a kind of machine can do, as numbers with their sources, and as the JSON that a calibration writes.
+
+Rates are what a program reaches, not what a data sheet promises; `peak_*` are the data sheet's. "Seconds" and rates are
+of one rank, which is one GPU, or on a CPU one process of one thread.
+"""
+
+from __future__ import annotations
+
+import bisect
+import json
+import math
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from helios_cp.config.errors import RequestError
+from helios_cp.config.json_types import check_types
+from helios_cp.plan.forward_cost import PASSES
+
+TERA, GIGA, MICRO = 1e12, 1e9, 1e-6
+SHARES = {
+    "matmul_shares": "rows",
+    "matmul_fp32_shares": "rows",
+    "attention_shares": "tokens",
+    "vae_shares": "channels",
+}
+"""Fields of pairs, and what the first of a pair is."""
+
+MOST_SHARE = 1.5
+"""Of a full rate, which is that of large sizes; middle ones may be a little faster."""
+
+MEASUREMENTS = "calibration"
+"""The key of a profile's file under which a calibration keeps what it measured; no part of the profile."""
+
+NUMBERS = ("float", "int", "float | None")
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One kind of machine. Rates in FLOP/s and bytes/s, latencies in seconds.
+
+    `matmul_*`: products of many rows, by dtype. `matmul_shares`: (rows, share of that rate) for fewer, interpolated in
+    the logarithm of the rows; `matmul_fp32_shares` where they differ in fp32. Small products are bound by memory
+    besides. `attention_*`: likewise, attention, with shares by the geometric mean of queries and keys. `vae_flops`: the
+    VAE's decoding in fp32 as a whole, its memory passes included, with shares by its channels. `memory_bandwidth`: of
+    copies and sums; `pass_shares`: (kind, share of it) of other passes over memory, see `plan.forward_cost.PASSES`.
+    `kernel_seconds`: of launching one kernel, beside computing where `launches_overlap`. `node_*`: messages within a
+    node, of one rank; `node_exchange_latency`: of those between two ranks, as of a ring or a halo, where it differs
+    from that of collectives. `network_*`: between nodes. `overlap`: the share of a message's time that can pass beside
+    computing. `memory_bytes`: of the device, or a rank's share. `sources`: where each number comes from.
+    """
+
+    name: str
+    peak_flops: float
+    peak_vae_flops: float
+    matmul_flops: float
+    matmul_fp32_flops: float
+    attention_flops: float
+    attention_fp32_flops: float
+    vae_flops: float
+    memory_bandwidth: float
+    memory_bytes: float
+    kernel_seconds: float
+    node_bandwidth: float
+    node_latency: float
+    network_bandwidth: float
+    network_latency: float
+    node_exchange_latency: float | None = None
+    gpus_per_node: int = 8
+    launches_overlap: bool = True
+    overlap: float = 1.0
+    matmul_shares: tuple[tuple[int, float], ...] = ()
+    matmul_fp32_shares: tuple[tuple[int, float], ...] = ()
+    attention_shares: tuple[tuple[int, float], ...] = ()
+    vae_shares: tuple[tuple[int, float], ...] = ()
+    pass_shares: tuple[tuple[str, float], ...] = ()
+    sources: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name == "overlap":
+                if not 0 <= value <= 1:
+                    raise ValueError(f"overlap {value:g}: a share from 0 to 1 is allowed")
+            elif value is not None and field.type in NUMBERS and not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{field.name} {value:g}: a finite number above 0 is allowed")
+        for name, what in SHARES.items():
+            pairs = getattr(self, name)
+            sizes = [size for size, _ in pairs]
+            if sizes != sorted(set(sizes)) or any(size < 1 or not 0 < share <= MOST_SHARE for size, share in pairs):
+                raise ValueError(
+                    f"{name} {pairs}: allowed are pairs of {what}, increasing from 1, and a share of the full rate "
+                    f"above 0 and up to {MOST_SHARE:g}"
+                )
+        for kind, share in self.pass_shares:
+            if kind not in PASSES or not (math.isfinite(share) and share > 0):
+                raise ValueError(
+                    f"pass_shares {kind} {share:g}: allowed are {', '.join(PASSES)}, each with a finite share above 0"
+                )
+
+    def matmul_rate(self, rows: int, itemsize: int) -> float:
+        """FLOP/s of a product of `rows` rows, memory aside."""
+        if itemsize < 4:
+            return self.matmul_flops * _interpolate(self.matmul_shares, rows)
+        return self.matmul_fp32_flops * _interpolate(self.matmul_fp32_shares or self.matmul_shares, rows)
+
+    def attention_rate(self, queries: int, keys: int, itemsize: int) -> float:
+        """FLOP/s of attention, memory aside."""
+        full = self.attention_flops if itemsize < 4 else self.attention_fp32_flops
+        return full * _interpolate(self.attention_shares, math.sqrt(queries * keys))
+
+    def vae_rate(self, channels: int) -> float:
+        """FLOP/s of the part of the VAE's decoder that is so many channels wide."""
+        return self.vae_flops * _interpolate(self.vae_shares, channels)
+
+    def pass_bandwidth(self, kind: str) -> float:
+        """Bytes/s of the passes over memory of a kind."""
+        return self.memory_bandwidth * dict(self.pass_shares).get(kind, 1.0)
+
+    def to_json(self) -> dict[str, Any]:
+        """What `read_profile` reads back."""
+        return {**asdict(self), "sources": dict(self.sources), "pass_shares": dict(self.pass_shares)}
+
+
+def _interpolate(points: tuple[tuple[int, float], ...], size: float) -> float:
+    if not points or size < 1:
+        return 1.0
+    place = bisect.bisect_left(points, (size, 0.0))
+    if place == 0:
+        return points[0][1]
+    if place == len(points):
+        return points[-1][1]
+    (low, before), (high, after) = points[place - 1], points[place]
+    part = math.log(size / low) / math.log(high / low)
+    return before + part * (after - before)
+
+
+def read_profile(path: Path) -> Hardware:
+    """A profile as `Hardware.to_json` writes it; numbers without a default must be there. Raises `RequestError`."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise RequestError(f"--hardware {path}: cannot be read: {reason}") from None
+    try:
+        return _from_json(values)
+    except (TypeError, ValueError) as error:
+        raise RequestError(f"--hardware {path}: {error}") from None
+
+
+def _from_json(values: Any) -> Hardware:
+    if not isinstance(values, dict):
+        raise TypeError("it does not hold a JSON object")
+    values = {name: value for name, value in values.items() if name != MEASUREMENTS}
+    for name, of in (("sources", "texts"), ("pass_shares", "shares")):
+        pairs = values.get(name, {})
+        if not isinstance(pairs, dict):
+            raise TypeError(f"{name}: an object of {of} is allowed")
+        values[name] = tuple(pairs.items())
+    for name in SHARES:
+        pairs = values.get(name, [])
+        if not isinstance(pairs, list) or not all(isinstance(pair, list) for pair in pairs):
+            raise TypeError(f"{name}: a list of pairs is allowed")
+        values[name] = tuple(map(tuple, pairs))
+    check_types(Hardware, values)
+    missing = [name for name in ("name", *_required()) if name not in values]
+    if missing:
+        raise TypeError(f"{', '.join(missing)}: missing; write the file with a calibration")
+    return Hardware(**values)
+
+
+def _required() -> list[str]:
+    return [field.name for field in fields(Hardware) if field.type == "float" and field.default is MISSING]

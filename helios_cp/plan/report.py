@@ -1,0 +1,279 @@
+"""A plan as tables for a reader and as JSON for a program, with the counts that the times rest on."""
+
+from __future__ import annotations
+
+import textwrap
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from helios_cp.config.request import Request
+from helios_cp.plan.detect import Hardware
+from helios_cp.plan.forward_cost import forward_cost, repeated_flops
+from helios_cp.plan.predict import Candidate, Prediction, StageCost, limit_fps
+from helios_cp.plan.rank_shares import whole
+from helios_cp.plan.weight_cost import parameters
+from helios_cp.plan.workload import Workload
+from parallel.mesh import Degrees
+
+if TYPE_CHECKING:
+    from helios_cp.plan.search import Plan
+
+WIDTH = 118
+AXES = "cfg x ring x uly"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a plan is of."""
+
+    model: str
+    request: Request
+    workload: Workload
+    hardware: Hardware
+    ranks: int
+    nodes: int
+
+
+def stage_counts(workload: Workload) -> list[dict[str, Any]]:
+    """Of each stage, tokens and what one forward on one rank costs; `diffusers_flops` are those of its forward."""
+    found = []
+    for stage in workload.stages:
+        itemsize = workload.dtype.itemsize
+        alone = whole(workload.config, stage.lengths)
+        cost = forward_cost(workload.config, alone, Degrees(), workload.text_tokens, itemsize)
+        found.append(
+            {
+                "tokens": alone.tokens,
+                "history_tokens": alone.history,
+                "noisy_tokens": alone.noisy,
+                "forwards_per_chunk": stage.forwards * workload.branches,
+                "flops": cost.flops,
+                "diffusers_flops": repeated_flops(workload.config, stage.lengths, workload.text_tokens),
+                "elementwise_bytes": cost.elementwise_bytes,
+                "matrix_bytes": cost.matrix_bytes(itemsize),
+                "kernels": cost.kernels,
+            }
+        )
+    return found
+
+
+def limits(workload: Workload, hardware: Hardware) -> dict[str, float]:
+    """FPS that no program exceeds on one rank, at the data sheet's rates."""
+    stages = stage_counts(workload)
+    rates = hardware.peak_flops, hardware.peak_vae_flops
+
+    def limit(kind: str) -> float:
+        flops = sum(stage["forwards_per_chunk"] * stage[kind] for stage in stages)
+        return limit_fps(workload.frames, flops, workload.decode_flops, *rates)
+
+    return {"fps_at_peak": limit("flops"), "fps_at_peak_with_diffusers_flops": limit("diffusers_flops")}
+
+
+def to_json(plan: Plan, subject: Subject) -> dict[str, Any]:
+    """Plain JSON values; FLOPs, bytes and calls are counts, seconds and FPS are modelled."""
+    workload, request = subject.workload, subject.request
+    return {
+        "note": "seconds, FPS and memory are modelled, not measured, of eager PyTorch: nothing compiled or quantised",
+        "model": subject.model,
+        "height": request.height,
+        "width": request.width,
+        "num_frames": request.num_frames,
+        "chunks": request.num_chunks,
+        "ranks": subject.ranks,
+        "nodes": subject.nodes,
+        "dtype": str(workload.dtype).removeprefix("torch."),
+        "hardware": subject.hardware.to_json(),
+        "config": asdict(workload.config),
+        "parameters": parameters(workload.config),
+        "vae_decode_flops": workload.decode_flops,
+        "stages": stage_counts(workload),
+        "limits": limits(workload, subject.hardware),
+        "plans": [_prediction(each, subject) for each in plan.fitting],
+        "impossible": [
+            {**_layout(each.candidate), "reason": each.reason, "memory_bytes": each.memory_bytes}
+            for each in plan.refused
+        ],
+    }
+
+
+def _layout(candidate: Candidate) -> dict[str, Any]:
+    layout = candidate.layout
+    return {**asdict(layout.degrees), "shard_weights": layout.shard_weights, "decoders": candidate.decoders}
+
+
+def _prediction(prediction: Prediction, subject: Subject) -> dict[str, Any]:
+    return {
+        **_layout(prediction.candidate),
+        "command": command(prediction.candidate, subject),
+        "modelled_fps": prediction.fps,
+        "modelled_latency_seconds": prediction.latency,
+        "modelled_interval_seconds": prediction.interval,
+        "modelled_video_seconds": video_seconds(prediction, subject),
+        "modelled_seconds_per_chunk": dict(prediction.seconds),
+        "modelled_decode_seconds": prediction.decode,
+        "dominant": prediction.dominant,
+        "memory_bytes": dict(prediction.memory),
+        "sent_bytes_per_chunk": prediction.sent_bytes,
+        "stages": [_stage(each, subject.workload.dtype.itemsize) for each in prediction.stages],
+    }
+
+
+def _stage(stage: StageCost, itemsize: int) -> dict[str, Any]:
+    cost = stage.cost
+    return {
+        "flops": cost.flops,
+        "elementwise_bytes": cost.elementwise_bytes,
+        "matrix_bytes": cost.matrix_bytes(itemsize),
+        "kernels": cost.kernels,
+        "traffic": {axis: asdict(traffic) for axis, traffic in cost.traffic.items()},
+        "modelled_seconds": dict(stage.seconds),
+    }
+
+
+def video_seconds(prediction: Prediction, subject: Subject) -> float:
+    """From the first step to the last frame, text encoding apart; the first chunk may have twice the steps."""
+    denoise = prediction.latency - prediction.decode
+    first = denoise if subject.request.is_amplify_first_chunk else 0.0
+    return first + prediction.latency + (subject.request.num_chunks - 1) * prediction.interval
+
+
+def command(candidate: Candidate, subject: Subject) -> str:
+    """What to type for this layout; `--model` and `--prompt` are left to the user."""
+    layout = candidate.layout
+    degrees = layout.degrees
+    flags = {"cfg-parallel": degrees.cfg, "ring": degrees.ring, "ulysses": degrees.ulysses, "ffn-tp": degrees.ffn_tp}
+    words = [f"--{name} {degree}" for name, degree in flags.items() if degree > 1]
+    words += ["--shard-weights"] * layout.shard_weights
+    if candidate.decoders:
+        words = [f"--ranks {degrees.world}", *words, f"--decoders {candidate.decoders}"]
+        return " ".join(["python -m launchers.generate --address auto", *words])
+    if degrees.world > 1:
+        words.append(f"--vae-parallel {degrees.vae}")
+    if subject.ranks == 1:
+        return " ".join(["python -m helios_cp.generate", *words])
+    nodes = f"--nnodes {subject.nodes} " if subject.nodes > 1 else ""
+    per_node = subject.ranks // subject.nodes
+    return " ".join([f"torchrun {nodes}--nproc_per_node {per_node} -m helios_cp.generate", *words])
+
+
+def print_tables(plan: Plan, subject: Subject, top: int) -> None:
+    """The `top` fastest layouts, what to type for the best, and as many reasons why others are impossible."""
+    console = Console(soft_wrap=False, highlight=False)
+    if not console.is_terminal:
+        console = Console(width=WIDTH, highlight=False)
+
+    def say(line: str) -> None:
+        console.print("\n".join(textwrap.wrap(line, console.width, break_on_hyphens=False)), soft_wrap=True)
+
+    console.print(_counts(subject))
+    if plan.fitting:
+        console.print(_plans(plan, subject, top))
+        if len(plan.fitting) > top:
+            say(f"{len(plan.fitting) - top} slower ones are left out; --top {len(plan.fitting)} prints all.")
+        for line in _advice(plan, subject):
+            say(line)
+    if plan.refused:
+        console.print(_impossible(plan, top))
+    bounds = limits(subject.workload, subject.hardware)
+    say(
+        f"One rank at the data sheet's rates, which nothing exceeds: {bounds['fps_at_peak']:.3g} FPS "
+        f"({bounds['fps_at_peak_with_diffusers_flops']:.3g} with the FLOPs of diffusers). All times are modelled, of "
+        "eager PyTorch: --compile, --quantize and --offload are not in them."
+    )
+
+
+def _advice(plan: Plan, subject: Subject) -> Iterator[str]:
+    """What to type for the fastest layout, for the fastest without decoders, and how long the video takes."""
+    best = plan.fitting[0]
+    alone = next((each for each in plan.fitting if not each.candidate.decoders), None)
+    yield f"Best: {command(best.candidate, subject)}"
+    if best.candidate.decoders:
+        yield "  Rows with decoders need launchers.generate, which runs on Ray."
+        if alone is not None:
+            yield f"Best with torchrun, {alone.fps:.4g} FPS: {command(alone.candidate, subject)}"
+    request = subject.request
+    yield (
+        f"{request.num_chunks} chunks of {request.frames_per_chunk} frames take {video_seconds(best, subject):.3g} s, "
+        "text encoding apart."
+    )
+
+
+def _counts(subject: Subject) -> Table:
+    workload, request = subject.workload, subject.request
+    dtype = str(workload.dtype).removeprefix("torch.")
+    table = Table(
+        title=f"{subject.model}, {parameters(workload.config) / 1e9:.3f} B parameters, {dtype}, "
+        f"{request.height}x{request.width}, {request.frames_per_chunk} frames a chunk; counted"
+    )
+    names = ("stage", "tokens", "noisy", "forwards", "TFLOP", "GB elementwise", "GB matrix", "kernels")
+    for name in names:
+        table.add_column(name, justify="right")
+    for index, stage in enumerate(stage_counts(workload)):
+        table.add_row(
+            str(index + 1),
+            str(stage["tokens"]),
+            str(stage["noisy_tokens"]),
+            str(stage["forwards_per_chunk"]),
+            f"{stage['flops'] / 1e12:.3g}" if stage["flops"] < 1e12 else f"{stage['flops'] / 1e12:.1f}",
+            f"{stage['elementwise_bytes'] / 1e9:.3g}",
+            f"{stage['matrix_bytes'] / 1e9:.3g}",
+            str(stage["kernels"]),
+        )
+    return table
+
+
+def _plans(plan: Plan, subject: Subject, top: int) -> Table:
+    table = Table(
+        title=f"{subject.ranks} rank(s) on {subject.nodes} node(s) of {subject.hardware.name}, eager; all times are "
+        "modelled"
+    )
+    for name in (AXES, "ffn-tp", "shard", "VAE"):
+        table.add_column(name)
+    for name in ("FPS", "latency s", "GB a rank", "GB sent a chunk", "most time"):
+        table.add_column(name, justify="right")
+    for each in plan.fitting[:top]:
+        total = sum(each.seconds.values())
+        table.add_row(
+            *_cells(each.candidate),
+            f"{each.fps:.4g}",
+            f"{each.latency:.3g}",
+            f"{each.memory_bytes / 1e9:.1f}",
+            f"{each.sent_bytes / 1e9:.2f}",
+            f"{each.dominant} {each.seconds[each.dominant] / total:.0%}",
+        )
+    return table
+
+
+def _impossible(plan: Plan, top: int) -> Table:
+    """One line a reason and kind of layout, with how many share it; `top` of them."""
+    alike = defaultdict(list)
+    for each in plan.refused:
+        alike[each.reason].append(each.candidate)
+    more = f", the first {top} of {len(alike)} reasons" if len(alike) > top else ""
+    table = Table(title=f"Impossible{more}")
+    for name in (AXES, "ffn-tp", "shard", "VAE", "why"):
+        table.add_column(name)
+    for reason, found in list(alike.items())[:top]:
+        axes, *rest = _cells(found[0])
+        table.add_row(axes + (f" and {len(found) - 1} more" if len(found) > 1 else ""), *rest, reason)
+    return table
+
+
+def _cells(candidate: Candidate) -> tuple[str, str, str, str]:
+    layout = candidate.layout
+    shard = "yes" if layout.shard_weights else "-"
+    return _axes(candidate), _degree(layout.degrees.ffn_tp), shard, candidate.vae
+
+
+def _axes(candidate: Candidate) -> str:
+    degrees = candidate.layout.degrees
+    return f"{degrees.cfg} x {degrees.ring} x {degrees.ulysses}"
+
+
+def _degree(degree: int) -> str:
+    return "-" if degree == 1 else str(degree)

@@ -1,0 +1,82 @@
+"""What a request asks of whatever it runs on: tokens and forwards of each stage, and what is decoded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from helios_cp.config.checkpoint import Checkpoint, TransformerConfig
+from helios_cp.config.layout import segment_lengths
+from helios_cp.config.request import Request
+from helios_cp.plan import vae_cost
+from helios_cp.plan.vae_cost import VaeConfig
+from helios_cp.plan.weight_cost import TextEncoderConfig
+from helios_cp.sampling.denoise import SamplingPlan
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Tokens of a pyramid stage (long · mid · short · noisy), and its forwards in a chunk, those of one branch."""
+
+    lengths: tuple[int, ...]
+    forwards: int
+
+    @property
+    def noisy(self) -> int:
+        return self.lengths[-1]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a steady chunk asks for, of `batch` videos at once, whatever it runs on."""
+
+    config: TransformerConfig
+    vae: VaeConfig
+    text_encoder: TextEncoderConfig
+    stages: tuple[Stage, ...]
+    is_guided: bool
+    dtype: torch.dtype
+    text_tokens: int
+    latent_frames: int
+    latent_size: tuple[int, int]
+    frames: int
+    batch: int = 1
+
+    @classmethod
+    def of(
+        cls,
+        checkpoint: Checkpoint,
+        request: Request,
+        dtype: torch.dtype,
+        vae: VaeConfig | None = None,
+        text_encoder: TextEncoderConfig | None = None,
+    ) -> Workload:
+        """Of a resolved request; steps that CFG-Zero* zeroes need no forward."""
+        plan = SamplingPlan.of(request, checkpoint)
+        lengths = segment_lengths(request, checkpoint)
+        forwards = [
+            sum(not plan.is_zeroed(stage, step) for step in range(steps)) for stage, steps in enumerate(plan.steps)
+        ]
+        return cls(
+            config=checkpoint.transformer,
+            vae=vae or VaeConfig(),
+            text_encoder=text_encoder or TextEncoderConfig(),
+            stages=tuple(Stage(tuple(each), count) for each, count in zip(lengths, forwards, strict=True)),
+            is_guided=plan.is_guided,
+            dtype=dtype,
+            text_tokens=request.max_sequence_length,
+            latent_frames=request.num_latent_frames_per_chunk,
+            latent_size=request.latent_size,
+            frames=request.frames_per_chunk,
+            batch=request.batch_size,
+        )
+
+    @property
+    def branches(self) -> int:
+        return 2 if self.is_guided else 1
+
+    @property
+    def decode_flops(self) -> int:
+        """Of one video."""
+        return vae_cost.decode_flops(self.vae, self.latent_frames, *self.latent_size)

@@ -1,0 +1,92 @@
+"""`torch.compile` of what a chunk repeats: the blocks of the transformer, and the VAE's decoder.
+
+All blocks share one compiled function, so that it is compiled once for each shape: for each pyramid stage, once for
+the blocks inside and once for the last, which drops the history. The decoder is compiled as diffusers calls it, latent
+frame by latent frame with a cache of features: for the first frame, the second, and all that follow. Shapes are static,
+and graphs are whole: a break in one is an error, not a slow path. What a layer or a sequence-parallel algorithm
+computes otherwise when it is compiled, it decides itself by `torch.compiler.is_compiling()`.
+
+A process that has made very many sizes drops its compiled code and starts over, from the cache of compiled code where
+there is one.
+
+Hooks of the blocks stay outside, so that weights which are sharded are gathered before the compiled code is called.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import types
+import warnings
+from collections.abc import Callable, Iterable, MutableMapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch._dynamo.exc import FailOnRecompileLimitHit
+from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+from helios_cp.model.layers import Block
+
+if TYPE_CHECKING:
+    from helios_cp.pipeline.pipeline import Pipeline
+
+logger = logging.getLogger(__name__)
+
+Backend = str | Callable
+MOST_GRAPHS = 96
+"""Of a function at a time; six of the blocks serve a size of video. PyTorch's own limit is 8."""
+
+
+def compile_pipeline(pipeline: Pipeline, cache: str | None = None, backend: Backend = "inductor") -> None:
+    """Compile a loaded pipeline's blocks, and its decoder where the VAE is not split over ranks.
+
+    Nothing is compiled before it first runs. `cache` is the folder that keeps compiled code for the next start; warns
+    where this process has not been told so by `keep_in`.
+    """
+    if cache is not None and os.path.realpath(cache) != os.path.realpath(cache_dir()):
+        warnings.warn(
+            f"compiled code goes to {cache_dir()} and not to {cache}: call "
+            "helios_cp.pipeline.environment.prepare beforehand",
+            stacklevel=2,
+        )
+    compile_blocks(pipeline.transformer.blocks, backend)
+    if pipeline.codec.vae is not None and pipeline.codec.is_local:
+        compile_decoder(pipeline.codec.vae, backend)
+
+
+def compile_blocks(blocks: Iterable[Block], backend: Backend = "inductor") -> None:
+    """Have all blocks run one compiled `Block.forward`."""
+    forward = _compile(Block.forward, backend)
+    for block in blocks:
+        block.forward = types.MethodType(forward, block)
+
+
+def compile_decoder(vae: nn.Module, backend: Backend = "inductor") -> None:
+    """Have `vae.decode` run compiled code for each latent frame."""
+    vae.decoder.forward = _compile(vae.decoder.forward, backend)
+
+
+def keep_in(folder: str, environment: MutableMapping[str, str] = os.environ) -> None:
+    """Keep compiled code in a folder from now on, and look for it there first. To be called when a process starts.
+
+    PyTorch's compilers learn of it through the environment of the process alone.
+    """
+    environment["TORCHINDUCTOR_CACHE_DIR"] = folder
+    torch._inductor.config.fx_graph_cache = True
+
+
+def _compile(function: Callable, backend: Backend) -> Callable:
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, MOST_GRAPHS)
+    compiled = torch.compile(function, backend=backend, fullgraph=True, dynamic=False)
+
+    def run(*arguments: Any, **options: Any) -> Any:
+        try:
+            return compiled(*arguments, **options)
+        except FailOnRecompileLimitHit:  # before anything was computed
+            logger.warning("%d graphs are compiled; all are dropped, to compile anew what is asked for", MOST_GRAPHS)
+            torch.compiler.reset()
+            return compiled(*arguments, **options)
+
+    return run

@@ -1,0 +1,241 @@
+"""Weights that stay in host memory while they are not needed, so that a small card holds a large model.
+
+`model`: text encoder, transformer and VAE are each on the card while they work; others stay beside it where all of them
+fit. `group`: layers of the transformer and of the text encoder pass through two buffers, one at work and the next on
+its way; nothing else of another part is on the card meanwhile. Weights never change there, so nothing is copied back.
+
+`diffusers.hooks.apply_group_offloading` does not serve. It acts on the forward of a block, and prompts are encoded by
+a layer of each block without that. It pins every tensor by itself, rounded up to a power of two; allocates anew for
+every tensor that it brings; has the host wait for the copies of every block, so that no kernel is launched ahead; and
+brings what is outside of the blocks for every forward.
+
+Each rank keeps its own weights in the memory of its host.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from helios_cp.device.device import free_memory, grow_segments, has_streams, wait_for
+from helios_cp.model.transformer import BlockInputs, Body, HeliosTransformer
+from helios_cp.runtime.device_weights import Copies, HostCopies, MemoryCounter, Resident, StreamCopies, Streamed
+from helios_cp.runtime.host_weights import HostWeights, Place, places, tensors_at
+
+if TYPE_CHECKING:
+    from helios_cp.pipeline.pipeline import Pipeline
+
+
+MARGIN = 1.1  # on what a part needs beside others, as free memory lies in pieces
+
+
+class Part:
+    """What is on the card together: a model, or half of the VAE. `working` is bytes that it needs beside its weights,
+    if they are known."""
+
+    def __init__(self, name: str, *held: Resident | Streamed) -> None:
+        self.name = name
+        self.held = held
+        self.is_here = False
+        self.working: int | None = None
+
+    @property
+    def device_bytes(self) -> int:
+        return sum(each.device_bytes for each in self.held)
+
+    def enter(self) -> None:
+        for each in self.held:
+            each.enter()
+        self.is_here = True
+
+    def leave(self) -> None:
+        for each in self.held:
+            each.leave()
+        self.is_here = False
+
+
+class Card:
+    """Says which parts have their weights on the device. `free` tells the bytes that a part may take beside others.
+
+    Without `free` there is never more than one part there.
+    """
+
+    def __init__(
+        self, device: torch.device, copies: Copies | None = None, free: Callable[[], int] | None = None
+    ) -> None:
+        self.device = device
+        self.counter = MemoryCounter()
+        self.copies = copies or (StreamCopies(device) if has_streams(device) else HostCopies())
+        self.free = free
+        self.parts: dict[str, Part] = {}
+        self._at_work: Part | None = None
+
+    def add(self, name: str, held: Sequence[Resident | Streamed], entrances: Sequence[nn.Module]) -> Part:
+        """A part whose work begins with a call of one of `entrances`."""
+        part = self.parts[name] = Part(name, *held)
+        self._trim()
+        for module in entrances:
+            module.register_forward_pre_hook(lambda *_: self.use(part))
+        return part
+
+    def use(self, part: Part) -> None:
+        """Have a part's weights on the device, and those of others away where there is no room for both."""
+        if self._at_work is part:
+            return
+        others = [other for other in self.parts.values() if other.is_here and other is not part]
+        if others and not self._fits_beside(part):
+            for other in others:
+                other.leave()
+            self._trim()
+        if not part.is_here:
+            part.enter()
+        self._at_work = part
+
+    def expect(self, working: Mapping[str, int]) -> None:
+        """Bytes that parts need beside their weights from now on, by name."""
+        for name, part in self.parts.items():
+            part.working = working.get(name)
+
+    def rest(self) -> None:
+        """Take everything off the device, as before weights on the host are changed."""
+        for part in self.parts.values():
+            if part.is_here:
+                part.leave()
+        self._at_work = None
+
+    def stored(self) -> Iterator[tuple[Place, Tensor]]:
+        """Where every parameter and buffer rests on the host. Call `rest` first to write there."""
+        for part in self.parts.values():
+            for held in part.held:
+                for weights in held.weights:
+                    yield from weights.stored()
+
+    def resident(self, found: Sequence[Place]) -> Resident:
+        return Resident(HostWeights(found, self.device), self.device, self.counter)
+
+    def streamed(self, layers: Sequence[list[Place]], following: Sequence[int]) -> Streamed:
+        weights = [HostWeights(found, self.device) for found in layers]
+        return Streamed(weights, following, self.device, self.counter, self.copies)
+
+    def _trim(self) -> None:
+        """Have PyTorch's allocator give back to the driver what nobody holds.
+
+        With segments that grow it waits for the work of the current device, as in another thread, and not for that of
+        the one whose memory it takes (pytorch/pytorch issue 196258).
+        """
+        if has_streams(self.device):
+            wait_for(self.device)
+            torch.accelerator.empty_cache()
+
+    def _fits_beside(self, part: Part) -> bool:
+        if self.free is None or part.working is None:
+            return False
+        return self.free() >= MARGIN * (part.working + (0 if part.is_here else part.device_bytes))
+
+
+def offload(pipeline: Pipeline, how: str, card: Card | None = None) -> Card:
+    """Take a pipeline's weights, which are in host memory, into the care of a card: `how` is "model" or "group".
+
+    What it computes, to the bit, stays the same. Parameters read as on the device from now on, but hold values only
+    while their part is at work; `Card.stored` has them.
+    """
+    device = pipeline.device
+    grow_segments(device)
+    if card is None:
+        card = Card(device, free=None if how == "group" else lambda: free_memory(device))
+    text_encoder, vae = pipeline.prompt_encoder.text_encoder, pipeline.codec.vae
+    with torch.no_grad():
+        if text_encoder is not None:
+            _add_text_encoder(card, text_encoder, how)
+        _add_transformer(card, pipeline.transformer, how)
+        pipeline.decodes_beside = False  # transformer and VAE are not to be on the card together
+        if vae is not None:
+            card.add("encoder", [card.resident(places([vae.encoder, vae.quant_conv]))], [vae.encoder])
+            card.add("decoder", [card.resident(places([vae.decoder, vae.post_quant_conv]))], [vae.post_quant_conv])
+    return card
+
+
+def _add_transformer(card: Card, transformer: HeliosTransformer, how: str) -> None:
+    blocks, text_embedder = transformer.blocks, transformer.condition_embedder.text_embedder
+    entrances = [transformer, text_embedder]
+    entrances += [module for name, module in transformer.named_children() if name.startswith("patch_")]
+    if how == "model":
+        card.add("transformer", [card.resident(places([transformer]))], entrances)
+        return
+    layers, rest, first_block = transformer_layers(transformer)
+    streamed = card.streamed(layers, [*range(1, len(layers)), first_block])
+    card.add("transformer", [card.resident(rest), streamed], entrances)
+    for index, layer in enumerate([text_embedder, *(block.attn2.to_kv for block in blocks)]):
+        layer.register_forward_pre_hook(_fetch(streamed, index))
+    transformer.body = _through(streamed, first_block, transformer.body)
+
+
+def transformer_layers(transformer: HeliosTransformer) -> tuple[list[list[Place]], list[Place], int]:
+    """What passes through the buffers together, in order; what does not; and at which layer the blocks begin.
+
+    Before the blocks comes what encodes a prompt, as a forward never needs that.
+    """
+    blocks = transformer.blocks
+    layers = [places([transformer.condition_embedder.text_embedder])]
+    layers += [places([block.attn2.to_kv, block.attn2.norm_k]) for block in blocks]
+    first_block = len(layers)
+    layers += [places([block], tensors_at(own)) for block, own in zip(blocks, layers[1:], strict=True)]
+    return layers, places([transformer], tensors_at(itertools.chain.from_iterable(layers))), first_block
+
+
+def _add_text_encoder(card: Card, text_encoder: nn.Module, how: str) -> None:
+    """Its table of words stays on the host, where the few rows of a prompt are looked up."""
+    stack = text_encoder.encoder
+    table = stack.embed_tokens
+    table.register_forward_pre_hook(lambda _, inputs: tuple(ids.to(table.weight.device) for ids in inputs))
+    table.register_forward_hook(lambda _, inputs, rows: rows.to(card.device))
+    kept = [*table.parameters(), *text_encoder.shared.parameters()]
+    if how == "model":
+        card.add("text encoder", [card.resident(places([text_encoder], kept))], [text_encoder])
+        return
+    layers = [places([layer]) for layer in stack.block]
+    rest = places([text_encoder], [*kept, *tensors_at(itertools.chain.from_iterable(layers))])
+    streamed = card.streamed(layers, [*range(1, len(layers)), 0])
+    card.add("text encoder", [card.resident(rest), streamed], [text_encoder])
+    for index, layer in enumerate(stack.block):
+        layer.register_forward_pre_hook(_fetch(streamed, index))
+
+
+def _fetch(streamed: Streamed, layer: int) -> Callable[..., None]:
+    return lambda *_: streamed.fetch(layer)
+
+
+class StreamedBlocks(Sequence):
+    """Blocks whose weights are in place by the time that iteration comes to them.
+
+    Outside of the blocks, so that compiled ones know nothing of it.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], streamed: Streamed, first: int) -> None:
+        self.blocks = list(blocks)
+        self.streamed = streamed
+        self.first = first
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, index: slice) -> StreamedBlocks:
+        start, _, step = index.indices(len(self.blocks))
+        assert step == 1, "blocks run in their order"
+        return StreamedBlocks(self.blocks[index], self.streamed, self.first + start)
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        for layer, block in enumerate(self.blocks, self.first):
+            self.streamed.fetch(layer)
+            yield block
+
+
+def _through(streamed: Streamed, first: int, body: Body) -> Body:
+    def run(blocks: nn.ModuleList, states: Tensor, inputs: BlockInputs) -> Tensor:
+        return body(StreamedBlocks(blocks, streamed, first), states, inputs)
+
+    return run

@@ -1,0 +1,187 @@
+"""Denoising of one chunk: a single stage (Base) or a pyramid of stages (Mid, Distilled), as plain functions.
+
+The order of the random draws and every rounding follow diffusers' `HeliosPipeline` and `HeliosPyramidPipeline`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from helios_cp.config.checkpoint import Checkpoint
+from helios_cp.config.request import Request
+from helios_cp.device.device import to_device
+from helios_cp.sampling.host_solver import solver_on
+from helios_cp.sampling.noise import block_noise, double_nearest, halve_noise
+
+Predict = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
+"""`(latents [B, C, T, h, w], timestep [1]) -> (velocity for the prompt, for the negative prompt or None)`."""
+
+
+@dataclass(frozen=True)
+class SamplingPlan:
+    """How every chunk of a request is denoised."""
+
+    steps: tuple[int, ...]
+    is_pyramid: bool
+    is_distilled: bool
+    guidance_scale: float
+    is_cfg_zero_star: bool
+    zero_steps: int
+    amplify_first_chunk: bool
+    sigmas: tuple[float, ...] | None
+    patch_size: tuple[int, int, int]
+
+    @classmethod
+    def of(cls, request: Request, checkpoint: Checkpoint) -> SamplingPlan:
+        """The plan of a resolved request."""
+        steps = request.pyramid_num_inference_steps_list if checkpoint.is_pyramid else (request.num_inference_steps,)
+        return cls(
+            steps=steps,
+            is_pyramid=checkpoint.is_pyramid,
+            is_distilled=checkpoint.is_distilled,
+            guidance_scale=1.0 if checkpoint.is_distilled else request.guidance_scale,
+            is_cfg_zero_star=checkpoint.is_cfg_zero_star,
+            zero_steps=request.zero_steps if request.use_zero_init else -1,
+            amplify_first_chunk=bool(request.is_amplify_first_chunk),
+            sigmas=request.sigmas,
+            patch_size=checkpoint.transformer.patch_size,
+        )
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether a step needs the negative prompt too. Distilled checkpoints have their guidance built in."""
+        return self.guidance_scale > 1.0
+
+    def is_zeroed(self, stage: int, step: int) -> bool:
+        """CFG-Zero* starts from a zero velocity (arXiv:2503.18886): such a step needs no forward at all.
+
+        The comparison includes `zero_steps` itself, so 1 zeroes two steps.
+        """
+        return self.is_guided and self.is_cfg_zero_star and stage == 0 and step <= self.zero_steps
+
+    def total_steps(self, chunk: int) -> int:
+        doubled = self.amplify_first_chunk and chunk == 0
+        return sum(self.steps) * (2 if doubled else 1)
+
+
+@dataclass(frozen=True)
+class Step:
+    """Progress within a chunk: `index` of `total` steps is done, in pyramid stage `stage` of `stages`."""
+
+    chunk: int
+    stage: int
+    stages: int
+    index: int
+    total: int
+
+
+def denoise(
+    noise: Tensor,
+    predict: Predict,
+    plan: SamplingPlan,
+    scheduler,
+    generators: Sequence[torch.Generator],
+    *,
+    chunk: int,
+    dtype: torch.dtype,
+    measure: Callable[[str], AbstractContextManager] = lambda name: nullcontext(),
+) -> Iterator[Step | Tensor]:
+    """Turn `noise` `[B, C, T, h, w]` at full resolution into the chunk's latents of that shape.
+
+    Yields a `Step` after each step, and last the latents. `scheduler` is diffusers' `HeliosScheduler` or
+    `HeliosDMDScheduler`, whose state is changed; `dtype` is that of the model; `measure` times a named stage. The host
+    does not wait for the device: the schedule stays on the host, and what goes over once a stage, timesteps and noise,
+    is made and sent while the device is at the step before.
+    """
+    stages = len(plan.steps)
+    latents = noise
+    for _ in range(stages - 1):
+        latents = halve_noise(latents)
+    done, total = 0, plan.total_steps(chunk)
+    for stage in range(stages):
+        with measure(f"denoise_{stage + 1}"):
+            set_timesteps(scheduler, plan, stage, latents, first_chunk=chunk == 0)
+            if stage > 0:
+                latents = double_nearest(latents)
+                alpha, beta = renoise_coefficients(scheduler.ori_start_sigmas[stage], scheduler.config.gamma)
+                fresh = block_noise(
+                    latents.shape[1:], scheduler.config.gamma, plan.patch_size, generators, latents.device
+                )
+                latents = alpha * latents + beta * fresh.to(dtype)
+            timesteps = scheduler.timesteps.to(torch.int64 if plan.is_pyramid else torch.float32)
+            timesteps = to_device(timesteps, latents.device)
+            solve = solver_on(latents.device, scheduler, latents)
+            for step, timestep in enumerate(timesteps.split(1)):
+                if plan.is_zeroed(stage, step):
+                    velocity = torch.zeros_like(latents, dtype=dtype)
+                else:
+                    velocity = guide(*predict(latents, timestep), plan)
+                latents = solve(velocity, latents)
+                done += 1
+                yield Step(chunk, stage, stages, done, total)
+    yield latents
+
+
+def guide(conditional: Tensor, unconditional: Tensor | None, plan: SamplingPlan) -> Tensor:
+    """Combine the two velocities by classifier-free guidance, or by CFG-Zero* with its optimised scale."""
+    if unconditional is None:
+        return conditional
+    if plan.is_cfg_zero_star:
+        unconditional = unconditional * projection(conditional, unconditional)
+    return unconditional + plan.guidance_scale * (conditional - unconditional)
+
+
+def projection(conditional: Tensor, unconditional: Tensor) -> Tensor:
+    """⟨c, u⟩ / (‖u‖² + 1e-8) for each sample, taken in fp32 (CFG-Zero*, arXiv:2503.18886)."""
+    c, u = conditional.flatten(1).float(), unconditional.flatten(1).float()
+    scale = (c * u).sum(1) / (u.square().sum(1) + 1e-8)
+    return scale.view(-1, *[1] * (conditional.ndim - 1)).to(conditional.dtype)
+
+
+def renoise_coefficients(start_sigma: float, gamma: float) -> tuple[float, float]:
+    """α and β of `α · upsampled + β · block noise` on entry to a finer stage (Pyramid Flow, arXiv:2410.05954).
+
+    `start_sigma` is the noise level at which the stage starts before the correction. They keep the signal's mean and
+    the noise's covariance continuous over the jump in resolution.
+    """
+    signal = 1 - start_sigma
+    alpha = 1 / (math.sqrt(1 + 1 / gamma) * (1 - signal) + signal)
+    return alpha, alpha * (1 - signal) / math.sqrt(gamma)
+
+
+def shift_mu(
+    tokens: int, base_length: int = 256, max_length: int = 4096, base_shift: float = 0.5, max_shift: float = 1.15
+) -> float:
+    """Shift of the noise schedule, linear in the number of tokens (as in FLUX)."""
+    slope = (max_shift - base_shift) / (max_length - base_length)
+    return tokens * slope + base_shift - slope * base_length
+
+
+def set_timesteps(scheduler, plan: SamplingPlan, stage: int, latents: Tensor, *, first_chunk: bool) -> None:
+    """Set the scheduler for a stage, on the CPU.
+
+    `latents` are those before the stage's upsample, whose size gives the shift.
+    """
+    tokens = math.prod(latents.shape[-3:]) // math.prod(plan.patch_size)
+    settings = {
+        "base_length": "base_image_seq_len",
+        "max_length": "max_image_seq_len",
+        "base_shift": "base_shift",
+        "max_shift": "max_shift",
+    }
+    config = {name: scheduler.config[key] for name, key in settings.items() if key in scheduler.config}
+    mu = shift_mu(tokens, **config)
+    steps = plan.steps[stage]
+    if plan.is_pyramid:
+        amplify = plan.amplify_first_chunk and first_chunk
+        scheduler.set_timesteps(steps, stage, device="cpu", mu=mu, is_amplify_first_chunk=amplify)
+    else:
+        sigmas = np.linspace(0.999, 0.0, steps + 1)[:-1] if plan.sigmas is None else np.array(plan.sigmas)
+        scheduler.set_timesteps(steps, device="cpu", sigmas=sigmas, mu=mu)

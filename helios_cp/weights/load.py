@@ -1,0 +1,205 @@
+"""From what `--model` says to loaded parts.
+
+`resolve` finds the checkpoint, downloads what of it is missing, and reads its JSON files only; the `load_*` functions
+read weights, from safetensors files on disk and never from the network or a pickle. Heavy libraries are imported where
+they are used, so that `resolve` stays quick.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from helios_cp.config.checkpoint import VAE_SPATIAL, VAE_TEMPORAL, Checkpoint
+from helios_cp.config.errors import RequestError
+from helios_cp.files.tensor_files import CheckpointError, and_others, read_json, stored_tensors
+from helios_cp.weights.presets import DEFAULT_CACHE, PRESETS, preset_folder
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import AutoencoderKLWan, HeliosDMDScheduler, HeliosScheduler
+    from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
+
+    from helios_cp.model.transformer import HeliosTransformer
+
+PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+SCHEDULERS = ("HeliosScheduler", "HeliosDMDScheduler")
+
+WEIGHTS = ("transformer", "vae", "text_encoder")
+DESCRIPTIONS = ("model_index.json", *(f"{part}/*{end}" for part in PARTS for end in (".json", ".txt", ".model")))
+HUB_ID = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>\w[\w./-]*))?")
+
+
+def resolve(model: str, cache: Path | None = None, *, weights: Iterable[str] = WEIGHTS) -> Checkpoint:
+    """The checkpoint that `model` stands for, without reading weights.
+
+    `model` is, in this order, the name of a preset (written below `cache` on first use), a folder in the diffusers
+    layout, or a hub id `owner/name` or `owner/name@revision`. Of a hub id the missing files are downloaded: small ones
+    that describe it, and the `weights` of these parts; `()` is enough to check a request. Raises `RequestError` if it
+    is none of these, or not to be had.
+    """
+    folder = Path(os.path.expanduser(model))
+    if model in PRESETS:
+        try:
+            folder = preset_folder(model, cache)
+        except OSError as error:
+            raise RequestError(
+                f"--model {model}: the cache folder {cache or DEFAULT_CACHE} cannot be written: "
+                f"{error.strerror or error}; set HELIOS_CP_CACHE to one that can"
+            ) from None
+    elif not os.path.isdir(folder):
+        hub_id = HUB_ID.fullmatch(model)
+        if hub_id is None or os.path.exists(folder):
+            raise RequestError(f"--model {model}: no such folder; give a folder, a hub id owner/name or {_presets()}")
+        folder = _download(model, hub_id["repository"], hub_id["revision"], tuple(weights))
+    return Checkpoint.read(folder)
+
+
+def _presets() -> str:
+    return f"a preset: {', '.join(PRESETS)}"
+
+
+def _download(model: str, repository: str, revision: str | None, weights: tuple[str, ...]) -> Path:
+    import huggingface_hub
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+
+    get = f"hf download {repository}{f' --revision {revision}' if revision else ''} --local-dir DIR"
+    try:
+        patterns = [*DESCRIPTIONS, *(f"{part}/*.safetensors" for part in weights)]
+        return Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=patterns))
+    except GatedRepoError:
+        reason = "the hub asks to accept its terms on its page, and then for `hf auth login`"
+    except RepositoryNotFoundError:
+        reason = "neither a folder nor a public model on the hub"
+    except RevisionNotFoundError:
+        reason = f"the hub has no revision {revision!r} of it"
+    except HFValidationError:
+        reason = "neither a folder nor a valid hub id"
+    except Exception as error:  # every transport has exceptions of its own, and the advice is the same for all
+        reason = f"no such folder, and it could not be downloaded ({type(error).__name__})"
+    raise RequestError(f"--model {model}: {reason}; run `{get}` where it works and give DIR, or use {_presets()}")
+
+
+def load_transformer(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: str | torch.device = "cpu", *arguments: Any, **options: Any
+) -> HeliosTransformer:
+    """The transformer; `helios_cp.weights.transformer.load_transformer` says what can be asked for."""
+    from helios_cp.weights import transformer as transformer_weights
+
+    return transformer_weights.load_transformer(checkpoint, dtype, device, *arguments, **options)
+
+
+def load_vae(
+    checkpoint: Checkpoint, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> AutoencoderKLWan:
+    """The VAE, in fp32 unless `dtype` says otherwise. Raises `CheckpointError`."""
+    import torch
+    from diffusers import AutoencoderKLWan
+
+    folder = checkpoint.folder / "vae"
+    stored_tensors(folder, "diffusion_pytorch_model")
+    with _blame(folder):
+        vae, report = AutoencoderKLWan.from_pretrained(
+            folder,
+            torch_dtype=dtype or torch.float32,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    _check_report(folder, report)
+    _check_vae(folder, vae.config, checkpoint.transformer.in_channels)
+    return vae.to(device).eval().requires_grad_(False)
+
+
+def _check_vae(folder: Path, config: Any, channels: int) -> None:
+    temporal = 2 ** sum(config.temperal_downsample)
+    spatial = 2 ** (len(config.dim_mult) - 1) * (config.patch_size or 1)
+    expectations = (
+        ("scale_factor_temporal", config.scale_factor_temporal, temporal, "what its layers do"),
+        ("scale_factor_spatial", config.scale_factor_spatial, spatial, "what its layers do"),
+        ("scale_factor_temporal", config.scale_factor_temporal, VAE_TEMPORAL, "what Helios needs"),
+        ("scale_factor_spatial", config.scale_factor_spatial, VAE_SPATIAL, "what Helios needs"),
+        ("z_dim", config.z_dim, channels, "the transformer's in_channels"),
+        ("the length of latents_mean", len(config.latents_mean), config.z_dim, "z_dim"),
+        ("the length of latents_std", len(config.latents_std), config.z_dim, "z_dim"),
+    )
+    for name, found, expected, meaning in expectations:
+        if found != expected:
+            raise CheckpointError(f"{folder / 'config.json'}: {name} is {found}; it must be {expected}, {meaning}")
+
+
+def load_text_encoder(
+    checkpoint: Checkpoint, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> tuple[PreTrainedTokenizerBase, UMT5EncoderModel]:
+    """The tokenizer and the text encoder, in fp32 unless `dtype` says otherwise. Raises `CheckpointError`."""
+    import torch
+    from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
+
+    folder = checkpoint.folder / "text_encoder"
+    with _blame(folder):
+        width = UMT5Config.from_pretrained(folder, local_files_only=True).d_model
+    if width != checkpoint.transformer.text_dim:
+        raise CheckpointError(
+            f"{folder / 'config.json'}: d_model is {width}; it must be {checkpoint.transformer.text_dim}, the "
+            "transformer's text_dim"
+        )
+    stored_tensors(folder, "model")
+    with _blame(folder):
+        text_encoder, report = UMT5EncoderModel.from_pretrained(
+            folder,
+            dtype=dtype or torch.float32,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they come in the report then, by name
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    _check_report(folder, report)
+    _check_embeddings(folder, text_encoder)
+    with _blame(checkpoint.folder / "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder / "tokenizer", local_files_only=True)
+    return tokenizer, text_encoder.to(device).eval().requires_grad_(False)
+
+
+def _check_embeddings(folder: Path, text_encoder: UMT5EncoderModel) -> None:
+    """Some releases of transformers lose the tie of the two names of this one table and leave it empty."""
+    used, shared = text_encoder.encoder.embed_tokens.weight, text_encoder.shared.weight
+    if not used.any():
+        raise CheckpointError(
+            f"{folder}: encoder.embed_tokens.weight is all zeros, so every prompt would mean the same"
+        )
+    if used is not shared and not used.equal(shared):
+        raise CheckpointError(f"{folder}: encoder.embed_tokens.weight differs from shared.weight; they are one table")
+
+
+def load_scheduler(checkpoint: Checkpoint) -> HeliosScheduler | HeliosDMDScheduler:
+    """The scheduler of the class that `scheduler_config.json` names. Raises `CheckpointError`."""
+    import diffusers
+
+    file = checkpoint.folder / "scheduler" / "scheduler_config.json"
+    name = read_json(file).get("_class_name")
+    if name not in SCHEDULERS:
+        raise CheckpointError(f"{file}: _class_name is {name!r}; allowed are {', '.join(SCHEDULERS)}")
+    with _blame(file):
+        return getattr(diffusers, name).from_pretrained(file.parent, local_files_only=True)
+
+
+def _check_report(folder: Path, report: Mapping[str, Any]) -> None:
+    """Raises `CheckpointError` if diffusers or transformers found keys that do not match."""
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        keys = sorted(map(str, report.get(kind, ())))
+        if keys:
+            raise CheckpointError(f"{folder}: {kind.replace('_', ' ')}: {keys[0]}{and_others(keys)}")
+
+
+@contextmanager
+def _blame(path: Path) -> Iterator[None]:
+    """Turn a library's error into a `CheckpointError` of one line that names the file or folder."""
+    try:
+        yield
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{path}: cannot be loaded: {reason}") from error

@@ -1,0 +1,225 @@
+"""Tiny Helios checkpoints with random weights, so that everything runs without a download.
+
+A preset is a whole checkpoint folder that diffusers loads too: same classes, same layout, every switch of Helios on.
+Its weights come from a fixed seed and are scaled so that each of them has a visible effect on the output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+LAYOUT = 1
+"""Raise by one whenever a change of this file, other than of a definition, changes what is written."""
+
+DEFAULT_CACHE = Path("~/.cache/helios_cp")
+SHARD_SIZE = "1MB"  # several shards even for a model this small, as real checkpoints have
+
+TRANSFORMER = {
+    "num_attention_heads": 4,
+    "attention_head_dim": 24,
+    "rope_dim": [8, 8, 8],
+    "ffn_dim": 192,
+    "num_layers": 3,
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_dim": 32,
+    "freq_dim": 256,
+    "cross_attn_norm": True,
+    "guidance_cross_attn": True,
+    "zero_history_timestep": True,
+    "has_multi_term_memory_patch": True,
+    "is_amplify_history": True,
+    "history_scale_mode": "per_head",
+}
+VAE = {"z_dim": 16, "base_dim": 8, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 0}
+TEXT_ENCODER = {
+    "vocab_size": 384,  # what ByT5Tokenizer has: bytes, special tokens and sentinels
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 64,
+    "num_layers": 2,
+    "num_heads": 4,
+}
+
+GAINS = {"proj_out.weight": 0.5, "decoder.conv_out.weight": 0.5}
+"""Factors on single parameters: velocities come out near unit variance, and decoded noise with a standard deviation of
+about 0.3, so that few pixels reach ±1."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What sets one tiny checkpoint apart from the others; names are those of diffusers."""
+
+    description: str
+    pipeline: str
+    scheduler: str
+    scheduler_config: Mapping[str, Any]
+    seed: int
+    flags: Mapping[str, bool] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """Changes with anything that changes the files."""
+        definition = [LAYOUT, SHARD_SIZE, TRANSFORMER, VAE, TEXT_ENCODER, GAINS, asdict(self)]
+        return hashlib.sha256(json.dumps(definition, sort_keys=True).encode()).hexdigest()[:12]
+
+
+PRESETS: Mapping[str, Preset] = {
+    "tiny-base": Preset(
+        description="one stage, UniPC, guidance",
+        pipeline="HeliosPipeline",
+        scheduler="HeliosScheduler",
+        scheduler_config={
+            "stages": 1,
+            "stage_range": [0, 1],
+            "scheduler_type": "unipc",
+            "use_dynamic_shifting": True,
+            "time_shift_type": "exponential",
+        },
+        seed=1,
+    ),
+    "tiny-mid": Preset(
+        description="three stages, UniPC, CFG-Zero*",
+        pipeline="HeliosPyramidPipeline",
+        scheduler="HeliosScheduler",
+        scheduler_config={
+            "stages": 3,
+            "scheduler_type": "unipc",
+            "use_dynamic_shifting": True,
+            "time_shift_type": "exponential",
+        },
+        seed=2,
+        flags={"is_cfg_zero_star": True},
+    ),
+    "tiny-distilled": Preset(
+        description="three stages, distilled to few steps, no guidance",
+        pipeline="HeliosPyramidPipeline",
+        scheduler="HeliosDMDScheduler",
+        scheduler_config={"stages": 3, "use_dynamic_shifting": True, "time_shift_type": "linear"},
+        seed=3,
+        flags={"is_distilled": True},
+    ),
+}
+
+
+def preset_folder(name: str, cache: Path | None = None) -> Path:
+    """The checkpoint folder of a preset below `cache` (by default `~/.cache/helios_cp`), written on first use.
+
+    Safe against other processes doing the same: a folder appears whole or not at all, and the first to finish wins.
+    Raises `KeyError` for an unknown name and `OSError` if the cache cannot be written.
+    """
+    cache = (cache or DEFAULT_CACHE).expanduser()
+    folder = cache / f"{name}-{PRESETS[name].digest}"
+    if folder.is_dir():
+        return folder
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache, prefix=".writing-") as temporary:
+        written = Path(temporary) / name
+        write_preset(name, written)
+        try:
+            written.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+    return folder
+
+
+def write_preset(name: str, folder: Path) -> None:
+    """Write the preset's checkpoint into `folder`. The same name gives the same bytes of weights every time.
+
+    Raises `KeyError` for an unknown name.
+    """
+    import diffusers
+    from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
+
+    preset = PRESETS[name]
+    transformer = diffusers.HeliosTransformer3DModel(**TRANSFORMER)
+    vae = diffusers.AutoencoderKLWan(**VAE)
+    text_encoder = UMT5EncoderModel(UMT5Config(**TEXT_ENCODER))
+    for module in (transformer, vae, text_encoder):
+        _fill(module, preset.seed)
+    pipeline = getattr(diffusers, preset.pipeline)(
+        tokenizer=ByT5Tokenizer(),
+        text_encoder=text_encoder,
+        vae=vae,
+        transformer=transformer,
+        scheduler=getattr(diffusers, preset.scheduler)(**preset.scheduler_config),
+        **preset.flags,
+    )
+    pipeline.register_to_config(random_weights=True)
+    with _without_progress_bars():
+        pipeline.save_pretrained(folder, safe_serialization=True, max_shard_size=SHARD_SIZE)
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """transformers shows one for its shards, however small they are."""
+    from transformers.utils import logging
+
+    were_shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if were_shown:
+            logging.enable_progress_bar()
+
+
+def _fill(module: Any, seed: int) -> None:
+    """Draw all parameters anew, so that activations stay near unit variance and no parameter is neutral."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(_scaled(name, noise) * GAINS.get(name, 1.0))
+
+
+def _scaled(name: str, noise: Any) -> Any:
+    """Standard normal `noise` to values that suit the parameter called `name`."""
+    *_, parent, last = f".{name}".split(".")
+    if last == "bias":
+        return 0.1 * noise
+    if last == "gamma" or "norm" in parent:
+        return 1 + 0.1 * noise
+    if last == "scale_shift_table":
+        return 0.3 * noise
+    if last == "history_key_scale" or parent in ("shared", "relative_attention_bias"):
+        return noise
+    return noise / math.sqrt(noise[0].numel())  # weights of linear layers and convolutions: 1 / sqrt(fan-in)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line: write a preset into a folder and list its files."""
+    parser = argparse.ArgumentParser(prog="python -m helios_cp.weights.presets", description=main.__doc__)
+    parser.add_argument("--write", metavar="DIR", type=Path, required=True, help="an empty or new folder")
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="tiny-distilled")
+    options = parser.parse_args(arguments)
+    folder: Path = options.write
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        print(f"--write {folder}: the folder must be empty or new", file=sys.stderr)
+        return 2
+    try:
+        write_preset(options.preset, folder)
+    except OSError as error:
+        print(f"--write {folder}: cannot be written: {error.strerror or error}", file=sys.stderr)
+        return 2
+    print(f"{options.preset}: {PRESETS[options.preset].description}; random weights")
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        print(f"{file.stat().st_size:>10,}  {file.relative_to(folder)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

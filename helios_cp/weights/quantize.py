@@ -1,0 +1,255 @@
+"""Linear layers of the blocks with weights of 8 or 4 bits, by torchao.
+
+`fp8`: weights by row and activations by token are scaled into float8, and multiplied in it. `int8`, `int4`: weights
+only, each row of int8 and each 32 values of int4 with a scale; activations and products stay in model dtype.
+
+Embeddings, norms, modulation and the output layer stay as they are: 2 % of the 14B model. Every row is quantised alone
+and in fp32, whatever the dtype of the model, so that layers fused into one, and ranks that hold some rows or columns,
+have the values of the whole layer. Activations in float8 differ from layout to layout by its rounding: the last bit of
+a sum decides between two values, and with `--ffn-tp` a token is scaled by the hidden features that a rank has of it.
+`import torchao` takes a second, hence not before it is needed.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from helios_cp.config.checkpoint import TransformerConfig
+from helios_cp.config.errors import RequestError
+from helios_cp.files.tensor_files import CheckpointError, Part, StoredTensor, read_json
+from parallel.tensor import shard_sizes
+
+if TYPE_CHECKING:
+    from helios_cp.config.execution import Execution
+
+COMPONENTS = ("qdata", "scale")
+Components = dict[str, Tensor]
+"""`qdata` `[N, K]`, or `[N, K/2]` where two values share a byte, and `scale` `[N, K/g]`, of groups of g values."""
+
+MARKER = "quantization_config"
+METHOD = "helios_cp"
+FORMAT = 1
+INT4_GROUP = 32
+"""Values of a row that share a scale."""
+SMALLEST = 1e-12
+"""What the largest value of a row or token counts as at least: a scale of 0 would make NaN of zeros in float8."""
+STORED_DTYPES = {"fp8": ("F8_E4M3", "F32"), "int8": ("I8", "F32"), "int4": ("U8", "BF16")}
+"""Of the two components, in the words of safetensors."""
+
+
+def is_block_linear(path: str, module: nn.Module) -> bool:
+    """Whether `--quantize` changes the weight of this module of a transformer."""
+    return path.startswith("blocks.") and isinstance(module, nn.Linear)
+
+
+def quantise(weight: Tensor, kind: str) -> Components:
+    """A weight `[N, K]` of any float dtype, on its device."""
+    weight = weight.float()
+    if kind == "int4":
+        from helios_cp.weights.int4 import quantise_int4
+
+        return dict(zip(COMPONENTS, quantise_int4(weight), strict=True))
+    from torchao.quantization import Float8Tensor, Int8Tensor, PerRow
+    from torchao.quantization.quantize_.common import KernelPreference
+
+    if kind == "int8":
+        quantised = Int8Tensor.from_hp(weight, PerRow())
+    else:
+        # Not by another library where that is installed, so that the same weight gives the same values.
+        quantised = Float8Tensor.from_hp(
+            weight,
+            torch.float8_e4m3fn,
+            PerRow(),
+            hp_value_lb=SMALLEST,
+            kernel_preference=KernelPreference.TORCH,
+        )
+    return components(quantised)
+
+
+def assemble(found: Components, kind: str, dtype: torch.dtype) -> Tensor:
+    """The weight that a linear layer of a model in `dtype` can use, over the memory of its components."""
+    qdata, scale = (found[name] for name in COMPONENTS)
+    if kind == "int4":
+        from helios_cp.weights.int4 import Int4Weight
+
+        return Int4Weight(qdata, scale, dtype)
+    from torchao.float8.inference import Float8MMConfig
+    from torchao.quantization import Float8Tensor, Int8Tensor, PerRow
+    from torchao.quantization.quantize_.common import KernelPreference
+    from torchao.quantization.quantize_.workflows import QuantizeTensorToFloat8Kwargs
+
+    block = [1, qdata.shape[1]]
+    if kind == "int8":
+        return Int8Tensor(qdata, scale, block, dtype)
+    return Float8Tensor(
+        qdata,
+        scale,
+        block_size=block,
+        mm_config=Float8MMConfig(use_fast_accum=True),
+        act_quant_kwargs=QuantizeTensorToFloat8Kwargs(
+            torch.float8_e4m3fn, PerRow(), hp_value_lb=SMALLEST, kernel_preference=KernelPreference.TORCH
+        ),
+        kernel_preference=KernelPreference.TORCH,  # as in `quantise`
+        dtype=dtype,
+    )
+
+
+def components(weight: Tensor) -> Components:
+    """What a quantised weight consists of."""
+    return {name: getattr(weight, name) for name in COMPONENTS}
+
+
+def is_quantised(weight: Tensor) -> bool:
+    return all(hasattr(weight, name) for name in COMPONENTS)
+
+
+def component_shapes(rows: int, columns: int, kind: str) -> dict[str, tuple[int, int]]:
+    """The shapes of the components of a weight `[rows, columns]`."""
+    if kind == "int4":
+        return {"qdata": (rows, columns // 2), "scale": (rows, columns // INT4_GROUP)}
+    return {"qdata": (rows, columns), "scale": (rows, 1)}
+
+
+def empty_components(rows: int, columns: int, kind: str, device: torch.device) -> Components:
+    dtypes = {
+        "fp8": (torch.float8_e4m3fn, torch.float32),
+        "int8": (torch.int8, torch.float32),
+        "int4": (torch.uint8, torch.bfloat16),
+    }
+    shapes = component_shapes(rows, columns, kind)
+    return {
+        name: torch.empty(shapes[name], dtype=dtype, device=device)
+        for name, dtype in zip(COMPONENTS, dtypes[kind], strict=True)
+    }
+
+
+def part_of_component(part: Part, name: str, kind: str) -> Part:
+    """Which part of a component belongs to part of a weight; int4 is cut at whole groups."""
+    if len(part) < 2:
+        return part  # rows are the same in both
+    rows, columns = part
+    if name == "scale":
+        if kind != "int4":
+            return (rows,)  # a row's scale holds for each part of it
+        return rows, slice(columns.start // INT4_GROUP, columns.stop // INT4_GROUP)
+    return rows, slice(columns.start // 2, columns.stop // 2) if kind == "int4" else columns
+
+
+@torch.no_grad()
+def quantize_blocks(transformer: nn.Module, kind: str) -> None:
+    """Quantise the blocks of a loaded model in place; layers that are quantised already stay as they are.
+
+    `helios_cp.weights.load.load_transformer` does it while it loads, without the whole model in memory.
+    """
+    for path, module in transformer.named_modules():
+        if is_block_linear(path, module) and not is_quantised(module.weight):
+            weight = assemble(quantise(module.weight, kind), kind, module.weight.dtype)
+            module.weight = nn.Parameter(weight, requires_grad=False)
+
+
+def stored_quantization(folder: Path) -> str | None:
+    """How the weights of a checkpoint folder are quantised, by the config of its transformer.
+
+    Raises `CheckpointError` for one that other programs, or other versions of this one, quantised.
+    """
+    file = folder / "transformer" / "config.json"
+    if not file.is_file():
+        return None  # a config that is built in
+    marker = read_json(file).get(MARKER)
+    if marker is None:
+        return None
+    kind = marker.get("kind") if isinstance(marker, dict) else None
+    if marker != quantization_marker(str(kind)) or kind not in STORED_DTYPES:
+        raise CheckpointError(
+            f"{file}: {MARKER} is {marker}; only what `python -m helios_cp.weights quantize` writes in format "
+            f"{FORMAT} is supported"
+        )
+    return kind
+
+
+def quantization_marker(kind: str) -> dict[str, Any]:
+    return {"quant_method": METHOD, "format": FORMAT, "kind": kind}
+
+
+def with_components(expected: Mapping[str, tuple[int, ...]], layers: set[str], kind: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a quantised checkpoint's tensors, from those of one that is not; `layers` are quantised."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, shape in expected.items():
+        if name in layers:
+            shapes |= {f"{name}.{component}": size for component, size in component_shapes(*shape, kind).items()}
+        else:
+            shapes[name] = shape
+    return shapes
+
+
+def check_stored(stored: Mapping[str, StoredTensor], layers: set[str], kind: str) -> None:
+    """Raises `CheckpointError` where components are of another dtype than their kind has."""
+    for name in layers:
+        for component, dtype in zip(COMPONENTS, STORED_DTYPES[kind], strict=True):
+            where = stored[f"{name}.{component}"]
+            if where.dtype != dtype:
+                raise CheckpointError(f"{where.file}: {name}.{component} is {where.dtype}; {kind} has {dtype} there")
+
+
+def agreed_quantization(execution: Execution, folder: Path) -> str | None:
+    """How a checkpoint's blocks will be quantised. Raises `RequestError` where it says otherwise already."""
+    try:
+        stored = stored_quantization(folder)
+    except CheckpointError as error:
+        raise RequestError(f"--model {folder}: {error}") from None
+    if stored is None:
+        return execution.quantize
+    if execution.quantize not in (None, stored):
+        raise RequestError(
+            f"--quantize {execution.quantize}: the weights in {folder} are {stored} already; leave it out, or give the "
+            "folder that they were made from"
+        )
+    if execution.lora:
+        raise RequestError(
+            f"--lora {execution.lora[0].path}: the weights in {folder} are {stored} already and cannot be adapted; "
+            f"give the folder that they were made from, with --quantize {stored}"
+        )
+    return stored
+
+
+def check_quantization(
+    kind: str | None, config: TransformerConfig, *, dtype: torch.dtype, device: torch.device, ffn_tp: int = 1
+) -> None:
+    """Raises `RequestError` where this kind does not run with this dtype, device or model. See `Execution.check`."""
+    if kind is None:
+        return
+    if importlib.util.find_spec("torchao") is None:
+        raise RequestError(f"--quantize {kind}: it needs torchao; run `pip install torchao`")
+    if kind == "fp8" and device.type == "cuda" and dtype is not torch.bfloat16:
+        raise RequestError(f"--quantize fp8 with --dtype {str(dtype)[6:]}: on CUDA only bfloat16 is allowed")
+    if kind == "fp8" and device.type == "cpu" and not _cpu_scales_by_row():
+        raise RequestError(f"--quantize fp8: torch {torch.__version__} has no such product on a CPU; use int8 or int4")
+    if kind == "int8" and dtype is torch.float16:
+        raise RequestError(
+            "--quantize int8 with --dtype float16: sums of products would exceed its range; use bfloat16 or float32"
+        )
+    multiple = {"fp8": 16 if device.type == "cuda" else 1, "int8": 1, "int4": INT4_GROUP}[kind]
+    sizes = [("the model's width", config.dim), ("ffn_dim", config.ffn_dim)]
+    sizes += [(f"ffn_dim over --ffn-tp {ffn_tp}", size) for size in shard_sizes(config.ffn_dim, ffn_tp) if ffn_tp > 1]
+    for name, size in sizes:
+        if size % multiple:
+            raise RequestError(f"--quantize {kind}: {name} is {size}; a multiple of {multiple} is needed")
+
+
+@functools.cache
+def _cpu_scales_by_row() -> bool:
+    """Products of float8 with a scale a row are in some releases of torch only."""
+    a, b = (torch.zeros(16, 16).to(torch.float8_e4m3fn) for _ in range(2))
+    scale = torch.ones(16, 1)
+    try:
+        torch._scaled_mm(a, b.t(), scale_a=scale, scale_b=scale.t(), out_dtype=torch.bfloat16)
+    except RuntimeError:
+        return False
+    return True

@@ -1,0 +1,172 @@
+"""The weights of all blocks sharded by rows over the ranks of a job, and gathered one block ahead of their use.
+
+Sharding and gathering are FSDP2's (`torch.distributed.fsdp.fully_shard`), for inference. What is sharded are the linear
+layers of the blocks, 98 % of the 14B model; norms, tables, embeddings and the output layer are on every rank. The layer
+that makes the cross-attention keys and values is gathered apart from the rest of its block: `encode_text` needs it
+alone, and a forward never does.
+
+A gather takes all ranks, so all must call `encode_text` and `forward` in the same order.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from helios_cp.config.checkpoint import TransformerConfig
+from helios_cp.model.empty_model import empty_model
+from helios_cp.model.transformer import HeliosTransformer
+from helios_cp.weights.transformer import stored_names
+from parallel.collectives import Group
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+
+
+def shard_weights(transformer: HeliosTransformer, group: Group, device: torch.device) -> None:
+    """Leave this rank's rows of the blocks' weights in a model on the meta device, in its final dtype.
+
+    `group` is that of all ranks, which all call this. `own_rows` says what to load once memory is allocated. A group of
+    one rank leaves the model as it is.
+    """
+    if group.size == 1:
+        return
+    # Imported here, as the bytes of shards are planned without them, and they take a second.
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    # A communicator of their own, as gathers under way would hold up the exchanges of attention in the world's.
+    process_group = dist.new_group(list(group.ranks), timeout=group.timeout)
+    mesh = DeviceMesh.from_group(process_group, device.type)
+    text_units, block_units = _units(transformer)
+    for unit in (*text_units, *block_units):  # inner ones first
+        linear = set(_linear_parameters(unit))
+        others = {parameter for parameter in unit.parameters() if parameter not in linear}
+        fully_shard(unit, mesh=mesh, reshard_after_forward=True, ignored_params=others)
+    # With nothing of its own to shard, but known to FSDP as the root of all units, whichever of them runs first.
+    fully_shard(transformer, mesh=mesh, ignored_params=set(transformer.parameters()))
+    register_fsdp_forward_method(transformer, "encode_text")
+    _gather_ahead(text_units)
+    _gather_ahead(block_units)
+    if hasattr(transformer, "reset_iter_state"):
+        # FSDP notes every forward for a backward pass that never comes, 2 KB each; PyTorch 2.11 cannot forget them.
+        transformer.register_forward_hook(lambda *_: transformer.reset_iter_state())
+
+
+def _units(transformer: HeliosTransformer) -> tuple[list[nn.Module], list[nn.Module]]:
+    """What is gathered together: of each block, the layer that `encode_text` needs, and the block without it."""
+    return [block.attn2.to_kv for block in transformer.blocks], list(transformer.blocks)
+
+
+def _linear_parameters(unit: nn.Module) -> Iterator[nn.Parameter]:
+    for module in unit.modules():
+        if isinstance(module, nn.Linear):
+            yield from module.parameters()
+
+
+def _gather_ahead(units: Sequence[nn.Module]) -> None:
+    """Have each unit's gather start just before the unit ahead of it computes; the first one's, before its own.
+
+    FSDP has prefetching of its own, but then holds three units at once: it keeps what was received of one until the
+    next one is in place. A gather that was started here is freed as soon as its weights are.
+    """
+    units[0].register_forward_pre_hook(_start_gather(units[0]), prepend=True)  # before FSDP's own hook
+    for unit, following in itertools.pairwise(units):
+        unit.register_forward_pre_hook(_start_gather(following))
+
+
+def _start_gather(unit: FSDPModule) -> Callable[..., None]:
+    def hook(*_: Any) -> None:
+        unit.unshard(async_op=True)
+
+    return hook
+
+
+def own_rows(transformer: HeliosTransformer, group: Group) -> tuple[dict[str, Tensor], dict[str, tuple[slice, ...]]]:
+    """Where stored tensors go on this rank, and which of their rows; by name, without those that have no row here.
+
+    FSDP shards as `torch.chunk` does: all chunks but the last are equal, and the last ranks may have none.
+    """
+    places: dict[str, Tensor] = {}
+    parts: dict[str, tuple[slice, ...]] = {}
+    for path, module in transformer.named_modules():
+        for kind, parameter in module.named_parameters(recurse=False):
+            names = stored_names(path, module, kind)
+            rows = _local(parameter.detach())
+            is_sharded = _is_sharded(parameter)
+            first = group.rank * _chunk_rows(parameter.shape[0], group.size) if is_sharded else 0
+            height = parameter.shape[0] // len(names)
+            for index, part, place in stacked_rows([height] * len(names), first, first + rows.shape[0]):
+                places[names[index]], parts[names[index]] = rows[place], (part,)
+    return places, parts
+
+
+def stacked_rows(heights: Sequence[int], first: int, last: int) -> Iterator[tuple[int, slice, slice]]:
+    """Of tensors stacked on top of each other, those that rows `first` to `last` (exclusive) of the stack come from.
+
+    Yields the index of each tensor, which rows of it they are, and their places counted from `first`.
+    """
+    for index, (top, bottom) in enumerate(itertools.pairwise(itertools.accumulate(heights, initial=0))):
+        start, stop = max(first, top), min(last, bottom)
+        if start < stop:
+            yield index, slice(start - top, stop - top), slice(start - first, stop - first)
+
+
+def _local(parameter: Tensor) -> Tensor:
+    return parameter.to_local() if _is_sharded(parameter) else parameter
+
+
+def _is_sharded(parameter: Tensor) -> bool:
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(parameter, DTensor)
+
+
+def _chunk_rows(rows: int, ranks: int) -> int:
+    return -(-rows // ranks)  # rounded up
+
+
+@dataclass(frozen=True)
+class WeightBytes:
+    """Bytes of weights on one rank, the same on every rank.
+
+    `resident`: held all the time. `gathered`: held besides while the blocks run, at most. `received`: from other ranks,
+    in one forward.
+    """
+
+    resident: int
+    gathered: int
+    received: int
+
+
+def predicted_bytes(config: TransformerConfig, dtype: torch.dtype, ranks: int) -> WeightBytes:
+    """Counted from the shapes of a model on the meta device, with its blocks sharded over `ranks`.
+
+    Ranks with fewer rows hold as much as the others, as FSDP pads them. Two units are gathered at most: one that
+    computes, and the next as it arrives (or one as it arrives and as it is put in place).
+    """
+    transformer = empty_model(config, dtype)
+    text_units, block_units = _units(transformer)
+    texts, blocks = ({p for unit in units for p in _linear_parameters(unit)} for units in (text_units, block_units))
+
+    def shard(parameters: set[nn.Parameter]) -> int:
+        return sum(_chunk_rows(p.shape[0], ranks) * p[0].numel() * p.element_size() for p in parameters)
+
+    resident = shard(blocks) + sum(p.nbytes for p in transformer.parameters() if p not in blocks)
+    if ranks == 1:
+        return WeightBytes(resident, 0, 0)
+    units = [set(_linear_parameters(unit)) for unit in text_units]
+    units += [set(_linear_parameters(unit)) - texts for unit in block_units]
+    return WeightBytes(resident, 2 * ranks * max(map(shard, units)), (ranks - 1) * shard(blocks - texts))
+
+
+@torch.no_grad()
+def counted_bytes(transformer: HeliosTransformer) -> int:
+    """Bytes of memory behind the parameters that the model has on this rank just now."""
+    return sum(_local(parameter).untyped_storage().nbytes() for parameter in transformer.parameters())

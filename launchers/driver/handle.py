@@ -1,0 +1,189 @@
+"""What a caller holds of a submitted video."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from helios_cp.config.errors import RequestError
+from launchers.messages.messages import Span
+
+
+@dataclass(frozen=True)
+class VideoChunk:
+    """A finished chunk: `latents` `[B, C, T, h, w]` fp32; `frames` `[B, 33, H, W, 3]` uint8 or `None`; its work.
+
+    The arrays lie in shared memory and are read-only; copy what is to be kept.
+    """
+
+    index: int
+    latents: np.ndarray
+    frames: np.ndarray | None
+    spans: dict[str, Span]
+
+
+@dataclass(frozen=True)
+class VideoResult:
+    """A finished video: its chunks, those of an earlier run among them, and its files."""
+
+    chunks: int
+    output: tuple[Path, ...]
+    latents: np.ndarray | None
+
+
+class Maker(Protocol):
+    """Whoever makes the videos, by their keys. Of a video that has ended nothing happens."""
+
+    def cancel(self, key: int) -> None: ...
+
+    def update_prompt(self, key: int, text: str) -> None: ...
+
+    def wanted(self, key: int) -> None:
+        """Somebody waits for the chunks of a streaming video."""
+
+    def taken(self, key: int) -> None:
+        """A chunk of a streaming video has been used."""
+
+
+class VideoHandle:
+    """One video of a `ChunkPipeline`. Any thread may use it; only one at a time may take chunks."""
+
+    def __init__(
+        self,
+        maker: Maker,
+        key: int,
+        *,
+        streams: bool,
+        keep_latents: bool,
+        saved_in: Path | None,
+        on_chunk: Callable[[VideoChunk], None] | None,
+    ) -> None:
+        self.key = key
+        self.streams = streams
+        self._maker = maker
+        self._latents: list[np.ndarray] | None = [] if keep_latents else None
+        self._saved_in = saved_in
+        self._on_chunk = on_chunk
+        self._chunks: deque[VideoChunk] = deque()
+        self._changed = threading.Condition()
+        self._reader: int | None = None
+        self._result: VideoResult | None = None
+        self._error: BaseException | None = None
+
+    def __iter__(self) -> Iterator[VideoChunk]:
+        """Each chunk in order as soon as it is there; the pipeline runs ahead by a few chunks only.
+
+        Raises `ValueError` for a video that goes to a file only, and what `result` raises.
+        """
+        if not self.streams:
+            raise ValueError(f"video {self.key} goes to its file: to take its chunks too, submit it with stream=True")
+        self._reader = threading.get_ident()
+        try:
+            while (chunk := self._next(None)) is not None:
+                try:
+                    yield chunk
+                finally:  # whoever leaves the loop has had the chunk too
+                    self._maker.taken(self.key)
+        finally:
+            with self._changed:
+                self._reader = None
+                self._changed.notify_all()
+        if self._error is not None:
+            raise self._error
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the video is finished, failed or cancelled."""
+        return self._result is not None or self._error is not None
+
+    def cancel(self) -> None:
+        """Stop after the chunks in hand. The finished ones stay in a playable file."""
+        self._maker.cancel(self.key)
+
+    def update_prompt(self, text: str) -> None:
+        """From the next chunk to be denoised on, show this.
+
+        Raises `RequestError` for an empty text, and for a video that is saved in a run folder.
+        """
+        if not text.strip():
+            raise RequestError(f"prompt {text!r}: a prompt must hold more than white space")
+        if self._saved_in is not None:
+            raise RequestError(
+                f"video {self.key} is saved in {self._saved_in}, from where it could not be made again with another "
+                "prompt; submit it without a folder"
+            )
+        self._maker.update_prompt(self.key, text)
+
+    def result(self, timeout: float | None = None) -> VideoResult:
+        """Wait for the end. Chunks of a stream are dropped, unless another thread takes them.
+
+        Raises the error that ended the video, `CancelledError` if it was cancelled, and `TimeoutError`.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while not self.is_done:
+            if self.streams and not self._is_read_elsewhere():
+                if self._next(deadline) is not None:
+                    self._maker.taken(self.key)
+            else:
+                with self._changed:
+                    can_go_on = lambda: self.is_done or (self.streams and not self._is_read_elsewhere())  # noqa: E731
+                    self._changed.wait_for(can_go_on, _left(deadline))
+            if not self.is_done and _left(deadline) == 0:
+                raise TimeoutError(f"video {self.key} is not finished after {timeout:g} s")
+        if self._error is not None:
+            raise self._error
+        return self._result
+
+    def _is_read_elsewhere(self) -> bool:
+        return self._reader not in (None, threading.get_ident())
+
+    def _next(self, deadline: float | None) -> VideoChunk | None:
+        """Wait for the next chunk of a stream; `None` at its end, or when the time is over."""
+        self._maker.wanted(self.key)
+        with self._changed:
+            self._changed.wait_for(lambda: self._chunks or self.is_done, _left(deadline))
+            return self._chunks.popleft() if self._chunks else None
+
+    # Called by the pipeline
+
+    def deliver(self, chunk: VideoChunk) -> None:
+        if self._latents is not None:
+            self._latents.append(chunk.latents.copy())
+        if self._on_chunk is not None:
+            self._on_chunk(chunk)
+        if self.streams:
+            with self._changed:
+                self._chunks.append(chunk)
+                self._changed.notify_all()
+
+    def finish(self, chunks: int, output: tuple[Path, ...]) -> None:
+        try:
+            latents = np.concatenate(self._latents, axis=2) if self._latents else None
+        except MemoryError as error:
+            self.end(error)
+            return
+        with self._changed:
+            self._result = VideoResult(chunks, output, latents)
+            self._changed.notify_all()
+
+    def end(self, error: BaseException) -> None:
+        with self._changed:
+            if not self.is_done:
+                self._chunks.clear()
+                self._error = error
+                self._changed.notify_all()
+
+    def cancelled(self) -> None:
+        self.end(CancelledError(f"video {self.key} was cancelled"))
+
+
+def _left(deadline: float | None) -> float | None:
+    return None if deadline is None else max(0.0, deadline - time.monotonic())

@@ -1,0 +1,360 @@
+"""Unit: from flags and prompt files to requests. Exact comparisons only."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from helios_cp.config.arguments import as_typed, flag_of, given_fields
+from helios_cp.config.checkpoint import Checkpoint
+from helios_cp.config.errors import RequestError
+from helios_cp.config.json_types import check_types
+from helios_cp.config.request import Request, ScheduledPrompt
+from helios_cp.generate.__main__ import build_parser
+from helios_cp.generate.prompt_files import INTERPOLATE_TIME, Job, read_prompt_file, single_job
+
+# Prompt files
+
+
+def read(path: Path, content: str | bytes, request: Request | None = None, **options) -> list[Job]:
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return read_prompt_file(path, request or Request(), Path("videos"), **options)
+
+
+def prompts(jobs: list[Job]) -> dict[str, tuple[str, ...]]:
+    return {str(job.output[0]): job.request.prompt for job in jobs}
+
+
+def test_txt_has_a_prompt_a_line(tmp_path):
+    request = Request(seed=(7,), height=64)
+    jobs = read(tmp_path / "p.txt", "a fox\n\n  an owl, at night \r\nein Fuchs im Schnee ❄", request)
+    assert prompts(jobs) == {
+        "videos/0.mp4": ("a fox",),
+        "videos/1.mp4": ("an owl, at night",),
+        "videos/2.mp4": ("ein Fuchs im Schnee ❄",),
+    }
+    assert all(job.request == dataclasses.replace(request, prompt=job.request.prompt) for job in jobs)
+
+
+def test_only_line_ends_end_a_prompt(tmp_path):
+    """Python's `splitlines` would also break at these."""
+    odd = "a\x0bb\x0cc\x1cd\x85e\u2028f"
+    assert [job.request.prompt for job in read(tmp_path / "p.txt", f"{odd}\ng")] == [(odd,), ("g",)]
+
+
+@pytest.mark.parametrize("name", ["p.txt", "P.TXT"])
+def test_byte_order_mark_is_no_part_of_the_prompt(tmp_path, name):
+    assert prompts(read(tmp_path / name, b"\xef\xbb\xbfa fox")) == {"videos/0.mp4": ("a fox",)}
+
+
+def test_csv_of_prompts(tmp_path):
+    """As spreadsheets write it: a byte order mark, CR LF, other columns, quoted cells with commas, quotes and lines."""
+    content = 'id,mood,prompt\r\nfox,calm,"a ""red"" fox,\r\nin the snow"\r\n\r\n2.b,,an owl\r\n'
+    assert prompts(read(tmp_path / "p.csv", b"\xef\xbb\xbf" + content.encode())) == {
+        "videos/fox.mp4": ('a "red" fox,\nin the snow',),
+        "videos/2.b.mp4": ("an owl",),
+    }
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        ("1,plain,refined", "refined"),
+        ("1,plain,", "plain"),
+        ("1,plain, ", "plain"),
+        ("1,plain", "plain"),
+        ("1,,r", "r"),
+    ],
+)
+def test_refined_prompt_comes_first_where_it_is_filled_in(tmp_path, row, prompt):
+    (job,) = read(tmp_path / "p.csv", f"id,prompt,refined_prompt\n{row}\n")
+    assert job.request.prompt == (prompt,)
+
+
+def test_refined_prompt_alone(tmp_path):
+    (job,) = read(tmp_path / "p.csv", "id,refined_prompt\n1,fox\n")
+    assert job.request.prompt == ("fox",)
+
+
+@pytest.mark.parametrize("folder", [None, "pictures"])
+def test_csv_of_pictures(tmp_path, monkeypatch, folder):
+    """Names are relative to the CSV's folder or to the one given, and become absolute."""
+    place = tmp_path / folder if folder else tmp_path
+    (place / "deep").mkdir(parents=True)
+    for name in ("a.png", "deep/b.png"):
+        (place / name).write_bytes(b"checked later")
+    monkeypatch.chdir(tmp_path)
+    content = "id,image_name,prompt\nx,a.png,fox\ny,deep/b.png,owl\n"
+    jobs = read(Path("p.csv"), content, image_folder=Path(folder) if folder else None)
+    assert [(job.request.prompt, job.request.image) for job in jobs] == [
+        (("fox",), str(place / "a.png")),
+        (("owl",), str(place / "deep" / "b.png")),
+    ]
+
+
+def test_one_picture_for_all_prompts(tmp_path):
+    jobs = read(tmp_path / "p.csv", "id,prompt\nx,fox\ny,owl\n", Request(image="/a.png"))
+    assert [job.request.image for job in jobs] == ["/a.png", "/a.png"]
+
+
+@pytest.mark.parametrize("chunks", [INTERPOLATE_TIME, 2])
+def test_csv_of_interactive_videos(tmp_path, chunks):
+    content = "id,prompt_index,prompt,refined_prompt\nx,2,c,\nfox,0,d,e\nx,-1,a,\nx,10,b,\n"
+    jobs = read(tmp_path / "p.csv", content, chunks=chunks)
+    assert [(str(job.output[0]), job.request.prompt_schedule) for job in jobs] == [
+        ("videos/x.mp4", tuple(ScheduledPrompt(text, chunks) for text in "acb")),
+        ("videos/fox.mp4", (ScheduledPrompt("e", chunks),)),
+    ]
+    assert all(job.request.prompt == () for job in jobs)
+    assert jobs[0].request.num_chunks == max(3 * chunks, 4)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("id,prompt\na,fox\n", None),
+        ("id,prompt\na\\b,fox\n", r"'a\\\\b'"),
+        ("id,prompt\n.hidden,fox\n", "'.hidden'"),
+        ("id,prompt\na\0b,fox\n", r"p\.csv"),
+        (f"id,prompt\na,{'x' * 200_000}\n", "field larger"),
+        ("id,prompt,image_name,prompt_index\na,fox,b.png,0\n", "exclude each other"),
+    ],
+)
+def test_more_files_that_are_refused(tmp_path, content, says):
+    """Beside those in `test_bad_input.py`; the first of them is fine, to show what the others lack."""
+    if says is None:
+        assert len(read(tmp_path / "p.csv", content)) == 1
+        return
+    with pytest.raises(RequestError, match=says) as caught:
+        read(tmp_path / "p.csv", content)
+    assert str(caught.value).startswith(f"--prompt-file {tmp_path / 'p.csv'}")
+
+
+# Names of the outputs
+
+
+def test_one_output_a_video():
+    one, three = Request(prompt=("a",)), Request(prompt=("a", "b", "c"))
+    scheduled = Request(prompt_schedule=(ScheduledPrompt("a", 1), ScheduledPrompt("b", 1)))
+    assert single_job(one, Path("d/out.mp4")) == Job(one, (Path("d/out.mp4"),))
+    assert single_job(scheduled, Path("out.mp4")).output == (Path("out.mp4"),)
+    assert single_job(three, Path("d/my.out.MP4")).output == tuple(Path(f"d/my.out-{i}.MP4") for i in range(3))
+
+
+# Flags and fields
+
+FLAGS = {
+    "prompt": (["--prompt", "a", "--prompt", "b"], ("a", "b")),
+    "negative_prompt": (["--negative-prompt", "blur"], "blur"),
+    "prompt_schedule": (
+        ["--prompt-schedule", "2", "a", "--prompt-schedule", "1", "b"],
+        (ScheduledPrompt("a", 2), ScheduledPrompt("b", 1)),
+    ),
+    "interpolation_steps": (["--interpolation-steps", "5"], 5),
+    "image": (["--image", "a.png"], "a.png"),
+    "video": (["--video", "a.mp4"], "a.mp4"),
+    "height": (["--height", "128"], 128),
+    "width": (["--width", "192"], 192),
+    "num_frames": (["--num-frames", "99"], 99),
+    "fps": (["--fps", "30"], 30),
+    "seed": (["--seed", "1", "2"], (1, 2)),
+    "guidance_scale": (["--guidance-scale", "4"], 4.0),
+    "num_inference_steps": (["--num-inference-steps", "7"], 7),
+    "pyramid_num_inference_steps_list": (["--pyramid-steps", "1", "2", "3"], (1, 2, 3)),
+    "is_amplify_first_chunk": (["--no-amplify-first-chunk"], False),
+    "is_skip_first_chunk": (["--skip-first-chunk"], True),
+    "keep_first_frame": (["--no-keep-first-frame"], False),
+    "history_sizes": (["--history-sizes", "8", "4", "2"], (8, 4, 2)),
+    "num_latent_frames_per_chunk": (["--num-latent-frames-per-chunk", "5"], 5),
+    "use_zero_init": (["--no-use-zero-init"], False),
+    "zero_steps": (["--zero-steps", "3"], 3),
+    "add_noise_to_image_latents": (["--no-add-noise-to-image-latents"], False),
+    "image_noise_sigma_min": (["--image-noise-sigma", "0.25", "0.5"], 0.25),
+    "image_noise_sigma_max": (["--image-noise-sigma", "0.25", "0.5"], 0.5),
+    "add_noise_to_video_latents": (["--no-add-noise-to-video-latents"], False),
+    "video_noise_sigma_min": (["--video-noise-sigma", "0.25", "0.5"], 0.25),
+    "video_noise_sigma_max": (["--video-noise-sigma", "0.25", "0.5"], 0.5),
+    "max_sequence_length": (["--max-sequence-length", "64"], 64),
+}
+
+
+def test_every_field_has_a_flag_but_sigmas():
+    assert set(FLAGS) == {field.name for field in dataclasses.fields(Request)} - {"sigmas"}
+
+
+@pytest.mark.parametrize("field", FLAGS)
+def test_a_flag_sets_its_field(field):
+    """And differs from the default, so that a flag that is ignored would be found."""
+    arguments, value = FLAGS[field]
+    fields = given_fields(build_parser().parse_args(arguments))
+    assert fields[field] == value != getattr(Request(), field)
+    assert set(fields) == {name for name, (flags, _) in FLAGS.items() if flags == arguments}
+    assert flag_of(field) in [word.replace("--no-", "--") for word in arguments]
+    Request(**fields)
+
+
+def test_flags_left_out_are_left_to_the_request():
+    assert given_fields(build_parser().parse_args([])) == {}
+
+
+def test_every_flag_is_explained():
+    """In `--help`, with the default where there is one."""
+    parser = build_parser()
+    text = " ".join(parser.format_help().split())
+    for action in parser._actions:
+        assert action.help and action.help != argparse.SUPPRESS
+        assert all(flag in text for flag in action.option_strings)
+    for name in ("interpolation_steps", "height", "width", "num_frames", "fps", "max_sequence_length", "zero_steps"):
+        assert f"(default: {getattr(Request(), name)})" in text
+
+
+def test_values_are_told_as_they_are_typed():
+    for field in ("height", "seed", "history_sizes", "pyramid_num_inference_steps_list", "prompt_schedule"):
+        arguments, value = FLAGS[field]
+        flag = arguments[0]
+        words = [word for index, word in enumerate(arguments) if index == 0 or word != flag]
+        assert as_typed(flag, value) == " ".join(words)
+    assert as_typed("--prompt", ("a fox",)) == "--prompt 'a fox'"
+    assert as_typed("--keep-first-frame", True) == "--keep-first-frame"
+    assert as_typed("--keep-first-frame", False) == "--no-keep-first-frame"
+    assert as_typed("--image", None) == "no --image"
+
+
+# Requests as JSON
+
+TEXT = st.text(st.characters(codec="utf-8"), max_size=20)
+COUNT = st.integers(-(2**70), 2**70)
+REQUESTS = st.builds(
+    Request,
+    prompt=st.lists(TEXT, max_size=3).map(tuple),
+    negative_prompt=TEXT,
+    prompt_schedule=st.lists(st.builds(ScheduledPrompt, prompt=TEXT, chunks=COUNT), max_size=3).map(tuple),
+    image=st.none() | TEXT,
+    height=COUNT,
+    seed=st.lists(COUNT, min_size=1, max_size=3).map(tuple),
+    guidance_scale=st.none() | st.floats(allow_nan=False) | COUNT,
+    pyramid_num_inference_steps_list=st.none() | st.lists(COUNT, max_size=4).map(tuple),
+    sigmas=st.none() | st.lists(st.floats(allow_nan=False), max_size=3).map(tuple),
+    is_amplify_first_chunk=st.none() | st.booleans(),
+    keep_first_frame=st.booleans(),
+    history_sizes=st.lists(COUNT, max_size=4).map(tuple),
+    image_noise_sigma_max=st.floats(allow_nan=False),
+)
+
+
+@given(REQUESTS)
+def test_json_and_back(request):
+    again = Request.from_json(json.loads(json.dumps(request.to_json())))
+    assert again == request
+    assert hash(again) == hash(request)  # tuples, not lists
+
+
+def test_a_request_of_an_earlier_version_takes_the_defaults():
+    assert Request.from_json({"prompt": ["fox"], "height": 64}) == Request(prompt=("fox",), height=64)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"height": "64"},
+        {"height": 64.0},
+        {"height": True},
+        {"seed": [1, "2"]},
+        {"seed": 1},
+        {"prompt": "fox"},
+        {"keep_first_frame": 1},
+        {"guidance_scale": "5"},
+        {"image": ["a.png"]},
+        {"prompt_schedule": [{"prompt": "a"}]},
+        {"prompt_schedule": [{"prompt": "a", "chunks": "1"}]},
+        {"colour": "red"},
+    ],
+)
+def test_json_of_another_shape(change):
+    with pytest.raises(TypeError):
+        Request.from_json({**Request(prompt=("fox",)).to_json(), **change})
+
+
+def test_types_of_fixed_tuples_and_unions():
+    @dataclasses.dataclass
+    class Example:
+        size: tuple[int, int]
+        scale: float | None = None
+
+    check_types(Example, {"size": (1, 2), "scale": 1})
+    for wrong in ({"size": (1,)}, {"size": (1, 2, 3)}, {"size": (1, 2.0)}, {"scale": "1"}, {"scale": False}):
+        with pytest.raises(TypeError, match=next(iter(wrong))):
+            check_types(Example, wrong)
+
+
+# What a checkpoint makes of a request
+
+DEFAULTS = {
+    "tiny-base": {"guidance_scale": 5.0, "num_inference_steps": 50, "is_amplify_first_chunk": False},
+    "tiny-mid": {
+        "guidance_scale": 5.0,
+        "pyramid_num_inference_steps_list": (20, 20, 20),
+        "is_amplify_first_chunk": False,
+    },
+    "tiny-distilled": {
+        "guidance_scale": 1.0,
+        "pyramid_num_inference_steps_list": (2, 2, 2),
+        "is_amplify_first_chunk": True,
+    },
+}
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_what_is_left_out_is_what_the_checkpoint_is_meant_for(presets, name):
+    checkpoint, request = Checkpoint.read(presets[name]), Request(prompt=("fox",))
+    resolved = request.resolve(checkpoint)
+    assert resolved == dataclasses.replace(request, **DEFAULTS[name])
+    assert resolved.resolve(checkpoint) == resolved
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_what_is_given_stays(presets, name):
+    checkpoint = Checkpoint.read(presets[name])
+    steps = {"num_inference_steps": 3} if name == "tiny-base" else {"pyramid_num_inference_steps_list": (1, 2, 3)}
+    request = Request(prompt=("fox",), guidance_scale=2.5, is_amplify_first_chunk=False, **steps)
+    assert request.resolve(checkpoint) == request
+
+
+def test_sigmas_set_the_number_of_steps_for_base(presets):
+    base, mid = (Checkpoint.read(presets[name]) for name in ("tiny-base", "tiny-mid"))
+    request = Request(prompt=("fox",), sigmas=(0.9, 0.5, 0.1))
+    assert request.resolve(base).num_inference_steps == 3
+    with pytest.raises(RequestError, match="sigmas: 3 given for --num-inference-steps 4"):
+        dataclasses.replace(request, num_inference_steps=4).resolve(base)
+    with pytest.raises(RequestError, match="sigmas: only Helios-Base"):
+        request.resolve(mid)
+
+
+@pytest.mark.parametrize(
+    ("num_frames", "schedule", "chunks"),
+    [
+        (1, (), 1),
+        (33, (), 1),
+        (34, (), 2),
+        (132, (), 4),
+        (33, (2, 3), 5),
+        (330, (2, 3), 10),
+        (10**40, (), 10**40 // 33 + 1),
+    ],
+)
+def test_chunks_of_a_request(num_frames, schedule, chunks):
+    request = Request(num_frames=num_frames, prompt_schedule=tuple(ScheduledPrompt("a", each) for each in schedule))
+    assert request.num_chunks == chunks
+
+
+def test_a_single_seed_counts_upwards():
+    batch = Request(prompt=("a", "b", "c"))
+    assert batch.seeds == (42, 43, 44)
+    assert dataclasses.replace(batch, seed=(5, 5, 9)).seeds == (5, 5, 9)
+    assert Request(prompt_schedule=(ScheduledPrompt("a", 1), ScheduledPrompt("b", 1))).seeds == (42,)

@@ -1,0 +1,202 @@
+"""Multi-rank gloo and GPU, by the command that users type: torchrun, its faults, several machines, refused layouts."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from helios_cp.generate.__main__ import main
+
+ROOT = Path(__file__).parents[2]
+REQUEST = [
+    "--prompt",
+    "a fox",
+    "--height",
+    "64",
+    "--width",
+    "64",
+    "--num-frames",
+    "99",
+    "--pyramid-steps",
+    "1",
+    "1",
+    "1",
+]
+TIMEOUT = 60
+"""Seconds that a rank waits for another that hangs, or is late at the start, in place of the usual ten minutes."""
+PATIENCE = 400
+"""Seconds after which a job is given up."""
+
+
+@pytest.fixture
+def environment(cache):
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "HELIOS_CP_CACHE": str(cache), "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+
+
+def start(arguments: list[str], folder: Path, environment: dict[str, str]) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=folder, env=environment, **pipes)
+
+
+def torchrun(ranks: int, arguments: list[str], folder: Path, environment: dict[str, str]) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr."""
+    process = start(["--nproc_per_node", str(ranks), *arguments], folder, environment)
+    stdout, stderr = process.communicate(timeout=PATIENCE)
+    return process.returncode, stdout, stderr
+
+
+def frames_in(path: Path) -> int:
+    with av.open(str(path)) as container:
+        return sum(1 for _ in container.decode(video=0))
+
+
+def free_port() -> int:
+    """One that no other program is given by chance, as those that ask for any get a higher one."""
+    for port in range(20000 + os.getpid() % 10000, 32768):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise OSError("no port is free")
+
+
+@pytest.fixture(scope="module")
+def alone(presets, cache, tmp_path_factory):
+    """The latents of one process without torchrun."""
+    folder = tmp_path_factory.mktemp("alone")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HELIOS_CP_CACHE", str(cache))
+        patch.chdir(folder)
+        assert main([*REQUEST, "--save-latents", "out.safetensors"]) == 0
+    return load_file(folder / "out.safetensors")["latents"]
+
+
+def test_three_ranks_make_the_video_of_one_and_resume(alone, tmp_path, environment):
+    """An uneven layout; stopped by a fault after its first chunk, and then gone on with."""
+    arguments = [*REQUEST, "--ulysses", "3", "--ffn-tp", "3", "--save-latents", "out.safetensors"]
+    faulty = ["-m", "tests.generate.faulty", "raise", "1", *arguments, "--checkpoint-dir", "run"]
+    code, _, stderr = torchrun(3, faulty, tmp_path, environment)
+    assert code != 0
+    assert stderr.count("ArithmeticError: broken on purpose") == 1, stderr
+    assert "rank 1 failed:" in stderr and "tests/faulty.py" in stderr
+    assert frames_in(tmp_path / "out.mp4") == 33, "the finished chunk is playable"
+
+    resume = ["-m", "helios_cp.generate", "--resume", "run", "--ulysses", "3", "--ffn-tp", "3"]
+    code, stdout, stderr = torchrun(3, [*resume, "--save-latents", "out.safetensors"], tmp_path, environment)
+    assert code == 0, stderr
+    assert "out.mp4: 66 frames" in stdout and frames_in(tmp_path / "out.mp4") == 99
+    latents = load_file(tmp_path / "out.safetensors")["latents"]
+    assert (latents - alone).abs().max() <= 1e-4 * (alone.max() - alone.min())
+
+
+@pytest.mark.parametrize("fault", ["kill", "hang"])
+def test_a_lost_rank_ends_the_job(tmp_path, environment, fault):
+    """Rank 0 of one job and rank 1 of another, side by side, as most of the time is spent waiting."""
+    timeout = ["--timeout", str(TIMEOUT)] if fault == "hang" else []
+    jobs = []
+    for rank in range(2):
+        folder = tmp_path / f"without-{rank}"
+        folder.mkdir()
+        faulty = ["-m", "tests.generate.faulty", fault, str(rank), *REQUEST, *timeout]
+        jobs.append(start(["--nproc_per_node", "2", *faulty], folder, environment))
+    for rank, job in enumerate(jobs):
+        stdout, stderr = job.communicate(timeout=PATIENCE)
+        assert job.returncode != 0 and "fault at" in stdout, stderr
+        assert stderr.count("another rank does not answer") == 1, stderr
+        assert f"rank {1 - rank}: another rank does not answer" in stderr
+
+
+LATE = """
+import os, time
+import torch
+import torch.distributed as dist
+from helios_cp.distributed import Ranks, World
+
+ranks, leave = Ranks.of(os.environ), dist.destroy_process_group
+dist.destroy_process_group = lambda: (print("a rank leaves", flush=True), leave())
+with World(ranks, 60).connected("gloo", torch.device("cpu")):
+    if ranks.is_first:
+        time.sleep(1)
+        print("rank 0 is done", flush=True)
+"""
+
+
+def test_no_rank_leaves_before_all_are_done(tmp_path, environment):
+    """It would close connections that others may still read from."""
+    script = tmp_path / "late.py"
+    script.write_text(LATE)
+    code, stdout, stderr = torchrun(2, [str(script)], tmp_path, environment)
+    assert code == 0, stderr
+    assert stdout.splitlines() == ["rank 0 is done", "a rank leaves", "a rank leaves"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_ranks_with_graphs_of_messages_end(tmp_path, environment):
+    """NCCL lets nobody leave while such a graph is there."""
+    graphs = ["-m", "helios_cp.generate", *REQUEST, "--ulysses", "2", "--cuda-graphs"]
+    code, _, stderr = torchrun(2, graphs, tmp_path, environment)
+    assert code == 0, stderr
+    assert frames_in(tmp_path / "out.mp4") == 99
+
+
+def test_two_machines(alone, tmp_path, environment):
+    """Two agents on loopback stand for two machines of one rank each; files are written on the first."""
+    port = free_port()
+    agents = []
+    for node in range(2):
+        folder = tmp_path / f"node-{node}"
+        folder.mkdir()
+        machine = ["--nnodes", "2", "--node_rank", str(node), "--nproc_per_node", "1"]
+        machine += ["--master_addr", "127.0.0.1", "--master_port", str(port)]
+        run = ["-m", "helios_cp.generate", *REQUEST, "--ring", "2", "--save-latents", "out.safetensors"]
+        agents.append(start([*machine, *run], folder, environment))
+    for agent in agents:
+        _, stderr = agent.communicate(timeout=PATIENCE)
+        assert agent.returncode == 0, stderr
+    latents = load_file(tmp_path / "node-0" / "out.safetensors")["latents"]
+    assert (latents - alone).abs().max() <= 1e-4 * (alone.max() - alone.min())
+    assert not list((tmp_path / "node-1").iterdir())
+
+
+def test_bad_input_is_said_once(tmp_path, environment):
+    code, _, stderr = torchrun(2, ["-m", "helios_cp.generate", *REQUEST, "--ulysses", "3"], tmp_path, environment)
+    assert code != 0
+    lines = [line for line in stderr.splitlines() if "helios_cp.generate: error" in line]
+    assert len(lines) == 1 and "--ulysses 3" in lines[0] and "ring 1 ulysses 2" in lines[0]
+    assert not list(tmp_path.iterdir())
+
+
+REFUSED = {
+    "degrees of more ranks": ["--ulysses", "2"],
+    "guidance without guidance": ["--cfg-parallel", "2"],
+    "a degree of zero": ["--ring", "0"],
+    "feed-forward over more ranks": ["--ffn-tp", "2"],
+    "VAE over more ranks": ["--vae-parallel", "3"],
+    "an engine without its card": ["--attention", "flash"],
+    "NCCL without CUDA": ["--backend", "nccl"],
+    "no time to wait": ["--timeout", "0"],
+}
+
+
+@pytest.mark.parametrize("flags", REFUSED.values(), ids=REFUSED)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="some of these flags are fine on a GPU")
+def test_layouts_that_one_process_refuses(flags, cache, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HELIOS_CP_CACHE", str(cache))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as refusal:
+        main([*REQUEST, *flags])
+    assert refusal.value.code == 2
+    stderr = capsys.readouterr().err
+    assert stderr.count("\n") == 1 and flags[0] in stderr, stderr
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,439 @@
+"""Unit, and multi-rank gloo: adapters merged while loading and exchanged later, against diffusers and PEFT.
+
+A forward is compared in fp32 to 1e-5 of its range: diffusers adds `B (A x)` to what the layer makes, we multiply by
+`W + B A`, the same sum in another order. What is missing or scaled wrongly shows by more than 1e-2. Exchanged weights
+are compared bitwise: they are computed anew from the files, in the same way as while loading.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from diffusers import HeliosPipeline, HeliosTransformer3DModel
+from safetensors.torch import load_file, save_file
+
+from benchmarks.models.models import Inputs, encode_history, run_ours, run_theirs
+from benchmarks.ranks.pool import shared_pool
+from helios_cp.config.checkpoint import Checkpoint
+from helios_cp.config.errors import RequestError
+from helios_cp.config.execution import Adapter, Execution
+from helios_cp.config.request import Request
+from helios_cp.model.transformer import HeliosTransformer
+from helios_cp.pipeline.pipeline import Pipeline
+from helios_cp.weights.load import load_transformer
+from helios_cp.weights.lora import Updates, check_adapters, read_adapter, read_updates, shapes_of
+from helios_cp.weights.transformer import set_adapters
+from parallel.mesh import Degrees, Mesh
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+LAYERS = [*ATTENTION, "ffn.net.0.proj", "ffn.net.2"]
+REQUEST = Request(prompt=("a fox",), height=64, width=64, num_frames=33, pyramid_num_inference_steps_list=(1, 1, 1))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(presets) -> Checkpoint:
+    return Checkpoint.read(presets["tiny-distilled"])
+
+
+def theirs_with(checkpoint: Checkpoint, configs: dict[str, LoraConfig]) -> HeliosTransformer3DModel:
+    """diffusers' transformer with adapters of random weights."""
+    model = HeliosTransformer3DModel.from_pretrained(checkpoint.folder / "transformer").eval()
+    for name, config in configs.items():
+        model.add_adapter(config, adapter_name=name)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+@pytest.fixture(scope="module")
+def pair(checkpoint, tmp_path_factory) -> tuple[HeliosTransformer3DModel, tuple[Adapter, Adapter]]:
+    """Two adapters of different layers, ranks and alphas, in diffusers' model and in files written by diffusers."""
+    peft = pytest.importorskip("peft")
+    configs = {
+        "style": peft.LoraConfig(r=4, lora_alpha=8, target_modules=LAYERS, init_lora_weights=False),
+        "motion": peft.LoraConfig(
+            r=2,
+            lora_alpha=1,
+            rank_pattern={"blocks.1.attn1.to_q": 5},
+            alpha_pattern={"blocks.1.attn1.to_q": 15},
+            target_modules=["to_q", "proj_out", "time_proj", "condition_embedder.text_embedder.linear_2"],
+            lora_bias=True,
+            init_lora_weights=False,
+        ),
+    }
+    model = theirs_with(checkpoint, configs)
+    folder = tmp_path_factory.mktemp("adapters")
+    model.save_lora_adapter(folder / "style", adapter_name="style")
+    HeliosPipeline.save_lora_weights(
+        folder / "motion",
+        peft.get_peft_model_state_dict(model, adapter_name="motion"),
+        transformer_lora_adapter_metadata=json.loads(json.dumps(configs["motion"].to_dict(), default=sorted)),
+    )
+    return model, (Adapter(str(folder / "style"), 0.7), Adapter(str(folder / "motion"), -1.3))
+
+
+def forward(model: HeliosTransformer, inputs: Inputs) -> torch.Tensor:
+    return run_ours(model, inputs, model.encode_text(inputs.text), encode_history(model, inputs))
+
+
+def inputs_for(checkpoint: Checkpoint) -> Inputs:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Inputs.random(checkpoint.transformer, (128, 128), 3, torch.device("cpu"), torch.float32)
+
+
+def error(mine: torch.Tensor, other: torch.Tensor) -> float:
+    return ((mine - other).abs().max() / (other.max() - other.min())).item()
+
+
+def bits(model: HeliosTransformer) -> dict[str, torch.Tensor]:
+    """A copy of every parameter, quantised ones as their components."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "qdata"):
+            found |= {f"{name}.qdata": parameter.qdata.clone(), f"{name}.scale": parameter.scale.clone()}
+        else:
+            found[name] = parameter.detach().clone()
+    return found
+
+
+def same_bits(model: HeliosTransformer, expected: dict[str, torch.Tensor]) -> bool:
+    found = bits(model)
+    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+# The same as diffusers and PEFT
+
+
+def test_merged_while_loading_as_diffusers(checkpoint, pair):
+    """Two adapters with weights, from both kinds of file that diffusers writes; biases, patterns and all."""
+    theirs, adapters = pair
+    theirs.set_adapters(["style", "motion"], [adapter.weight for adapter in adapters])
+    inputs = inputs_for(checkpoint)
+    expected = run_theirs(theirs, inputs)
+    assert error(forward(load_transformer(checkpoint, torch.float32, adapters=adapters), inputs), expected) <= 1e-5
+    for wrong in ((), adapters[:1], adapters[1:], (Adapter(adapters[0].path), adapters[1])):
+        assert error(forward(load_transformer(checkpoint, torch.float32, adapters=wrong), inputs), expected) > 1e-2
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_a_folder_of_peft(checkpoint, tmp_path, use_rslora):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(
+        r=4, lora_alpha=6, target_modules=LAYERS, use_rslora=use_rslora, alpha_pattern={r"attn2\.to_k": 3}
+    )
+    theirs = peft.get_peft_model(HeliosTransformer3DModel.from_pretrained(checkpoint.folder / "transformer"), config)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in theirs.named_parameters():
+        if "lora_" in name:
+            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+    theirs.save_pretrained(tmp_path)
+    assert next(iter(load_file(tmp_path / "adapter_model.safetensors"))).startswith("base_model.model.")
+    inputs = inputs_for(checkpoint)
+    for path in (tmp_path, tmp_path / "adapter_model.safetensors"):
+        ours = load_transformer(checkpoint, torch.float32, adapters=[Adapter(str(path))])
+        assert error(forward(ours, inputs), run_theirs(theirs, inputs)) <= 1e-5
+
+
+def test_names_of_other_trainers(checkpoint, pair, tmp_path):
+    """The names of Wan, which diffusers converts; `lora_down` and `alpha`; and the name of an adapter in the key."""
+    with torch.device("meta"):
+        shapes = shapes_of(HeliosTransformer(checkpoint.transformer))
+    style = Path(pair[1][0].path)
+    expected = read_adapter(style, shapes)
+    tensors = load_file(style / "pytorch_lora_weights.safetensors")
+    renames = [(f"attn{a}.{mine}", f"{name}_attn.{wan}") for a, name in ((1, "self"), (2, "cross"))
+               for mine, wan in zip(ATTENTION, "qkvo", strict=True)]  # fmt: skip
+    renames += [("ffn.net.0.proj", "ffn.0"), ("ffn.net.2", "ffn.2")]
+
+    def wan(key: str) -> str:
+        for mine, other in renames:
+            key = key.replace(f".{mine}.", f".{other}.")
+        return f"diffusion_model.{key}"
+
+    kohya = {key.replace("lora_A", "lora_down").replace("lora_B", "lora_up"): v for key, v in tensors.items()}
+    alphas = {f"{key.split('.lora_')[0]}.alpha": torch.tensor(8.0) for key in tensors}
+    named = {f"base_model.model.{key.replace('.weight', '.default.weight')}": v for key, v in tensors.items()}
+    alphas_of_named = {f"base_model.model.{key}": value for key, value in alphas.items()}
+    wan_alphas = {wan(f"{key}.")[:-1]: value for key, value in alphas.items()}
+    for index, content in enumerate(
+        ({wan(key): v for key, v in tensors.items()} | wan_alphas, kohya | alphas, named | alphas_of_named)
+    ):
+        file = tmp_path / f"{index}.safetensors"
+        save_file({key: value.clone() for key, value in content.items()}, file)
+        found = read_adapter(file, shapes)
+        assert found.keys() == expected.keys()
+        for layer, update in found.items():
+            product, wanted = update.scale * update.up @ update.down, expected[layer]
+            torch.testing.assert_close(product, wanted.scale * wanted.up @ wanted.down, rtol=1e-5, atol=1e-6)
+
+
+# Exchanged between requests
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_exchanged_with_the_bits_of_loading(checkpoint, pair, quantize):
+    """From one to two to none and back; weights that no adapter touches are not even read."""
+    _, (style, motion) = pair
+    execution = Execution(quantize=quantize)
+    dtype = torch.bfloat16  # where taking an update off again would not give back the bits
+    sets = [(), (motion,), (style, motion), (), (style,)]
+    expected = {
+        adapters: bits(load_transformer(checkpoint, dtype, quantize=quantize, adapters=adapters)) for adapters in sets
+    }
+    pipeline = Pipeline.from_pretrained(checkpoint, dtype=dtype, execution=execution)
+    model = pipeline.transformer
+    memory = {name: parameter.data_ptr() for name, parameter in model.named_parameters() if parameter.is_contiguous()}
+    assert same_bits(model, expected[()])
+    for adapters in sets[1:]:
+        set_adapters(pipeline, adapters)
+        assert same_bits(model, expected[adapters])
+    assert {name: p.data_ptr() for name, p in model.named_parameters() if p.is_contiguous()} == memory
+    names = [name for name in expected[()] if not torch.equal(expected[()][name], expected[(style,)][name])]
+    assert names and not same_bits(model, expected[()])
+
+    read, source = [], model.source
+    object.__setattr__(source, "read", lambda name, part: (read.append(name), source_read(name, part))[1])
+    source_read = load_transformer(checkpoint, dtype).source.read
+    set_adapters(pipeline, [motion])
+    updates = read_updates([style, motion], source.shapes)
+    assert sorted(read) == sorted(updates)
+    set_adapters(pipeline, [motion])
+    assert len(read) == len(updates)  # they were there already
+
+
+def test_a_pipeline_exchanges_them(checkpoint, pair):
+    """Between two requests; a video then is that of a pipeline loaded with them."""
+    pipeline = Pipeline.from_pretrained(checkpoint, dtype=torch.float32)
+    videos = []
+    for adapters in (pair[1], []):
+        pipeline.set_adapters(adapters)
+        loaded = Pipeline.from_pretrained(checkpoint, dtype=torch.float32, execution=Execution(lora=tuple(adapters)))
+        mine, other = (next(iter(each.stream(REQUEST, output_type="latent"))).latents for each in (pipeline, loaded))
+        assert torch.equal(mine, other)
+        videos.append(mine)
+    assert error(*videos) > 1e-2
+
+
+def test_taking_an_update_off_would_change_bits(checkpoint, pair):
+    """What the test of exchange would see if weights were not made anew."""
+    _, (style, _) = pair
+    model = load_transformer(checkpoint, torch.bfloat16, adapters=[style])
+    updates = read_updates([style], model.source.shapes)
+    plain = load_transformer(checkpoint, torch.bfloat16).state_dict()
+    found = model.state_dict()
+    for name in updates:
+        found[name].sub_(updates.of(name, torch.device("cpu")).to(torch.bfloat16))
+    assert not all(torch.equal(found[name], plain[name]) for name in plain)
+
+
+def test_exchanged_when_the_files_are_gone(presets, pair, tmp_path):
+    """They stay mapped into memory."""
+    folder = shutil.copytree(presets["tiny-distilled"], tmp_path / "copy")
+    pipeline = Pipeline.from_pretrained(str(folder), dtype=torch.float32)
+    before = next(iter(pipeline.stream(REQUEST, output_type="latent"))).latents
+    shutil.rmtree(folder / "transformer")
+    set_adapters(pipeline, pair[1])
+    adapted = next(iter(pipeline.stream(REQUEST, output_type="latent"))).latents
+    set_adapters(pipeline, [])
+    assert torch.equal(next(iter(pipeline.stream(REQUEST, output_type="latent"))).latents, before)
+    assert error(adapted, before) > 1e-2
+
+
+def test_exchanged_in_host_memory(checkpoint, pair):
+    """Where `--offload` has moved the weights, so that the next time they are brought they are the new ones."""
+    expected = Pipeline.from_pretrained(checkpoint, dtype=torch.float32, execution=Execution(lora=pair[1]))
+    wanted = next(iter(expected.stream(REQUEST, output_type="latent"))).latents
+    execution = Execution(offload="group", lora=pair[1][:1])
+    pipeline = Pipeline.from_pretrained(checkpoint, dtype=torch.float32, execution=execution)
+    assert not torch.equal(next(iter(pipeline.stream(REQUEST, output_type="latent"))).latents, wanted)
+    set_adapters(pipeline, pair[1])
+    assert torch.equal(next(iter(pipeline.stream(REQUEST, output_type="latent"))).latents, wanted)
+
+
+# On several ranks
+
+
+@torch.no_grad()
+def forwards(rank: int, folder: str, degrees: Degrees, sharded: bool, sets, quantize: str | None = None) -> list:
+    """A forward after each exchange; the first adapters are merged while loading."""
+    from helios_cp.pipeline.parallelize import load_parallel
+
+    checkpoint = Checkpoint.read(Path(folder))
+    execution = Execution(lora=sets[0], quantize=quantize)
+    mesh = Mesh.build(degrees)
+    pipeline = load_parallel(
+        checkpoint, mesh, dtype=torch.float32, shard_weights=sharded, denoise_only=True, execution=execution
+    )
+    inputs, found = inputs_for(checkpoint), []
+    for adapters in sets:
+        set_adapters(pipeline, adapters)
+        found.append(forward(pipeline.transformer, inputs))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("degrees", "sharded", "quantize"),
+    [
+        (Degrees(ulysses=2, ffn_tp=2), False, None),
+        (Degrees(ring=3), True, None),
+        (Degrees(ulysses=2, ffn_tp=2), False, "int8"),
+    ],
+    ids=str,
+)
+def test_every_layout(presets, pair, degrees, sharded, quantize):
+    """Merged into narrowed and sharded weights, and before weights are quantised."""
+    folder, (style, motion) = str(presets["tiny-distilled"]), pair[1]
+    sets = [(style,), (), (motion, style), (motion,)]
+    alone = forwards(0, folder, Degrees(), False, sets, quantize)
+    for found in shared_pool().run(forwards, folder, degrees, sharded, sets, quantize, ranks=degrees.world):
+        assert max(error(mine, other) for mine, other in zip(found, alone, strict=True)) <= 1e-5
+    assert min(error(alone[index], alone[1]) for index in (0, 2, 3)) > 1e-2
+
+
+# Refused in one line, before weights are loaded
+
+
+def written(folder: Path, change=lambda tensors: None, **metadata: str) -> Path:
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        "transformer.blocks.0.attn1.to_q.lora_A.weight": torch.randn(4, 96, generator=generator),
+        "transformer.blocks.0.attn1.to_q.lora_B.weight": torch.randn(96, 4, generator=generator),
+    }
+    change(tensors)
+    save_file(tensors, folder / "adapter.safetensors", metadata=metadata or None)
+    return folder / "adapter.safetensors"
+
+
+def put(key: str, *shape: int):
+    return lambda tensors: tensors.update({f"transformer.blocks.0.{key}": torch.zeros(shape)})
+
+
+DAMAGES = [
+    (put("attn3.to_q.lora_A.weight", 4, 96), {}, "attn3.to_q.lora_A.weight belongs to no layer"),
+    (put("attn1.to_q.lora_magnitude_vector", 96), {}, "lora_magnitude_vector belongs to no layer"),
+    (put("attn1.norm_q.lora_A.weight", 4, 96), {}, "norm_q.lora_A.weight belongs to no layer"),
+    (put("attn1.to_k.lora_A.weight", 4, 96), {}, "to_k.lora_A.weight has no lora_B.weight beside it"),
+    (put("attn1.to_q.lora_A.weight", 3, 96), {}, "lora_B.weight has shape (96, 4); it must be (96, 3)"),
+    (put("attn1.to_q.lora_A.weight", 4, 97), {}, "lora_A.weight has shape (4, 97); it must be (rank, 96)"),
+    (put("attn1.to_q.lora_B.weight", 95, 4), {}, "lora_B.weight has shape (95, 4); it must be (96, 4)"),
+    (put("attn1.to_q.lora_B.bias", 95), {}, "lora_B.bias has shape (95,); it must be (96,)"),
+    (put("attn1.to_q.alpha", 2), {}, "to_q.alpha has shape (2,); it must be one number"),
+    (lambda tensors: None, {"lora_adapter_metadata": "["}, "lora_adapter_metadata in its header is no JSON object"),
+    (lambda tensors: None, {"lora_adapter_metadata": '{"use_dora": true}'}, "use_dora is set"),
+    (lambda tensors: None, {"lora_adapter_metadata": '{"lora_alpha": Infinity}'}, "has an alpha of inf"),
+    (lambda tensors: tensors.clear(), {}, "holds no adapter"),
+]
+
+
+@pytest.mark.parametrize(("change", "metadata", "expected"), DAMAGES, ids=[expected for *_, expected in DAMAGES])
+def test_a_file_that_does_not_fit(checkpoint, tmp_path, change, metadata, expected):
+    file = written(tmp_path, change, **metadata)
+    with pytest.raises(RequestError) as caught:
+        check_adapters([Adapter(str(file))], checkpoint.transformer)
+    message = str(caught.value)
+    assert message.startswith(f"--lora {file}: ") and expected in message and "\n" not in message
+
+
+def test_paths_that_hold_no_adapter(checkpoint, tmp_path):
+    (tmp_path / "adapter.bin").write_bytes(b"pickled")
+    (tmp_path / "empty").mkdir()
+    torn = tmp_path / "torn" / "adapter.safetensors"
+    torn.parent.mkdir()
+    torn.write_bytes(written(tmp_path).read_bytes()[:-7])
+    shutil.copy(tmp_path / "adapter.safetensors", torn.with_name("another.safetensors"))
+    for path, expected in (
+        (tmp_path / "adapter.bin", "is a pickle, which could run code and is never read"),
+        (tmp_path / "missing", "there is no such file or folder"),
+        (tmp_path / "empty", "0 .safetensors files"),
+        (torn.parent, "2 .safetensors files"),
+        (torn, "no intact safetensors file"),
+    ):
+        with pytest.raises(RequestError, match=expected):
+            check_adapters([Adapter(str(path))], checkpoint.transformer)
+    (tmp_path / "adapter.safetensors").unlink()
+    with pytest.raises(RequestError, match=r"adapter\.bin is a pickle"):
+        check_adapters([Adapter(str(tmp_path))], checkpoint.transformer)
+
+
+def test_refused_on_the_command_line(cache, tmp_path, capsys, monkeypatch, no_weights):
+    from helios_cp.generate.__main__ import main
+
+    monkeypatch.setenv("HELIOS_CP_CACHE", str(cache))
+    monkeypatch.chdir(tmp_path)
+    file = written(tmp_path, put("attn1.to_q.lora_A.weight", 3, 96))
+    with pytest.raises(SystemExit) as stopped:
+        main(["--prompt", "a fox", "--height", "64", "--width", "64", "--lora", f"{file}:0.5"])
+    assert stopped.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and "attn1.to_q.lora_B.weight has shape (96, 4)" in lines[0]
+    assert not list(tmp_path.glob("*.mp4"))
+
+
+def test_a_failed_exchange_changes_nothing(checkpoint, pair, tmp_path):
+    pipeline = Pipeline.from_pretrained(checkpoint, dtype=torch.float32, execution=Execution(lora=pair[1][:1]))
+    before = bits(pipeline.transformer)
+    with pytest.raises(RequestError, match="no such file"):
+        set_adapters(pipeline, [Adapter(str(tmp_path / "missing"))])
+    assert same_bits(pipeline.transformer, before)
+    set_adapters(pipeline, [])
+    assert same_bits(pipeline.transformer, bits(load_transformer(checkpoint, torch.float32)))
+
+
+def test_an_interrupted_exchange_is_made_good(checkpoint, pair, monkeypatch):
+    """The next call makes all weights anew that may be half of one and half of the other."""
+    pipeline = Pipeline.from_pretrained(checkpoint, dtype=torch.float32)
+    count = [0]
+
+    def fail(self, name, device) -> torch.Tensor:
+        count[0] += 1
+        if count[0] == 5:
+            raise KeyboardInterrupt
+        return of(self, name, device)
+
+    of = Updates.of
+    with monkeypatch.context() as patch:
+        patch.setattr(Updates, "of", fail)
+        with pytest.raises(KeyboardInterrupt):
+            set_adapters(pipeline, pair[1])
+    plain = bits(load_transformer(checkpoint, torch.float32))
+    assert not same_bits(pipeline.transformer, plain)
+    set_adapters(pipeline, [])
+    assert same_bits(pipeline.transformer, plain)
+
+
+def test_a_resumed_run_keeps_its_adapters(tmp_path):
+    from helios_cp.generate.check import check_same_run
+    from helios_cp.generate.run_folder import Run
+
+    runs = [
+        Run(REQUEST, "tiny-distilled", "float32", (), Execution(lora=lora))
+        for lora in ((Adapter("/a.safetensors", 0.5),), (Adapter("/a.safetensors"), Adapter("/b")), ())
+    ]
+    check_same_run(runs[0], runs[0], tmp_path)
+    for other, expected in ((runs[1], "--lora /a.safetensors:1 /b:1"), (runs[2], "no --lora")):
+        with pytest.raises(RequestError) as caught:
+            check_same_run(runs[0], other, tmp_path)
+        assert f"started with --lora /a.safetensors:0.5, not with {expected};" in str(caught.value)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_exchanged_on_a_card(checkpoint, pair):
+    pytest.importorskip("torchao")
+    pipeline = Pipeline.from_pretrained(checkpoint, device="cuda", execution=Execution(quantize="int8"))
+    for adapters in (pair[1], (), pair[1][:1]):
+        set_adapters(pipeline, adapters)
+        loaded = load_transformer(checkpoint, torch.bfloat16, "cuda", quantize="int8", adapters=adapters)
+        assert same_bits(pipeline.transformer, bits(loaded))
