@@ -1,0 +1,1 @@
+"""The command `python -m benchmarks.attention`: attention engines side by side."""

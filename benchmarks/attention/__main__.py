@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -22,6 +21,7 @@ from benchmarks.attention import ranks as attention_ranks
 from benchmarks.attention.engines import EngineTimes, Shape, absent_engines, time_engines
 from benchmarks.attention.ranks import Case, Row, rows, time_algorithms
 from benchmarks.measuring.machine import RESULTS, write_result
+from benchmarks.ranks.groups import default_ranks
 from benchmarks.ranks.pool import MAX_RANKS, RankPool
 from helios_cp.config.arguments import OneLineParser, whole_number
 from helios_cp.config.errors import RequestError
@@ -115,12 +115,6 @@ def check_ranges(parser: argparse.ArgumentParser, options: argparse.Namespace) -
         for value in getattr(options, name) or ():
             if not least <= value <= most:
                 parser.error(f"--{name} {value}: allowed is {least} to {most}")
-
-
-def default_ranks(device: torch.device) -> Sequence[int]:
-    if device.type != "cuda":
-        return (2, 4)
-    return [ranks for ranks in (2, 4, 8) if ranks <= torch.cuda.device_count()]
 
 
 def measure_ranks(case: Case, repeats: int, pool: RankPool | None) -> list[Row]:

@@ -1,0 +1,1 @@
+"""The command `python -m benchmarks.calibrate`: measures this machine for the planner."""

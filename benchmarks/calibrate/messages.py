@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.scaling.ranks import pinned
+from benchmarks.ranks.groups import pinned
 from parallel.collectives import Group
 
 KINDS = ("all-to-all", "all-gather", "ring", "ring beside computing")

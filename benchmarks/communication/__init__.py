@@ -1,0 +1,1 @@
+"""The command `python -m benchmarks.communication`: bytes and calls that each rank sends."""

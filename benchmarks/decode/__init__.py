@@ -1,0 +1,1 @@
+"""The command `python -m benchmarks.decode`: VAE decoding, whole and split."""

@@ -18,9 +18,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.attention.__main__ import default_ranks
 from benchmarks.decode.ranks import ON_CPU, ON_GPU, PRECISIONS, WARMUP, Case, Row, rows, time_decoders
 from benchmarks.measuring.machine import RESULTS, write_result
+from benchmarks.ranks.groups import default_ranks
 from benchmarks.ranks.pool import MAX_RANKS, RankPool
 from helios_cp.config.arguments import OneLineParser, whole_number
 from helios_cp.config.errors import RequestError

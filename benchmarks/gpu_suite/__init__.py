@@ -1,0 +1,1 @@
+"""The command `python -m benchmarks.gpu_suite`: all that one big card can show, in one run."""

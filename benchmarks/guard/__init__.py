@@ -1,0 +1,1 @@
+"""The command `python -m benchmarks.guard`: exact counts that must not change unnoticed."""

@@ -1,0 +1,1 @@
+"""Tools for every benchmark: time, memory, counts, the machine, result files."""

@@ -1,0 +1,1 @@
+"""What is measured: full-size and small models, diffusers as the reference, formulas."""

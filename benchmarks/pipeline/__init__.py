@@ -1,0 +1,1 @@
+"""The command `python -m benchmarks.pipeline`: overlap and cost of the chunk pipeline on Ray."""

@@ -1,0 +1,1 @@
+"""Groups of ranks on this machine, real or silent."""

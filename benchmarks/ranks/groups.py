@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +22,13 @@ def rank_device(device_type: str, rank: int) -> torch.device:
     device = torch.device("cuda", rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
+
+
+def default_ranks(device: torch.device) -> Sequence[int]:
+    """How many ranks a benchmark tries when nobody says."""
+    if device.type != "cuda":
+        return (2, 4)
+    return [ranks for ranks in (2, 4, 8) if ranks <= torch.cuda.device_count()]
 
 
 def make_group(ranks: Sequence[int], device: torch.device, meter: Meter | None = None) -> Group | None:
@@ -55,3 +64,20 @@ def in_step(program: Callable[[], Any], device: torch.device) -> Callable[[], No
 
 def nothing() -> None:
     """What a rank does that has no part in a program."""
+
+
+@contextlib.contextmanager
+def pinned(rank: int, ranks: int) -> Iterator[bool]:
+    """This thread on a core of its own, if there is one a rank and the system can; tells whether.
+
+    Threads that gloo has started stay where there is room.
+    """
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_setaffinity") else set()
+    if len(cores) < ranks:
+        yield False
+        return
+    os.sched_setaffinity(0, {sorted(cores)[rank]})
+    try:
+        yield True
+    finally:
+        os.sched_setaffinity(0, cores)

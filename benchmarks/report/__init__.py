@@ -1,0 +1,1 @@
+"""The command `python -m benchmarks.report`: results become a page and plots."""

@@ -1,0 +1,1 @@
+"""The command `python -m benchmarks.scaling`: a forward on more and more ranks."""

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,7 +22,7 @@ from benchmarks.measuring.device_rates import wait
 from benchmarks.measuring.timing import Timing, interleave
 from benchmarks.models.diffusers_parallel import FunctionalCollectives, enable_ulysses
 from benchmarks.models.models import Inputs, build_pair, encode_history, run_ours, run_theirs
-from benchmarks.ranks.groups import rank_device
+from benchmarks.ranks.groups import pinned, rank_device
 from helios_cp.config.checkpoint import TransformerConfig
 from helios_cp.model.sequence import Sequence, WholeSequence
 from helios_cp.model.transformer import HeliosTransformer
@@ -154,23 +153,6 @@ def sequence_program(model: HeliosTransformer, inputs: Inputs, sequence: Sequenc
         return run_ours(model, inputs, text, history)
 
     return run
-
-
-@contextlib.contextmanager
-def pinned(rank: int, ranks: int) -> Iterator[bool]:
-    """This thread on a core of its own, if there is one a rank and the system can; tells whether.
-
-    Threads that gloo has started stay where there is room.
-    """
-    cores = os.sched_getaffinity(0) if hasattr(os, "sched_setaffinity") else set()
-    if len(cores) < ranks:
-        yield False
-        return
-    os.sched_setaffinity(0, {sorted(cores)[rank]})
-    try:
-        yield True
-    finally:
-        os.sched_setaffinity(0, cores)
 
 
 def _in_step(program: Program, cpu_seconds: list[float], device: torch.device) -> Callable[[], None]:

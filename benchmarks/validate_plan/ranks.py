@@ -13,7 +13,7 @@ import diffusers
 import torch
 from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
 
-from benchmarks.scaling.ranks import pinned
+from benchmarks.ranks.groups import pinned
 from helios_cp.config.checkpoint import Checkpoint, TransformerConfig
 from helios_cp.config.layout import Layout
 from helios_cp.config.request import Request

@@ -1,0 +1,1 @@
+"""Devices by name, their memory, their streams and their clocks."""

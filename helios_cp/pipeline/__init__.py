@@ -1,0 +1,1 @@
+"""A request becomes a stream of chunks, on one rank or on many."""

@@ -1,0 +1,1 @@
+"""The command `python -m helios_cp.plan`: counts become seconds, seconds become a choice of layout."""

@@ -1,0 +1,1 @@
+"""Makes a loaded model faster or smaller: compilation, CUDA graphs, offload."""

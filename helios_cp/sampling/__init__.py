@@ -1,0 +1,1 @@
+"""From noise to the latents of one chunk, in plain functions."""

@@ -1,0 +1,1 @@
+"""From what `--model` names to loaded parts: download, read, quantise, merge adapters, shard."""

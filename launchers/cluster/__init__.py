@@ -1,0 +1,1 @@
+"""Ray itself: joining a cluster, starting workers, calling them, telling faults apart."""

@@ -1,0 +1,1 @@
+"""Runs the chunk pipeline: submits videos, hands out work, restarts workers, writes files."""

@@ -1,0 +1,1 @@
+"""The command `python -m launchers.generate`: the flags of `helios_cp.generate`, on a Ray cluster."""

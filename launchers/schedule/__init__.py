@@ -1,0 +1,1 @@
+"""Decides who works on what next. Pure Python: knows neither Ray nor torch."""

@@ -1,0 +1,1 @@
+"""The actors: text encoder, denoiser, decoder, writer."""

@@ -20,6 +20,7 @@ from benchmarks.measuring.memory import LiveMemory
 from benchmarks.measuring.timing import Ratio, Timing
 from benchmarks.models.communication_formulas import DTYPE, Tokens, predict_ours
 from benchmarks.models.models import run_theirs
+from benchmarks.ranks.groups import pinned
 from benchmarks.ranks.pool import RankError, shared_pool
 from benchmarks.report.data import read_results
 from benchmarks.report.sections import scaling_section
@@ -27,7 +28,7 @@ from benchmarks.scaling import __main__ as scaling
 from benchmarks.scaling import ranks as scaling_ranks
 from benchmarks.scaling.__main__ import measure_world
 from benchmarks.scaling.memory import peak_bytes, peak_bytes_of_diffusers, peak_bytes_of_ulysses
-from benchmarks.scaling.ranks import TOLERANCE, Case, Times, build, count_flops, pinned, sequence_program, time_ranks
+from benchmarks.scaling.ranks import TOLERANCE, Case, Times, build, count_flops, sequence_program, time_ranks
 from benchmarks.scaling.world import GOALS, WorldTimes, compare
 from helios_cp.config.checkpoint import TransformerConfig
 from helios_cp.model.sequence import WholeSequence

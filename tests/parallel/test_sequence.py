@@ -160,7 +160,7 @@ def _skip_one_block():
         (Degrees(ring=2, ulysses=2), _lose_pieces_of_rank_1),
         (Degrees(ring=2, ulysses=2), _merge_without_rescale),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_broken_algorithm_is_seen(ranks, degrees, broken):
     assert min(ranks.run(_broken_error, degrees, broken, ranks=degrees.world)) > 1e-2
