@@ -49,12 +49,9 @@ KNOWN = {
     "helios_cp.config -> helios_cp.weights",
     "helios_cp.pipeline -> helios_cp.plan",
     "helios_cp.runtime -> helios_cp.pipeline",
-    "helios_cp.weights -> helios_cp.pipeline",
 }
 KNOWN_CIRCLES = {
     ("helios_cp.pipeline.decoding", "helios_cp.pipeline.pipeline"),
-    ("helios_cp.weights.int4", "helios_cp.weights.quantize"),
-    ("helios_cp.weights.sharded", "helios_cp.weights.transformer"),
 }
 """Imports upwards that are still to go."""
 

@@ -72,6 +72,14 @@ def _parent(prefix: str) -> str:
     return prefix[: prefix.rstrip(".").rfind(".") + 1]
 
 
+def stored_names(path: str, module: nn.Module, kind: str) -> list[str]:
+    """The tensors of a checkpoint that make up a module's `weight` or `bias` (or other `kind`), from top to bottom."""
+    if not isinstance(module, FusedLinear):
+        return [f"{path}.{kind}" if path else kind]
+    parent = path.rpartition(".")[0]
+    return [f"{parent}.{name}.{kind}" for name in module.names]
+
+
 class PatchEmbedding(nn.Module):
     """Linear embedding of non-overlapping patches; weights in the shape of the equal strided Conv3d."""
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from helios_cp.config.checkpoint import Checkpoint
+from helios_cp.config.checkpoint import WEIGHT_FOLDERS, Checkpoint
 from helios_cp.config.execution import Execution, Target, apply
 from helios_cp.config.request import Request
 from helios_cp.device.device import capability, make_current
@@ -30,7 +30,8 @@ from helios_cp.pipeline.prompts import Branches, Prompts
 from helios_cp.pipeline.split_vae import split_decode, split_encode
 from helios_cp.pipeline.start import Inputs, initial_state, pixels_to_encode
 from helios_cp.sampling.state import ChunkState
-from helios_cp.weights.load import WEIGHTS, load_scheduler, load_text_encoder, load_transformer, load_vae, resolve
+from helios_cp.weights.load import load_scheduler, load_text_encoder, load_vae, resolve
+from helios_cp.weights.transformer import load_transformer
 from parallel.collectives import Group
 from parallel.engines import sequence_attention
 from parallel.mesh import Degrees, Mesh
@@ -58,7 +59,7 @@ def load_parallel(
     gives the plain pipeline. Raises `ValueError` for `shard_weights` where the mesh splits the feed-forward weights
     already, and for an `attention` engine that cannot run here, and `RequestError` for an `execution` that cannot.
     """
-    weights = ("transformer",) if denoise_only else WEIGHTS
+    weights = ("transformer",) if denoise_only else WEIGHT_FOLDERS
     checkpoint = model if isinstance(model, Checkpoint) else resolve(model, cache, weights=weights)
     execution, device = execution or Execution(), torch.device(device)
     execution.check_all(

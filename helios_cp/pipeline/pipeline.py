@@ -30,8 +30,8 @@ from helios_cp.runtime.offload import Card
 from helios_cp.sampling.denoise import SamplingPlan, Step, denoise
 from helios_cp.sampling.noise import normal
 from helios_cp.sampling.state import ChunkState
-from helios_cp.weights.load import load_scheduler, load_text_encoder, load_transformer, load_vae, resolve
-from helios_cp.weights.transformer import set_adapters
+from helios_cp.weights.load import load_scheduler, load_text_encoder, load_vae, resolve
+from helios_cp.weights.transformer import load_transformer, set_adapters
 from parallel.mesh import Degrees
 
 
@@ -123,7 +123,11 @@ class Pipeline:
         The result has the bits of a fresh load; every rank calls it. Raises `RequestError` for adapters that do not
         fit, before anything is changed. `helios_cp.weights.transformer.set_adapters` says what it takes.
         """
-        set_adapters(self, adapters)
+        at = {}
+        if self.card is not None:
+            self.card.rest()
+            at = {(id(place.module), place.name): tensor for place, tensor in self.card.stored()}
+        set_adapters(self.transformer, adapters, at)
 
     @torch.no_grad()
     def stream(

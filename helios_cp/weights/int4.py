@@ -1,4 +1,4 @@
-"""Weights of 4 bits, two a byte, with a scale for every 32 of a row; a tensor subclass of torchao.
+"""Weights of 4 bits, two a byte, with a scale for each group of a row; a tensor subclass of torchao.
 
 torchao's own kernels for 4 bits are made for the few tokens of a language model's step and run on CUDA alone. Helios
 has thousands of tokens, so that a product costs far more than it takes to unpack the weight: here it is unpacked to the
@@ -14,13 +14,11 @@ from torch import Tensor
 from torchao.quantization.quant_primitives import MappingType, choose_qparams_affine, quantize_affine
 from torchao.utils import TorchAOBaseTensor
 
-from helios_cp.weights.quantize import INT4_GROUP
-
 LOWEST, HIGHEST = -8, 7
 
 
 class Int4Weight(TorchAOBaseTensor):
-    """A weight `[N, K]`: `qdata` uint8 `[N, K/2]`, the even column in the low bits, and `scale` bf16 `[N, K/32]`."""
+    """A weight `[N, K]`: `qdata` uint8 `[N, K/2]`, the even column in the low bits, and `scale` bf16 `[N, K/g]`."""
 
     tensor_data_names = ["qdata", "scale"]  # noqa: RUF012 - what torchao reads them as
     tensor_attribute_names = ["dtype"]  # noqa: RUF012
@@ -38,12 +36,12 @@ class Int4Weight(TorchAOBaseTensor):
         """`[N, K]`; each value is rounded once, to the dtype."""
         dtype = dtype or self.dtype
         values = torch.stack([self.qdata & 15, self.qdata >> 4], -1).flatten(1).to(dtype) + LOWEST
-        return (values.unflatten(1, (-1, INT4_GROUP)) * self.scale.to(dtype).unsqueeze(-1)).flatten(1)
+        return (values.unflatten(1, (self.scale.shape[1], -1)) * self.scale.to(dtype).unsqueeze(-1)).flatten(1)
 
 
-def quantise_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """`qdata` and `scale` of a weight `[N, K]` in fp32; K is a multiple of 32."""
-    block = (1, INT4_GROUP)
+def quantise_int4(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """`qdata` and `scale` of a weight `[N, K]` in fp32. `group` values share a scale; K is a multiple of it."""
+    block = (1, group)
     bounds = (torch.int8, LOWEST, HIGHEST)
     scale, zero_point = choose_qparams_affine(
         weight, MappingType.SYMMETRIC, block, *bounds, scale_dtype=torch.bfloat16, zero_point_dtype=torch.int8

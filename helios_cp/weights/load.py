@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helios_cp.config.checkpoint import VAE_SPATIAL, VAE_TEMPORAL, Checkpoint
+from helios_cp.config.checkpoint import CONFIG_FILES, VAE_SPATIAL, VAE_TEMPORAL, WEIGHT_FOLDERS, Checkpoint
 from helios_cp.config.errors import RequestError
 from helios_cp.files.tensor_files import CheckpointError, and_others, read_json, stored_tensors
 from helios_cp.weights.presets import DEFAULT_CACHE, PRESETS, preset_folder
@@ -24,17 +24,13 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan, HeliosDMDScheduler, HeliosScheduler
     from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
-    from helios_cp.model.transformer import HeliosTransformer
-
-PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 SCHEDULERS = ("HeliosScheduler", "HeliosDMDScheduler")
 
-WEIGHTS = ("transformer", "vae", "text_encoder")
-DESCRIPTIONS = ("model_index.json", *(f"{part}/*{end}" for part in PARTS for end in (".json", ".txt", ".model")))
+DESCRIPTIONS = ("model_index.json", *(f"{part}/*{end}" for part in CONFIG_FILES for end in (".json", ".txt", ".model")))
 HUB_ID = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>\w[\w./-]*))?")
 
 
-def resolve(model: str, cache: Path | None = None, *, weights: Iterable[str] = WEIGHTS) -> Checkpoint:
+def resolve(model: str, cache: Path | None = None, *, weights: Iterable[str] = WEIGHT_FOLDERS) -> Checkpoint:
     """The checkpoint that `model` stands for, without reading weights.
 
     `model` is, in this order, the name of a preset (written below `cache` on first use), a folder in the diffusers
@@ -82,15 +78,6 @@ def _download(model: str, repository: str, revision: str | None, weights: tuple[
     except Exception as error:  # every transport has exceptions of its own, and the advice is the same for all
         reason = f"no such folder, and it could not be downloaded ({type(error).__name__})"
     raise RequestError(f"--model {model}: {reason}; run `{get}` where it works and give DIR, or use {_presets()}")
-
-
-def load_transformer(
-    checkpoint: Checkpoint, dtype: torch.dtype, device: str | torch.device = "cpu", *arguments: Any, **options: Any
-) -> HeliosTransformer:
-    """The transformer; `helios_cp.weights.transformer.load_transformer` says what can be asked for."""
-    from helios_cp.weights import transformer as transformer_weights
-
-    return transformer_weights.load_transformer(checkpoint, dtype, device, *arguments, **options)
 
 
 def load_vae(

@@ -55,7 +55,7 @@ def quantise(weight: Tensor, kind: str) -> Components:
     if kind == "int4":
         from helios_cp.weights.int4 import quantise_int4
 
-        return dict(zip(COMPONENTS, quantise_int4(weight), strict=True))
+        return dict(zip(COMPONENTS, quantise_int4(weight, INT4_GROUP), strict=True))
     from torchao.quantization import Float8Tensor, Int8Tensor, PerRow
     from torchao.quantization.quantize_.common import KernelPreference
 
@@ -146,7 +146,7 @@ def part_of_component(part: Part, name: str, kind: str) -> Part:
 def quantize_blocks(transformer: nn.Module, kind: str) -> None:
     """Quantise the blocks of a loaded model in place; layers that are quantised already stay as they are.
 
-    `helios_cp.weights.load.load_transformer` does it while it loads, without the whole model in memory.
+    `helios_cp.weights.transformer.load_transformer` does it while it loads, without the whole model in memory.
     """
     for path, module in transformer.named_modules():
         if is_block_linear(path, module) and not is_quantised(module.weight):

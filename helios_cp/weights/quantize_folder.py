@@ -16,13 +16,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from helios_cp.config.checkpoint import Checkpoint
+from helios_cp.config.checkpoint import CONFIG_FILES, Checkpoint
 from helios_cp.config.errors import RequestError
 from helios_cp.config.execution import Adapter
 from helios_cp.files.tensor_files import Reader, read_json
 from helios_cp.files.whole_files import write_json, write_tensors
 from helios_cp.model.transformer import HeliosTransformer
-from helios_cp.weights.load import PARTS
 from helios_cp.weights.lora import Updates, read_updates, shapes_of
 from helios_cp.weights.quantize import MARKER, check_quantization, quantise, quantization_marker, stored_quantization
 from helios_cp.weights.transformer import STEM, check_transformer, quantised_layers, stored_transformer
@@ -111,7 +110,7 @@ def _copy_rest(source: Path, target: Path) -> None:
     """All but the transformer. Weights are linked where the file system can, other files copied."""
     target.mkdir()
     shutil.copyfile(source / "model_index.json", target / "model_index.json")
-    for part in PARTS:
+    for part in CONFIG_FILES:
         for file in sorted(path for path in (source / part).rglob("*") if path.is_file() and part != "transformer"):
             copy = target / file.relative_to(source)
             copy.parent.mkdir(parents=True, exist_ok=True)

@@ -28,7 +28,7 @@ from helios_cp.files.tensor_files import (
     read,
     stored_tensors,
 )
-from helios_cp.model.layers import FusedLinear
+from helios_cp.model.layers import stored_names
 from helios_cp.model.transformer import HeliosTransformer
 from helios_cp.weights.lora import Updates, read_updates, shapes_of
 from helios_cp.weights.quantize import (
@@ -47,7 +47,6 @@ from helios_cp.weights.quantize import (
 )
 
 if TYPE_CHECKING:
-    from helios_cp.pipeline.pipeline import Pipeline
     from parallel.collectives import Group
 
 STEM = "diffusion_pytorch_model"
@@ -167,14 +166,6 @@ def check_transformer(
         check_stored(stored, layers, kind)
 
 
-def stored_names(path: str, module: nn.Module, kind: str) -> list[str]:
-    """The tensors of a checkpoint that make up a module's `weight` or `bias` (or other `kind`), from top to bottom."""
-    if not isinstance(module, FusedLinear):
-        return [f"{path}.{kind}" if path else kind]
-    parent = path.rpartition(".")[0]
-    return [f"{parent}.{name}.{kind}" for name in module.names]
-
-
 def _allocate(model: HeliosTransformer, device: torch.device, kind: str | None) -> None:
     """Give a model on the meta device memory; that of the blocks' weights for `kind`."""
     quantised = [module for path, module in model.named_modules() if kind and is_block_linear(path, module)]
@@ -250,18 +241,21 @@ def _whole_places(model: HeliosTransformer, at: Mapping[tuple[int, str], Tensor]
                     yield name, tensor[rows]
 
 
-def set_adapters(pipeline: Pipeline, adapters: Iterable[Adapter]) -> None:
-    """Have a loaded pipeline's transformer run with these adapters and no others, from the next request on.
+def set_adapters(
+    model: HeliosTransformer, adapters: Iterable[Adapter], at: Mapping[tuple[int, str], Tensor] | None = None
+) -> None:
+    """Have a loaded transformer run with these adapters and no others. See `Pipeline.set_adapters`.
 
     Weights that neither the adapters until now nor the new ones touch are left alone; the others are made anew out of
     the checkpoint's files, in the memory where they are, so that compiled code and captured graphs stay valid. The
-    result has the bits of a pipeline that was loaded with these adapters; `[]` gives the checkpoint itself. With
-    several ranks every one of them calls it.
+    result has the bits of a model that was loaded with these adapters; `[]` gives the checkpoint itself. With several
+    ranks every one of them calls it. `at` has the memory of parameters that lie elsewhere than in the model, by the
+    module's identity and their name.
 
     Costs no memory. Time: the touched weights are read from the page cache, or from disk where that was too small.
     Raises `RequestError` for adapters that do not fit, before anything is changed.
     """
-    model, adapters = pipeline.transformer, tuple(adapters)
+    adapters = tuple(adapters)
     if adapters == getattr(model, "adapters", ()):
         return
     source: Source | None = getattr(model, "source", None)
@@ -270,10 +264,6 @@ def set_adapters(pipeline: Pipeline, adapters: Iterable[Adapter]) -> None:
     if source.is_stored_quantised:
         raise RequestError(f"--lora {adapters[0].path}: the weights are stored as {source.kind}, so none can be merged")
     updates = read_updates(adapters, source.shapes)
-    at = {}
-    if pipeline.card is not None:
-        pipeline.card.rest()
-        at = {(id(place.module), place.name): tensor for place, tensor in pipeline.card.stored()}
     touched = model.adapted | frozenset(updates)
     model.adapters, model.adapted = None, touched  # should this be interrupted, the next call makes all of them anew
     for name, place in _places(model, source, at).items():

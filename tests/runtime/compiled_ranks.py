@@ -12,7 +12,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from helios_cp.model.transformer import HeliosTransformer, History
 from helios_cp.pipeline.parallelize import ShardedSequence, narrow_feed_forward
-from helios_cp.weights.load import load_transformer, resolve
+from helios_cp.weights.load import resolve
+from helios_cp.weights.transformer import load_transformer
 from parallel.collectives import Meter
 from parallel.mesh import Degrees, Mesh
 

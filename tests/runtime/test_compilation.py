@@ -32,7 +32,7 @@ from helios_cp.pipeline.environment import prepare
 from helios_cp.pipeline.pipeline import Pipeline
 from helios_cp.runtime import compilation
 from helios_cp.runtime.compilation import compile_blocks, compile_decoder, compile_pipeline
-from helios_cp.weights.load import load_transformer
+from helios_cp.weights.transformer import load_transformer
 from parallel.mesh import Degrees
 from tests.runtime.compiled_ranks import SIZES, compare, forwards
 
@@ -182,10 +182,11 @@ START = """
 import sys, torch
 from pathlib import Path
 from torch._dynamo.utils import counters
-from helios_cp.checkpoint import Checkpoint
-from helios_cp.compilation import compile_blocks, compile_decoder, keep_in
-from helios_cp.weights import load_transformer, load_vae
-from tests.compiled_ranks import SIZES, forwards
+from helios_cp.config.checkpoint import Checkpoint
+from helios_cp.runtime.compilation import compile_blocks, compile_decoder, keep_in
+from helios_cp.weights.load import load_vae
+from helios_cp.weights.transformer import load_transformer
+from tests.runtime.compiled_ranks import SIZES, forwards
 torch.set_num_threads(1)
 torch.manual_seed(0)
 checkpoint = Checkpoint.read(Path(sys.argv[1]))

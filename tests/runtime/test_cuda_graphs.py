@@ -31,7 +31,7 @@ from helios_cp.pipeline.parallelize import load_parallel
 from helios_cp.pipeline.pipeline import Pipeline
 from helios_cp.pipeline.world import Ranks, World
 from helios_cp.runtime.cuda_graphs import CudaCapture, GraphedForward, StaticInputs, capture_forwards
-from helios_cp.weights.load import load_transformer
+from helios_cp.weights.transformer import load_transformer
 from parallel.mesh import Degrees, Mesh
 
 INDICES = tuple(range(20, 29))

@@ -36,11 +36,11 @@ from helios_cp.weights.load import (
     CheckpointError,
     load_scheduler,
     load_text_encoder,
-    load_transformer,
     load_vae,
     resolve,
 )
 from helios_cp.weights.presets import PRESETS, preset_folder
+from helios_cp.weights.transformer import load_transformer
 from tests.weights.loading_memory import OwnMemory, mapped, mapped_bytes
 
 INDEX = "diffusion_pytorch_model.safetensors.index.json"

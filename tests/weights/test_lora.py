@@ -25,9 +25,8 @@ from helios_cp.config.execution import Adapter, Execution
 from helios_cp.config.request import Request
 from helios_cp.model.transformer import HeliosTransformer
 from helios_cp.pipeline.pipeline import Pipeline
-from helios_cp.weights.load import load_transformer
 from helios_cp.weights.lora import Updates, check_adapters, read_adapter, read_updates, shapes_of
-from helios_cp.weights.transformer import set_adapters
+from helios_cp.weights.transformer import load_transformer
 from parallel.mesh import Degrees, Mesh
 
 if TYPE_CHECKING:
@@ -197,7 +196,7 @@ def test_exchanged_with_the_bits_of_loading(checkpoint, pair, quantize):
     memory = {name: parameter.data_ptr() for name, parameter in model.named_parameters() if parameter.is_contiguous()}
     assert same_bits(model, expected[()])
     for adapters in sets[1:]:
-        set_adapters(pipeline, adapters)
+        pipeline.set_adapters(adapters)
         assert same_bits(model, expected[adapters])
     assert {name: p.data_ptr() for name, p in model.named_parameters() if p.is_contiguous()} == memory
     names = [name for name in expected[()] if not torch.equal(expected[()][name], expected[(style,)][name])]
@@ -206,10 +205,10 @@ def test_exchanged_with_the_bits_of_loading(checkpoint, pair, quantize):
     read, source = [], model.source
     object.__setattr__(source, "read", lambda name, part: (read.append(name), source_read(name, part))[1])
     source_read = load_transformer(checkpoint, dtype).source.read
-    set_adapters(pipeline, [motion])
+    pipeline.set_adapters([motion])
     updates = read_updates([style, motion], source.shapes)
     assert sorted(read) == sorted(updates)
-    set_adapters(pipeline, [motion])
+    pipeline.set_adapters([motion])
     assert len(read) == len(updates)  # they were there already
 
 
@@ -244,9 +243,9 @@ def test_exchanged_when_the_files_are_gone(presets, pair, tmp_path):
     pipeline = Pipeline.from_pretrained(str(folder), dtype=torch.float32)
     before = next(iter(pipeline.stream(REQUEST, output_type="latent"))).latents
     shutil.rmtree(folder / "transformer")
-    set_adapters(pipeline, pair[1])
+    pipeline.set_adapters(pair[1])
     adapted = next(iter(pipeline.stream(REQUEST, output_type="latent"))).latents
-    set_adapters(pipeline, [])
+    pipeline.set_adapters([])
     assert torch.equal(next(iter(pipeline.stream(REQUEST, output_type="latent"))).latents, before)
     assert error(adapted, before) > 1e-2
 
@@ -258,7 +257,7 @@ def test_exchanged_in_host_memory(checkpoint, pair):
     execution = Execution(offload="group", lora=pair[1][:1])
     pipeline = Pipeline.from_pretrained(checkpoint, dtype=torch.float32, execution=execution)
     assert not torch.equal(next(iter(pipeline.stream(REQUEST, output_type="latent"))).latents, wanted)
-    set_adapters(pipeline, pair[1])
+    pipeline.set_adapters(pair[1])
     assert torch.equal(next(iter(pipeline.stream(REQUEST, output_type="latent"))).latents, wanted)
 
 
@@ -278,7 +277,7 @@ def forwards(rank: int, folder: str, degrees: Degrees, sharded: bool, sets, quan
     )
     inputs, found = inputs_for(checkpoint), []
     for adapters in sets:
-        set_adapters(pipeline, adapters)
+        pipeline.set_adapters(adapters)
         found.append(forward(pipeline.transformer, inputs))
     return found
 
@@ -385,9 +384,9 @@ def test_a_failed_exchange_changes_nothing(checkpoint, pair, tmp_path):
     pipeline = Pipeline.from_pretrained(checkpoint, dtype=torch.float32, execution=Execution(lora=pair[1][:1]))
     before = bits(pipeline.transformer)
     with pytest.raises(RequestError, match="no such file"):
-        set_adapters(pipeline, [Adapter(str(tmp_path / "missing"))])
+        pipeline.set_adapters([Adapter(str(tmp_path / "missing"))])
     assert same_bits(pipeline.transformer, before)
-    set_adapters(pipeline, [])
+    pipeline.set_adapters([])
     assert same_bits(pipeline.transformer, bits(load_transformer(checkpoint, torch.float32)))
 
 
@@ -406,10 +405,10 @@ def test_an_interrupted_exchange_is_made_good(checkpoint, pair, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Updates, "of", fail)
         with pytest.raises(KeyboardInterrupt):
-            set_adapters(pipeline, pair[1])
+            pipeline.set_adapters(pair[1])
     plain = bits(load_transformer(checkpoint, torch.float32))
     assert not same_bits(pipeline.transformer, plain)
-    set_adapters(pipeline, [])
+    pipeline.set_adapters([])
     assert same_bits(pipeline.transformer, plain)
 
 
@@ -434,6 +433,6 @@ def test_exchanged_on_a_card(checkpoint, pair):
     pytest.importorskip("torchao")
     pipeline = Pipeline.from_pretrained(checkpoint, device="cuda", execution=Execution(quantize="int8"))
     for adapters in (pair[1], (), pair[1][:1]):
-        set_adapters(pipeline, adapters)
+        pipeline.set_adapters(adapters)
         loaded = load_transformer(checkpoint, torch.bfloat16, "cuda", quantize="int8", adapters=adapters)
         assert same_bits(pipeline.transformer, bits(loaded))

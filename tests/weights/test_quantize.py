@@ -28,7 +28,6 @@ from helios_cp.config.request import Request
 from helios_cp.files.tensor_files import CheckpointError
 from helios_cp.pipeline.pipeline import Pipeline
 from helios_cp.weights.__main__ import main
-from helios_cp.weights.load import load_transformer
 from helios_cp.weights.quantize import (
     _cpu_scales_by_row,
     assemble,
@@ -40,6 +39,7 @@ from helios_cp.weights.quantize import (
     quantize_blocks,
 )
 from helios_cp.weights.quantize_folder import quantize_folder
+from helios_cp.weights.transformer import load_transformer
 from parallel.mesh import Degrees, Mesh
 from tests.weights.loading_memory import OwnMemory, mapped
 from tests.weights.test_lora import bits as bits_of

@@ -54,7 +54,8 @@ def folders(presets):
 def load(folder: str, degrees: Degrees, dtype: torch.dtype = torch.float32, sharded: bool = True):
     """The transformer alone, on this rank."""
     from helios_cp.pipeline.parallelize import ShardedSequence
-    from helios_cp.weights.load import load_transformer, resolve
+    from helios_cp.weights.load import resolve
+    from helios_cp.weights.transformer import load_transformer
 
     mesh = Mesh.build(degrees)
     transformer = load_transformer(resolve(folder), dtype, shard_over=mesh.world if sharded else None)
@@ -190,8 +191,8 @@ UNEVEN = TransformerConfig(
 @torch.no_grad()
 def compare_parameters(rank: int, folder: Path, degrees: Degrees, dtypes) -> list[str]:
     """Names of parameters that are not the stored ones after gathering, or that gathered nothing."""
-    from helios_cp.weights.load import load_transformer
     from helios_cp.weights.sharded import counted_bytes, predicted_bytes
+    from helios_cp.weights.transformer import load_transformer
 
     checkpoint = Checkpoint(folder, "base", False, UNEVEN)
     wrong = []
@@ -235,7 +236,8 @@ def test_rows_of_stacked_tensors(heights, first, count):
 
 
 def test_narrowed_weights_are_not_sharded(folders):
-    from helios_cp.weights.load import load_transformer, resolve
+    from helios_cp.weights.load import resolve
+    from helios_cp.weights.transformer import load_transformer
 
     group = Mesh.build(Degrees()).world
     with pytest.raises(ValueError, match="give one of the two"):
@@ -270,8 +272,9 @@ def live_bytes() -> int:
 def watch_memory(folder: str, dtype: torch.dtype, group: Group | None) -> tuple[list[int], list[int]]:
     """Bytes of the parameters before and after a forward, and by how much the memory behind all tensors has grown at
     the start of each block and at the end."""
-    from helios_cp.weights.load import load_transformer, resolve
+    from helios_cp.weights.load import resolve
     from helios_cp.weights.sharded import counted_bytes
+    from helios_cp.weights.transformer import load_transformer
 
     transformer = load_transformer(resolve(folder), dtype, shard_over=group)
     inputs = inputs_of_a_forward(transformer)
@@ -365,7 +368,8 @@ def bytes_read(rank: int, folder: str, degrees: Degrees, sharded: bool) -> int:
 @pytest.mark.parametrize("degrees", [Degrees(), Degrees(ulysses=2), Degrees(ring=5)], ids=str)
 def test_only_own_rows_are_read(pool, folders, degrees):
     """Stored in fp32: all ranks together read what is sharded once, and each what is not."""
-    from helios_cp.weights.load import load_transformer, resolve
+    from helios_cp.weights.load import resolve
+    from helios_cp.weights.transformer import load_transformer
 
     whole = load_transformer(resolve(folders["tiny-mid"]), torch.float32)
     linear = [m for m in whole.blocks.modules() if isinstance(m, nn.Linear)]
