@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from helios_cp.config.checkpoint import DTYPES
 from helios_cp.config.errors import RequestError
-from helios_cp.config.request import Request, ScheduledPrompt
+from helios_cp.config.request import RESIZE_MODES, Request, ScheduledPrompt
 
 DEFAULTS = Request()
 ENGINES = ("native", "cudnn", "flash", "yunchang", "xfuser")
@@ -82,6 +82,12 @@ def add_request_arguments(parser: argparse.ArgumentParser) -> None:
     media = parser.add_argument_group("picture or clip to start from")
     media.add_argument("--image", metavar="FILE", help="image to video: a picture, which becomes the first frame")
     media.add_argument("--video", metavar="FILE", help="video to video: the clip to go on from, 33 frames or more")
+    media.add_argument(
+        "--resize-mode",
+        metavar="MODE",
+        help=f"{', '.join(RESIZE_MODES)}: how a picture or clip of another shape is brought to --height and --width "
+        f"(default: {DEFAULTS.resize_mode}, as diffusers does)",
+    )
     for kind in ("image", "video"):
         low, high = getattr(DEFAULTS, f"{kind}_noise_sigma_min"), getattr(DEFAULTS, f"{kind}_noise_sigma_max")
         media.add_argument(

@@ -14,6 +14,9 @@ from helios_cp.config.json_types import check_types
 MAX_SIDE = 16384
 """Pixels of a side that x264 takes."""
 
+RESIZE_MODES = ("stretch", "crop", "fit")
+"""How pictures and clips are brought to the size of the video; see `helios_cp.files.resize`."""
+
 MAX_FPS = 2**31 - 1
 """FFmpeg counts frame rates in 32 bits."""
 
@@ -63,6 +66,7 @@ class Request:
     video_noise_sigma_min: float = 0.111
     video_noise_sigma_max: float = 0.135
     max_sequence_length: int = 512
+    resize_mode: str = "stretch"
 
     @property
     def batch_size(self) -> int:
@@ -199,6 +203,8 @@ class Request:
         ):
             if value > most:
                 raise RequestError(f"{flag} {value}: at most {most} is allowed")
+        if self.resize_mode not in RESIZE_MODES:
+            raise RequestError(f"--resize-mode {self.resize_mode}: allowed are {', '.join(RESIZE_MODES)}")
         if self.guidance_scale is not None and not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 0):
             raise RequestError(f"--guidance-scale {self.guidance_scale}: a finite number of at least 0 is allowed")
         if self.zero_steps < 0:

@@ -18,7 +18,8 @@ from helios_cp.config.execution import Execution, Target
 from helios_cp.config.layout import Layout, choose_layout, planning_hardware
 from helios_cp.config.request import Request
 from helios_cp.device.device import capability, dtype_name, pick_device, pick_dtype
-from helios_cp.files.media import check_image, check_video
+from helios_cp.files.clips import check_video
+from helios_cp.files.pictures import check_image
 from helios_cp.files.whole_files import check_file_target, check_folder_target
 from helios_cp.generate.prompt_files import INTERPOLATE_TIME, Job, read_prompt_file, single_job
 from helios_cp.generate.run_folder import Run, RunFolder

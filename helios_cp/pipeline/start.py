@@ -12,7 +12,7 @@ from torch import Tensor
 
 from helios_cp.config.errors import RequestError
 from helios_cp.config.request import Request
-from helios_cp.files.media import to_image_tensor, to_video_tensor
+from helios_cp.files.given import clip_ends, to_image_tensor
 from helios_cp.model.codec import Codec
 from helios_cp.sampling.noise import make_generators
 from helios_cp.sampling.state import ChunkState, generator_states
@@ -76,16 +76,16 @@ def pixels_to_encode(request: Request, inputs: Inputs) -> tuple[list[Tensor], in
     Raises `RequestError` for a clip that is too short.
     """
     if inputs.video is not None and inputs.video_latents is None:
-        video = to_video_tensor(inputs.video, request.height, request.width)
         size = request.frames_per_chunk
-        count = video.shape[2] // size
+        seen = math.ceil(sum(request.history_frames) / request.num_latent_frames_per_chunk)
+        ends = clip_ends(inputs.video, request.height, request.width, seen * size, request.resize_mode)
+        count = ends.count // size
         if count == 0:
-            raise RequestError(f"--video: {video.shape[2]} frames; at least {size} are needed")
-        visible = min(count, math.ceil(sum(request.history_frames) / request.num_latent_frames_per_chunk))
-        clips = video[:, :, -visible * size :].split(size, dim=2)
-        return [video[:, :, :1], *clips], count - visible
+            raise RequestError(f"--video: {ends.count} frames; at least {size} are needed")
+        seen = min(count, seen)
+        return [ends.first, *ends.last[:, :, -seen * size :].split(size, dim=2)], count - seen
     if inputs.image is not None:
-        image = to_image_tensor(inputs.image, request.height, request.width).unsqueeze(2)
+        image = to_image_tensor(inputs.image, request.height, request.width, request.resize_mode).unsqueeze(2)
         return [image, image.expand(-1, -1, request.frames_per_chunk, -1, -1)], 0
     return [], 0
 

@@ -153,7 +153,7 @@ def test_several_ranks_only_where_they_are_tested():
 
 SEGMENTS = """
 import torch
-from helios_cp.device import grow_segments
+from helios_cp.device.device import grow_segments
 grow_segments(torch.device("cpu"))
 before = torch._C._accelerator_getAllocatorSettings()
 grow_segments(torch.device("cuda"))

@@ -330,7 +330,7 @@ def test_a_full_disk_costs_only_the_chunk_that_does_not_fit(tmp_path, segments):
 
 WRITE_FOREVER = """
 import sys
-from helios_cp.video import Mp4Writer
+from helios_cp.files.mp4 import Mp4Writer
 segments = [open(path, "rb").read() for path in sys.argv[2:]]
 with Mp4Writer(sys.argv[1], 24) as writer:
     while True:

@@ -182,7 +182,7 @@ def test_a_reader_sees_the_old_or_the_new_content(tmp_path):
 
 WRITE_FOREVER = """
 import itertools, pathlib, sys
-from helios_cp.files import write_bytes
+from helios_cp.files.whole_files import write_bytes
 print("ready", flush=True)
 for number in itertools.count():
     write_bytes(pathlib.Path(sys.argv[1]), bytes([number % 256]) * 100_000)

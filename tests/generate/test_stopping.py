@@ -12,7 +12,7 @@ import pytest
 # by then the process is inside the call, so that no handler in Python can run first.
 STUCK = """
 import ctypes, signal, sys
-from helios_cp.stopping import exit_late
+from helios_cp.generate.stopping import exit_late
 {prepare}
 ctypes.CDLL(None).system(b"echo stuck; read line")
 """

@@ -120,7 +120,7 @@ LATE = """
 import os, time
 import torch
 import torch.distributed as dist
-from helios_cp.distributed import Ranks, World
+from helios_cp.pipeline.world import Ranks, World
 
 ranks, leave = Ranks.of(os.environ), dist.destroy_process_group
 dist.destroy_process_group = lambda: (print("a rank leaves", flush=True), leave())

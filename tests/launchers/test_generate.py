@@ -33,9 +33,9 @@ PATIENT = ["--wait", str(PATIENCE)]
 HELD = """
 import sys, threading
 import ray
-from launchers import conductor
-from launchers.generate import main
-from launchers.pipeline import ChunkPipeline
+from launchers.driver import conductor
+from launchers.generate.__main__ import main
+from launchers.driver.pipeline import ChunkPipeline
 
 def show(pipeline, picture):
     ray.get(pipeline._board.show.remote(picture))

@@ -123,7 +123,7 @@ def test_plans_of_up_to_64_ranks_are_made_quickly(monkeypatch):
 def test_planning_imports_neither_diffusers_nor_a_compiler():
     """Which take longer than planning does; in a fresh interpreter, with all that the command prints."""
     program = (
-        "import contextlib, io, sys; from helios_cp.plan import main\n"
+        "import contextlib, io, sys; from helios_cp.plan.__main__ import main\n"
         "with contextlib.redirect_stdout(io.StringIO()): main(['--gpus', '2'])\n"
         "print(sorted({'diffusers', 'transformers', 'torch._dynamo', 'torch.distributed.fsdp'} & set(sys.modules)))"
     )

@@ -27,9 +27,11 @@ from diffusers.video_processor import VideoProcessor
 from PIL import Image
 
 from helios_cp.config.errors import RequestError
-from helios_cp.files import media
-from helios_cp.files.media import check_image, check_video, read_image, read_video, to_image_tensor, to_video_tensor
+from helios_cp.files import clips
+from helios_cp.files.clips import check_video, read_video
+from helios_cp.files.given import to_image_tensor, to_video_tensor
 from helios_cp.files.mp4 import EXACT_CONVERSION
+from helios_cp.files.pictures import check_image, read_image
 
 HEIGHT, WIDTH = 48, 80
 FRAMES = 33
@@ -337,7 +339,7 @@ def test_a_turned_camera(tmp_path, clip):
 def test_frames_are_resized_as_they_are_decoded(clip, monkeypatch):
     """When n frames are resized, n are decoded, and of the pictures in full size at most two are alive."""
     decoded, resized, alive = 0, 0, []
-    decode, resize = media._decode_frames, media._resize
+    decode, resize = clips._decoded, clips.resize
 
     def counted_decode(path):
         nonlocal decoded
@@ -345,25 +347,25 @@ def test_frames_are_resized_as_they_are_decoded(clip, monkeypatch):
             decoded += 1
             yield frame
 
-    def counted_resize(picture, height, width):
+    def counted_resize(picture, height, width, mode):
         nonlocal resized
         resized += 1
         assert decoded == resized
         alive.append(weakref.ref(picture))
         assert sum(reference() is not None for reference in alive) <= 2
-        return resize(picture, height, width)
+        return resize(picture, height, width, mode)
 
-    monkeypatch.setattr(media, "_decode_frames", counted_decode)
-    monkeypatch.setattr(media, "_resize", counted_resize)
+    monkeypatch.setattr(clips, "_decoded", counted_decode)
+    monkeypatch.setattr(clips, "resize", counted_resize)
     read_video(clip, HEIGHT, WIDTH)
     assert decoded == resized == FRAMES
     # Decoding everything first, as `preprocess_video` needs it, breaks the rule.
-    monkeypatch.setattr(media, "_decode_frames", lambda path: list(counted_decode(path)))
+    monkeypatch.setattr(clips, "_decoded", lambda path: list(counted_decode(path)))
     with pytest.raises(AssertionError):
         read_video(clip, HEIGHT, WIDTH)
 
 
-def test_the_check_holds_one_frame_at_a_time(monkeypatch):
+def test_the_check_holds_one_frame_at_a_time(monkeypatch, tmp_path):
     class Frame:
         pass
 
@@ -377,11 +379,13 @@ def test_the_check_holds_one_frame_at_a_time(monkeypatch):
             most = max(most, sum(reference() is not None for reference in alive))
             yield frame
 
-    monkeypatch.setattr(media, "_decode_frames", frames)
-    check_video("clip.mp4", 100)
+    monkeypatch.setattr(clips, "_decoded", frames)
+    for name in ("one.mp4", "other.mp4"):
+        (tmp_path / name).write_text("-")
+    check_video(tmp_path / "one.mp4", 100)
     assert most <= 2
-    monkeypatch.setattr(media, "_decode_frames", lambda path: list(frames(path)))
-    check_video("clip.mp4", 100)
+    monkeypatch.setattr(clips, "_decoded", lambda path: list(frames(path)))
+    check_video(tmp_path / "other.mp4", 100)
     gc.collect()
     assert most == 100
 

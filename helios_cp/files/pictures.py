@@ -1,0 +1,88 @@
+"""Pictures that users give: checked before any model is loaded, and read as tensors in [-1, 1]."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, PngImagePlugin
+
+from helios_cp.config.errors import RequestError
+from helios_cp.files.resize import PathLike, check_readable, resize, stretch_remark
+
+MOST_PIXELS = 2**28
+"""Of a picture: 16384 × 16384. It takes 0.8 GB as RGB."""
+MOST_TEXT = 2**28
+"""Bytes of a PNG's texts and colour profile, unpacked. Programs store whole workflows there."""
+
+
+def check_image(path: PathLike) -> None:
+    """Raise `RequestError` unless the file holds a whole picture."""
+    _load(path)
+
+
+def read_image(path: PathLike, height: int, width: int, mode: str = "stretch") -> torch.Tensor:
+    """Read a picture as fp32 `[1, 3, height, width]` in [-1, 1]; `mode` as in `helios_cp.files.resize`.
+
+    EXIF orientation is honoured; grey, palette, CMYK and 16-bit pictures become RGB, and transparent ones are laid over
+    white. Of an animation the first picture counts. Raises `RequestError`.
+    """
+    return resize(_load(path), height, width, mode)
+
+
+def picture_remarks(path: PathLike, height: int, width: int, mode: str) -> list[str]:
+    """What to tell of a picture that was checked, before it becomes a video of this size."""
+    picture = _load(path)
+    return stretch_remark("--image", path, (picture.height, picture.width), height, width) if mode == "stretch" else []
+
+
+def _load(path: PathLike) -> Image.Image:
+    check_readable("--image", path)
+    try:
+        with _own_limits(), Image.open(path) as picture:
+            if picture.width * picture.height > MOST_PIXELS:
+                raise ValueError(f"{picture.width} × {picture.height} pixels; at most {MOST_PIXELS} are allowed")
+            return to_rgb(picture)
+    except Exception as error:  # what Pillow raises for broken files differs from format to format
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise RequestError(f"--image {path}: this cannot be read as a picture ({reason}); give a PNG or JPEG") from None
+
+
+@contextmanager
+def _own_limits() -> Iterator[None]:
+    """Pillow's limits are for servers that read strangers' files: they refuse photographs, and texts of a megabyte."""
+    before = Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY
+    Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = None, MOST_TEXT, MOST_TEXT
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of broken EXIF, which is not the picture
+            yield
+    finally:
+        Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = before
+
+
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """Any picture as people see it, with 8 bits a colour. Raises `RequestError` for pixels of unknown range."""
+    picture.load()
+    with contextlib.suppress(Exception):  # EXIF that cannot be read, which viewers ignore
+        picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I"):
+        picture = _to_8_bits(picture)
+    elif picture.mode == "F":
+        raise RequestError("image with floating-point pixels: their range is unknown; save it with 8 or 16 bits")
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB")
+
+
+def _to_8_bits(picture: Image.Image) -> Image.Image:
+    """Scale 16-bit grey to 8 bits; Pillow's own conversion clips it to white."""
+    pixels = np.asarray(picture).astype(np.int64)
+    if pixels.min() < 0 or pixels.max() > 65535:
+        raise RequestError("image with 32-bit pixels: save it with 8 or 16 bits")
+    return Image.fromarray(((pixels + 128) // 257).astype(np.uint8))
