@@ -19,7 +19,8 @@ from helios_cp.config.checkpoint import Checkpoint
 from helios_cp.config.errors import RequestError
 from helios_cp.config.execution import Execution, add_execution_arguments
 from helios_cp.config.request import Request
-from helios_cp.device.device import capability, dtype_name, has_tf32, wait_for
+from helios_cp.device.device import capability, dtype_name, has_tf32
+from helios_cp.device.streams import wait_for
 from helios_cp.pipeline.pipeline import Pipeline
 from helios_cp.pipeline.start import Inputs
 from helios_cp.sampling.denoise import SamplingPlan

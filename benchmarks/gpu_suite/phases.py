@@ -30,7 +30,7 @@ from benchmarks.models import full_size
 from helios_cp.config.checkpoint import VAE_SPATIAL
 from helios_cp.config.execution import Execution
 from helios_cp.config.layout import segment_lengths
-from helios_cp.device.device import allocated_memory, peak_memory, reset_peak_memory
+from helios_cp.device.memory import allocated_memory, peak_memory, reset_peak_memory
 from helios_cp.model.codec import Codec
 from helios_cp.plan.vae_cost import decode_flops
 from parallel.mesh import Degrees

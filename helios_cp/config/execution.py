@@ -1,6 +1,6 @@
 """How a checkpoint is run on its device: what is compiled, quantised, adapted, cached, and kept off the card.
 
-Nothing here imports torch before `apply`: a wrong combination is refused before anything heavy is loaded.
+Nothing here imports torch: a wrong combination is refused before anything heavy is loaded.
 """
 
 from __future__ import annotations
@@ -10,16 +10,11 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from helios_cp.config.checkpoint import DTYPES
 from helios_cp.config.errors import RequestError
 from helios_cp.config.json_types import check_types
-
-if TYPE_CHECKING:
-    import torch
-
-    from helios_cp.pipeline.pipeline import Pipeline
 
 QUANTIZATIONS = ("fp8", "int8", "int4")
 OFFLOADS = ("none", "model", "group")
@@ -157,7 +152,7 @@ class Execution:
                 "gathered in the dtype of the model; with --layout auto add --no-shard-weights"
             )
 
-    def home(self, device: str | torch.device) -> str | torch.device:
+    def home(self, device: Any) -> Any:
         """Where weights are loaded that are to work on `device`."""
         return device if self.offload == "none" else "cpu"
 
@@ -262,40 +257,3 @@ def add_execution_arguments(parser: argparse.ArgumentParser) -> None:
         help="skip a step's other blocks while the first one's output changes by less than this share, such as 0.08; "
         "Base and Mid; not exact (default: off)",
     )
-
-
-def apply(pipeline: Pipeline, execution: Execution) -> None:
-    """Prepare a loaded pipeline, in the one order that works: adapt, quantise, cache, offload, compile, capture.
-
-    A transformer that was loaded adapted and quantised is so already. Raises `RequestError`, before anything is
-    changed, for what does not go together or not on the pipeline's device.
-    """
-    from helios_cp.device.device import capability
-
-    is_distilled, device = pipeline.checkpoint.is_distilled, pipeline.device
-    execution.check(device=device.type, capability=capability(device), is_distilled=is_distilled)
-    if execution.lora:
-        pipeline.set_adapters(execution.lora)
-    if execution.quantize is not None:
-        from helios_cp.weights.quantize import quantize_blocks
-
-        quantize_blocks(pipeline.transformer, execution.quantize)
-    from helios_cp.model.codec import prepare_codec
-
-    prepare_codec(pipeline.codec, execution)
-    if execution.block_cache is not None:
-        from helios_cp.model.block_cache import cache_blocks
-
-        pipeline.block_cache = cache_blocks(pipeline.transformer, execution.block_cache, pipeline.total)
-    if execution.offload != "none":
-        from helios_cp.runtime.offload import offload
-
-        pipeline.card = offload(pipeline, execution.offload)
-    if execution.compile:
-        from helios_cp.runtime.compilation import compile_pipeline
-
-        compile_pipeline(pipeline, execution.compile_cache)
-    if execution.cuda_graphs:
-        from helios_cp.runtime.cuda_graphs import capture_forwards
-
-        capture_forwards(pipeline)

@@ -11,7 +11,8 @@ from typing import Any, Protocol
 
 import torch
 
-from helios_cp.device.device import has_streams, mark, wait_for
+from helios_cp.device.device import has_streams
+from helios_cp.device.streams import mark, wait_for
 
 
 class Mark(Protocol):

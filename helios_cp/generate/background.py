@@ -10,9 +10,10 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from helios_cp.device.device import SideStream, has_streams
+from helios_cp.device.device import has_streams
+from helios_cp.device.streams import SideStream
+from helios_cp.pipeline.chunk import Chunk
 from helios_cp.pipeline.decoding import Side
-from helios_cp.pipeline.pipeline import Chunk
 
 T = TypeVar("T")
 

@@ -16,7 +16,8 @@ from helios_cp.config.checkpoint import Checkpoint
 from helios_cp.config.execution import Execution
 from helios_cp.config.layout import Layout
 from helios_cp.config.request import Request
-from helios_cp.device.device import device_name, dtype_name, peak_memory
+from helios_cp.device.device import device_name, dtype_name
+from helios_cp.device.memory import peak_memory
 from helios_cp.model.codec import vae_settings
 
 

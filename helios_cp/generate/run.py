@@ -24,8 +24,8 @@ from helios_cp.generate.prompt_files import Job
 from helios_cp.generate.report import Report
 from helios_cp.generate.run_folder import Run, RunFolder
 from helios_cp.generate.stopping import Stopped, StopSignal
+from helios_cp.pipeline.chunk import Chunk
 from helios_cp.pipeline.parallelize import ParallelPipeline, load_parallel
-from helios_cp.pipeline.pipeline import Chunk
 from helios_cp.pipeline.world import World
 from helios_cp.sampling.denoise import Step
 from parallel.mesh import Mesh

@@ -25,7 +25,7 @@ from helios_cp.config.execution import Execution
 from helios_cp.config.json_types import check_types
 from helios_cp.config.request import Request
 from helios_cp.files.whole_files import write_bytes, write_json, write_tensors
-from helios_cp.pipeline.pipeline import Chunk
+from helios_cp.pipeline.chunk import Chunk
 from helios_cp.sampling.state import ChunkState
 
 FORMAT = 1

@@ -12,7 +12,8 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
 from helios_cp.config.execution import Execution
-from helios_cp.device.device import has_tf32, to_device
+from helios_cp.device.device import has_tf32
+from helios_cp.device.streams import to_device
 
 OUTPUT_TYPES = ("uint8", "float", "latent")
 
@@ -59,16 +60,6 @@ class Codec:
     def convolutions(self) -> AbstractContextManager[None]:
         """Convolutions inside run in the precision that this codec states."""
         return contextlib.nullcontext() if self.tf32 is None else convolution_tf32(self.tf32)
-
-
-def prepare_codec(codec: Codec, execution: Execution) -> None:
-    """Bring a codec's VAE, where it has one, into the dtype, memory format and precision of an execution."""
-    codec.tf32 = execution.tf32
-    if codec.vae is None:
-        return
-    nn.Module.to(codec.vae, getattr(torch, execution.vae_dtype))  # diffusers' own warns of layers that there are not
-    if execution.vae_channels_last:
-        to_channels_last(codec.vae)
 
 
 def vae_settings(execution: Execution, device: torch.device) -> dict[str, Any]:

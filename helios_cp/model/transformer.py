@@ -9,10 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from helios_cp.config.checkpoint import TransformerConfig
 from helios_cp.model.layers import Block, PatchEmbedding, TokenOperations, gelu_tanh, modulated_norm
@@ -307,3 +309,19 @@ def sinusoids(timestep: Tensor, dim: int) -> Tensor:
     exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=timestep.device) / half
     angles = timestep[:, None].float() * exponent.exp()
     return torch.cat([angles.cos(), angles.sin()], -1)
+
+
+def empty_model(config: TransformerConfig, dtype: torch.dtype) -> HeliosTransformer:
+    """A transformer of shapes alone, on the meta device, made in milliseconds; cast as the engine casts it."""
+    with torch.device("meta"), _NoValues():
+        model = HeliosTransformer(config)
+    return model.cast(dtype)
+
+
+class _NoValues(TorchFunctionMode):
+    """Random initial values are left out. To scale them without memory, torch would load all of its compiler: 1 s."""
+
+    def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if function in (torch.Tensor.div, torch.Tensor.__truediv__):
+            return args[0]
+        return (torch.empty if function is torch.randn else function)(*args, **(kwargs or {}))

@@ -10,17 +10,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from helios_cp.device.device import to_host, wait_for
+from helios_cp.device.streams import to_host, wait_for
 from helios_cp.device.timing import Mark, Stopwatch, Times
+from helios_cp.pipeline.chunk import Chunk
 from helios_cp.sampling.denoise import Step
-
-if TYPE_CHECKING:
-    from helios_cp.pipeline.pipeline import Chunk
 
 Decode = Callable[[Tensor], Tensor | None]
 """Latents `[B, C, T, h, w]` to frames `[B, T', H, W, 3]` on the device, or `None` on ranks without frames."""
@@ -29,7 +27,7 @@ MARGIN = 1.1  # on the memory that work is expected to need, as free memory lies
 
 
 class Side(Protocol):
-    """Where work runs beside the current stream, as in `helios_cp.device.device.SideStream`."""
+    """Where work runs beside the current stream, as in `helios_cp.device.streams.SideStream`."""
 
     def mark(self) -> Mark: ...
     def after(self, mark: Mark | None, *inputs: Tensor) -> contextlib.AbstractContextManager[None]: ...

@@ -17,15 +17,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from helios_cp.config.checkpoint import WEIGHT_FOLDERS, Checkpoint
-from helios_cp.config.execution import Execution, Target, apply
+from helios_cp.config.execution import Execution, Target
 from helios_cp.config.request import Request
 from helios_cp.device.device import capability, make_current
-from helios_cp.model.block_cache import Total
 from helios_cp.model.codec import Codec, DiagonalGaussianDistribution, as_input, denormalise, posterior_of, to_frames
 from helios_cp.model.layers import FeedForward, TokenOperations, gelu_tanh
 from helios_cp.model.text import PromptEncoder
 from helios_cp.model.transformer import HeliosTransformer, TextCondition
 from helios_cp.pipeline.pipeline import Pipeline
+from helios_cp.pipeline.prepare import apply
 from helios_cp.pipeline.prompts import Branches, Prompts
 from helios_cp.pipeline.split_vae import split_decode, split_encode
 from helios_cp.pipeline.start import Inputs, initial_state, pixels_to_encode
@@ -88,19 +88,22 @@ def load_parallel(
     encodes, decodes = mesh.rank == 0 and not denoise_only, 0 in mesh.vae.ranks and not denoise_only
     text_home, text_device = (torch.device("cpu"),) * 2 if shard_weights else (home, device)
     encoder = PromptEncoder(*load_text_encoder(checkpoint, text_home, dtype), text_device) if encodes else None
-    vae = load_vae(checkpoint, home) if decodes else None
-    pipeline = ParallelPipeline(
+    codec = SplitCodec(load_vae(checkpoint, home) if decodes else None, mesh.vae)
+    total = functools.partial(prompt_total, mesh=mesh)
+    text_encoder = None if encoder is None else encoder.text_encoder
+    card, block_cache = apply(execution, transformer, codec, text_encoder, device, total)
+    return ParallelPipeline(
         checkpoint,
         transformer,
         BroadcastPromptEncoder(encoder, mesh.world, checkpoint.transformer.text_dim, device),
-        SplitCodec(vae, mesh.vae),
+        codec,
         load_scheduler(checkpoint),
         SplitBranches(mesh.cfg, in_step=shard_weights) if mesh.cfg.size > 1 else Branches(),
         device,
         mesh=mesh,
+        card=card,
+        block_cache=block_cache,
     )
-    apply(pipeline, execution)
-    return pipeline
 
 
 class ShardedSequence:
@@ -187,10 +190,6 @@ class BroadcastPromptEncoder:
         self.text_dim = text_dim
         self.device = device
 
-    @property
-    def text_encoder(self) -> nn.Module | None:
-        return None if self.encoder is None else self.encoder.text_encoder
-
     def __call__(self, prompts: Sequence[str], max_sequence_length: int, dtype: torch.dtype) -> Tensor:
         if self.encoder is not None:
             embeds = self.encoder(prompts, max_sequence_length, dtype).to(self.device)
@@ -233,17 +232,13 @@ class SplitCodec(Codec):
 class ParallelPipeline(Pipeline):
     """A pipeline whose start is computed on rank 0 and broadcast, where there is a picture or clip to read."""
 
-    def __init__(self, *parts, mesh: Mesh) -> None:
-        super().__init__(*parts)
+    def __init__(self, *parts, mesh: Mesh, **options) -> None:
+        super().__init__(*parts, **options)
         self.mesh = mesh
 
     @property
     def degrees(self) -> Degrees:
         return self.mesh.degrees
-
-    @property
-    def total(self) -> Total:
-        return functools.partial(prompt_total, mesh=self.mesh)
 
     def encode_prompts(self, request: Request, inputs: Inputs | None = None) -> Prompts | OwnPrompts:
         prompts = super().encode_prompts(request, inputs)

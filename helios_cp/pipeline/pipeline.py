@@ -6,7 +6,6 @@ import copy
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,15 +13,19 @@ from torch import Tensor
 
 from helios_cp.config.checkpoint import Checkpoint
 from helios_cp.config.errors import RequestError
-from helios_cp.config.execution import Adapter, Execution, Target, apply
+from helios_cp.config.execution import Adapter, Execution, Target
 from helios_cp.config.request import Request
-from helios_cp.device.device import Pace, SideStream, capability, free_memory, has_streams, make_current, to_device
+from helios_cp.device.device import capability, has_streams, make_current
+from helios_cp.device.memory import free_memory
+from helios_cp.device.streams import Pace, SideStream, to_device
 from helios_cp.device.timing import Stopwatch
-from helios_cp.model.block_cache import BlockCache, Total, own_total
+from helios_cp.model.block_cache import BlockCache
 from helios_cp.model.codec import OUTPUT_TYPES, Codec
 from helios_cp.model.text import PromptEncoder
 from helios_cp.model.transformer import HeliosTransformer, History, TextCondition
+from helios_cp.pipeline.chunk import Chunk
 from helios_cp.pipeline.decoding import MARGIN, AtOnce, Beside, Decoding, Denoised, with_frames
+from helios_cp.pipeline.prepare import apply
 from helios_cp.pipeline.prompts import Branches, Prompts
 from helios_cp.pipeline.start import Inputs, initial_state, pixels_to_encode
 from helios_cp.plan.card_memory import expected_bytes
@@ -35,24 +38,6 @@ from helios_cp.weights.transformer import load_transformer, set_adapters
 from parallel.mesh import Degrees
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """One finished chunk.
-
-    `latents` `[B, C, T, h, w]` fp32; `frames` `[B, 33, H, W, 3]`, uint8 or fp32 in [0, 1], or `None` for output type
-    "latent". `state` is what the next chunk starts from; saved, it resumes the video. `seconds` by stage, as the device
-    took them; those of "decode" may have passed beside the stages of the next chunk. `skipped` are the steps that left
-    blocks out (see `helios_cp.model.block_cache`), of those that had a forward, counted from 0.
-    """
-
-    index: int
-    latents: Tensor
-    frames: Tensor | None
-    state: ChunkState
-    seconds: dict[str, float]
-    skipped: tuple[int, ...] = ()
-
-
 class Pipeline:
     """A loaded checkpoint that turns requests into videos, one chunk at a time.
 
@@ -60,7 +45,8 @@ class Pipeline:
     spread the work over ranks; every rank then runs `stream` with the same request. `device` is where the work is done,
     by default where the transformer is. `decodes_beside` says whether a chunk is decoded beside the denoising of the
     next, where the device has streams for it; the memory that decoding takes then comes on top of that of denoising.
-    `None` leaves it to what is free on a card when a video begins.
+    `None` leaves it to what is free on a card when a video begins. `card` holds the weights that are offloaded, and
+    `block_cache` is the one in the transformer; see `pipeline.prepare`.
     """
 
     def __init__(
@@ -73,6 +59,8 @@ class Pipeline:
         branches: Branches | None = None,
         device: torch.device | None = None,
         decodes_beside: bool | None = None,
+        card: Card | None = None,
+        block_cache: BlockCache | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.transformer = transformer
@@ -82,8 +70,8 @@ class Pipeline:
         self.branches = branches or Branches()
         self.device = device or transformer.device
         self.decodes_beside = decodes_beside
-        self.card: Card | None = None
-        self.block_cache: BlockCache | None = None
+        self.card = card
+        self.block_cache = block_cache
 
     @classmethod
     def from_pretrained(
@@ -104,18 +92,22 @@ class Pipeline:
         execution.check_all(Target(device.type, capability(device)), is_distilled=checkpoint.is_distilled)
         make_current(device)
         home = execution.home(device)
-        pipeline = cls(
+        transformer = load_transformer(
+            checkpoint, dtype, home, quantize=execution.quantize, adapters=execution.lora, compute_on=device
+        )
+        encoder = PromptEncoder(*load_text_encoder(checkpoint, home, dtype), device)
+        codec = Codec(load_vae(checkpoint, home))
+        card, block_cache = apply(execution, transformer, codec, encoder.text_encoder, device)
+        return cls(
             checkpoint,
-            load_transformer(
-                checkpoint, dtype, home, quantize=execution.quantize, adapters=execution.lora, compute_on=device
-            ),
-            PromptEncoder(*load_text_encoder(checkpoint, home, dtype), device),
-            Codec(load_vae(checkpoint, home)),
+            transformer,
+            encoder,
+            codec,
             load_scheduler(checkpoint),
             device=device,
+            card=card,
+            block_cache=block_cache,
         )
-        apply(pipeline, execution)
-        return pipeline
 
     def set_adapters(self, adapters: Iterable[Adapter]) -> None:
         """Run with these adapters and no others from the next request on; `[]` gives the checkpoint itself.
@@ -225,11 +217,6 @@ class Pipeline:
         """How the work is spread over ranks."""
         return Degrees()
 
-    @property
-    def total(self) -> Total:
-        """How sums over this rank's tokens become those over all tokens of the prompt's branch."""
-        return own_total
-
     def _decoding(self, request: Request, output_type: str, keep_on_device: bool) -> Decoding:
         if output_type == "latent":
             return AtOnce(None, self.device)
@@ -242,6 +229,8 @@ class Pipeline:
 
     def _has_room_beside(self, request: Request) -> bool:
         """Whether denoising and decoding are to be on the device together; asked when all weights are there."""
+        if self.card is not None:
+            return False  # transformer and VAE are not to be on the card together
         if self.decodes_beside is not None:
             return self.decodes_beside
         if self.device.type != "cuda" or self.codec.vae is None:

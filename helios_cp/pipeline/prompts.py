@@ -1,13 +1,16 @@
-"""The branches of guidance, and the embedded prompts with the cross-attention keys and values of each chunk."""
+"""The branches of guidance, and the cross-attention keys and values of each chunk's prompt."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from helios_cp.config.request import Request
 from helios_cp.model.transformer import HeliosTransformer, TextCondition
-from helios_cp.pipeline.schedule import PromptBlend, prompt_blend
 
 
 class Branches:
@@ -58,3 +61,40 @@ class Prompts:
             return self.embeds
         first, second = key.index_a, key.index_b
         return torch.lerp(self.embeds[first : first + 1], self.embeds[second : second + 1], key.weight)
+
+
+class PromptBlend(NamedTuple):
+    """`(1 − weight) · embedding[index_a] + weight · embedding[index_b]`.
+
+    Where one prompt holds alone, both indices are its own and the weight is 1, so that equal blends compare equal.
+    """
+
+    index_a: int
+    index_b: int
+    weight: float
+
+
+def prompt_blend(lengths: Sequence[int], interpolation_steps: int, chunk: int) -> PromptBlend:
+    """How the prompts of a schedule mix in a chunk.
+
+    `lengths` are the chunks each entry lasts; the last entry holds for all chunks to come. In the first
+    `interpolation_steps` chunks of every entry but the first, the weight of the new prompt goes linearly from 0 to 1,
+    both included. A single step has weight 0: the old prompt for one chunk more. An entry that is shorter breaks its
+    blend off, and the next one starts from its prompt alone.
+
+    Raises `ValueError` for an empty schedule, a length or `interpolation_steps` below 1, or a negative chunk.
+    """
+    if not lengths or min(lengths) < 1:
+        raise ValueError(f"prompt schedule {list(lengths)}: one entry or more, of at least 1 chunk each, is allowed")
+    if interpolation_steps < 1:
+        raise ValueError(f"interpolation_steps {interpolation_steps}: at least 1 is allowed")
+    if chunk < 0:
+        raise ValueError(f"chunk {chunk}: at least 0 is allowed")
+    starts = [0, *accumulate(lengths)][:-1]
+    entry = max(index for index, start in enumerate(starts) if start <= chunk)
+    position = chunk - starts[entry]
+    if entry == 0 or position >= max(interpolation_steps - 1, 1):
+        return PromptBlend(entry, entry, 1.0)
+    if position == 0:
+        return PromptBlend(entry - 1, entry - 1, 1.0)
+    return PromptBlend(entry - 1, entry, position / (interpolation_steps - 1))

@@ -18,8 +18,7 @@ from helios_cp.config.checkpoint import Checkpoint, TransformerConfig
 from helios_cp.config.execution import Execution
 from helios_cp.config.layout import PLAIN
 from helios_cp.config.request import Request
-from helios_cp.model.empty_model import empty_model
-from helios_cp.model.transformer import HeliosTransformer
+from helios_cp.model.transformer import HeliosTransformer, empty_model
 from helios_cp.plan import vae_cost, weight_cost
 from helios_cp.plan.rank_shares import shares
 from helios_cp.plan.vae_cost import VaeConfig

@@ -19,7 +19,7 @@ import os
 import types
 import warnings
 from collections.abc import Callable, Iterable, MutableMapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,9 +27,7 @@ from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from helios_cp.model.layers import Block
-
-if TYPE_CHECKING:
-    from helios_cp.pipeline.pipeline import Pipeline
+from helios_cp.model.transformer import HeliosTransformer
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +36,10 @@ MOST_GRAPHS = 96
 """Of a function at a time; six of the blocks serve a size of video. PyTorch's own limit is 8."""
 
 
-def compile_pipeline(pipeline: Pipeline, cache: str | None = None, backend: Backend = "inductor") -> None:
-    """Compile a loaded pipeline's blocks, and its decoder where the VAE is not split over ranks.
+def compile_parts(
+    transformer: HeliosTransformer, vae: nn.Module | None, cache: str | None = None, backend: Backend = "inductor"
+) -> None:
+    """Compile a transformer's blocks, and the decoder of a VAE that is not split over ranks.
 
     Nothing is compiled before it first runs. `cache` is the folder that keeps compiled code for the next start; warns
     where this process has not been told so by `keep_in`.
@@ -50,9 +50,9 @@ def compile_pipeline(pipeline: Pipeline, cache: str | None = None, backend: Back
             "helios_cp.pipeline.environment.prepare beforehand",
             stacklevel=2,
         )
-    compile_blocks(pipeline.transformer.blocks, backend)
-    if pipeline.codec.vae is not None and pipeline.codec.is_local:
-        compile_decoder(pipeline.codec.vae, backend)
+    compile_blocks(transformer.blocks, backend)
+    if vae is not None:
+        compile_decoder(vae, backend)
 
 
 def compile_blocks(blocks: Iterable[Block], backend: Backend = "inductor") -> None:

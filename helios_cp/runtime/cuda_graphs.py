@@ -21,16 +21,13 @@ import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from helios_cp.model.transformer import HeliosTransformer, HistoryCondition, TextCondition
-
-if TYPE_CHECKING:
-    from helios_cp.pipeline.pipeline import Pipeline
 
 MOST_GRAPHS = 24
 """Kept at a time: four sizes of three stages, guided. What all of them hold is freed for the next."""
@@ -196,10 +193,9 @@ class GraphedForward:
         return buffer
 
 
-def capture_forwards(pipeline: Pipeline) -> None:
-    """Have a loaded pipeline's transformer replay its forwards as CUDA graphs."""
-    graphed = GraphedForward(pipeline.transformer, CudaCapture(pipeline.device))
-    pipeline.transformer.forward = graphed
+def capture_forwards(transformer: HeliosTransformer, device: torch.device) -> None:
+    """Have a transformer replay its forwards as CUDA graphs."""
+    transformer.forward = GraphedForward(transformer, CudaCapture(device))
 
 
 def _flatten(value: Any) -> tuple[list[Tensor], Any]:

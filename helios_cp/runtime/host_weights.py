@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass, transform_subclass
 
-from helios_cp.device.device import free_host_memory, pin
+from helios_cp.device.memory import free_host_memory, pin
 
 ALIGNMENT = 256  # bytes, as CUDA's allocator gives; kernels may count on 16
 PAGE = 4096

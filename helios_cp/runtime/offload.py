@@ -16,19 +16,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from helios_cp.device.device import free_memory, grow_segments, has_streams, wait_for
+from helios_cp.device.device import has_streams
+from helios_cp.device.memory import free_memory, grow_segments
+from helios_cp.device.streams import wait_for
 from helios_cp.model.transformer import BlockInputs, Body, HeliosTransformer
 from helios_cp.runtime.device_weights import Copies, HostCopies, MemoryCounter, Resident, StreamCopies, Streamed
 from helios_cp.runtime.host_weights import HostWeights, Place, places, tensors_at
-
-if TYPE_CHECKING:
-    from helios_cp.pipeline.pipeline import Pipeline
-
 
 MARGIN = 1.1  # on what a part needs beside others, as free memory lies in pieces
 
@@ -137,22 +134,26 @@ class Card:
         return self.free() >= MARGIN * (part.working + (0 if part.is_here else part.device_bytes))
 
 
-def offload(pipeline: Pipeline, how: str, card: Card | None = None) -> Card:
-    """Take a pipeline's weights, which are in host memory, into the care of a card: `how` is "model" or "group".
+def offload(
+    how: str,
+    device: torch.device,
+    text_encoder: nn.Module | None,
+    transformer: HeliosTransformer,
+    vae: nn.Module | None,
+    card: Card | None = None,
+) -> Card:
+    """Take weights, which are in host memory, into the care of a card: `how` is "model" or "group".
 
-    What it computes, to the bit, stays the same. Parameters read as on the device from now on, but hold values only
+    What they compute, to the bit, stays the same. Parameters read as on the device from now on, but hold values only
     while their part is at work; `Card.stored` has them.
     """
-    device = pipeline.device
     grow_segments(device)
     if card is None:
         card = Card(device, free=None if how == "group" else lambda: free_memory(device))
-    text_encoder, vae = pipeline.prompt_encoder.text_encoder, pipeline.codec.vae
     with torch.no_grad():
         if text_encoder is not None:
             _add_text_encoder(card, text_encoder, how)
-        _add_transformer(card, pipeline.transformer, how)
-        pipeline.decodes_beside = False  # transformer and VAE are not to be on the card together
+        _add_transformer(card, transformer, how)
         if vae is not None:
             card.add("encoder", [card.resident(places([vae.encoder, vae.quant_conv]))], [vae.encoder])
             card.add("decoder", [card.resident(places([vae.decoder, vae.post_quant_conv]))], [vae.post_quant_conv])

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from helios_cp.config.checkpoint import Checkpoint
 from helios_cp.config.request import Request
-from helios_cp.device.device import to_device
-from helios_cp.sampling.host_solver import solver_on
+from helios_cp.device.streams import to_device
 from helios_cp.sampling.noise import block_noise, double_nearest, halve_noise
+from helios_cp.sampling.solvers import solver_on
 
 Predict = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
 """`(latents [B, C, T, h, w], timestep [1]) -> (velocity for the prompt, for the negative prompt or None)`."""

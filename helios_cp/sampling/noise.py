@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from helios_cp.device.device import to_device
+from helios_cp.device.streams import to_device
 
 
 def make_generators(seeds: Sequence[int]) -> list[torch.Generator]:

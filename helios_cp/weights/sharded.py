@@ -20,9 +20,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from helios_cp.config.checkpoint import TransformerConfig
-from helios_cp.model.empty_model import empty_model
 from helios_cp.model.layers import stored_names
-from helios_cp.model.transformer import HeliosTransformer
+from helios_cp.model.transformer import HeliosTransformer, empty_model
 from parallel.collectives import Group
 
 if TYPE_CHECKING:

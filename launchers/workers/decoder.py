@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from helios_cp.config.request import Request
-from helios_cp.device.device import has_streams, to_host, wait_for
+from helios_cp.device.device import has_streams
+from helios_cp.device.streams import to_host, wait_for
 from helios_cp.files.mp4 import encode_segment
 from helios_cp.pipeline.start import Inputs, initial_state, pixels_to_encode
 from launchers.messages.arrays import Array, StateArrays
@@ -25,8 +26,9 @@ class Decoder:
     """The VAE on one device, on a stream of its own where it has one."""
 
     def __init__(self, loading: Loading) -> None:
-        from helios_cp.model.codec import Codec, prepare_codec
+        from helios_cp.model.codec import Codec
         from helios_cp.pipeline.environment import prepare
+        from helios_cp.pipeline.prepare import prepare_codec
         from helios_cp.runtime.compilation import compile_decoder
         from helios_cp.weights.load import load_vae, resolve
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from helios_cp.files.mp4 import Mp4Writer, Position
 from helios_cp.generate.run_folder import RunFolder
+from helios_cp.pipeline.chunk import Chunk
 from launchers.messages.arrays import Array
 from launchers.messages.messages import Clock, Decoded, Denoised, Place, Target, Written
 from launchers.workers import ahead
@@ -112,7 +112,5 @@ def _resume(path: Path, fps: int, position: Position | None, may_be_closed: bool
         return None
 
 
-def _chunk(index: int, latents: Array, after: Denoised) -> Any:
-    from helios_cp.pipeline.pipeline import Chunk
-
+def _chunk(index: int, latents: Array, after: Denoised) -> Chunk:
     return Chunk(index, latents.tensor(), None, after.state.state(torch.device("cpu")), {})

@@ -18,34 +18,34 @@ import pytest
 import torch
 
 from helios_cp.config.errors import RequestError
-from helios_cp.config.execution import Target
 from helios_cp.config.request import Request
 from helios_cp.device import device as module
 from helios_cp.device.device import (
-    allocated_memory,
     card_of_rank,
     device_name,
-    free_host_memory,
-    free_memory,
-    grow_segments,
     has_float64,
     has_streams,
     has_tf32,
     make_current,
-    peak_memory,
     pick_device,
     pick_dtype,
+)
+from helios_cp.device.memory import (
+    allocated_memory,
+    free_host_memory,
+    free_memory,
+    grow_segments,
+    peak_memory,
     pin,
     reset_peak_memory,
-    target,
-    wait_for,
 )
+from helios_cp.device.streams import wait_for
 from helios_cp.generate.__main__ import main
 from helios_cp.pipeline.pipeline import Pipeline
 from helios_cp.pipeline.world import Ranks, pick_backend
 from helios_cp.runtime.host_weights import _host_memory
-from helios_cp.sampling import host_solver
-from helios_cp.sampling.host_solver import HostSolver, solver_on
+from helios_cp.sampling import solvers
+from helios_cp.sampling.solvers import HostSolver, solver_on
 
 CPU = torch.device("cpu")
 needs_card = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -153,7 +153,7 @@ def test_several_ranks_only_where_they_are_tested():
 
 SEGMENTS = """
 import torch
-from helios_cp.device.device import grow_segments
+from helios_cp.device.memory import grow_segments
 grow_segments(torch.device("cpu"))
 before = torch._C._accelerator_getAllocatorSettings()
 grow_segments(torch.device("cuda"))
@@ -287,7 +287,7 @@ def test_steps_on_the_host_give_the_same_latents(presets, monkeypatch, name):
     pipeline = Pipeline.from_pretrained(str(presets[name]), dtype=torch.float32)
     expected = make_latents(pipeline, name)
     steps, solve = [], HostSolver.__call__
-    monkeypatch.setattr(host_solver, "has_float64", lambda device: False)
+    monkeypatch.setattr(solvers, "has_float64", lambda device: False)
     monkeypatch.setattr(HostSolver, "__call__", lambda self, *tensors: steps.append(1) or solve(self, *tensors))
     assert torch.equal(make_latents(pipeline, name), expected) and steps
     monkeypatch.setattr(HostSolver, "__call__", lambda self, velocity, latents: latents - velocity)
@@ -323,7 +323,7 @@ def test_steps_on_the_host_for_a_card(presets, monkeypatch, name):
     """1e-4: fp32 elementwise products and sums round alike, exponentials and logarithms of the solver may not."""
     pipeline = Pipeline.from_pretrained(str(presets[name]), dtype=torch.float32, device="cuda")
     expected = make_latents(pipeline, name)
-    monkeypatch.setattr(host_solver, "has_float64", lambda device: False)
+    monkeypatch.setattr(solvers, "has_float64", lambda device: False)
     assert (make_latents(pipeline, name) - expected).abs().max() <= 1e-4
 
 
@@ -340,9 +340,7 @@ def test_a_failed_pin_leaves_no_error_on_a_card():
 
 @pytest.mark.gpu
 @needs_card
-def test_a_card_as_a_target():
-    assert target("cuda") == Target("cuda", torch.cuda.get_device_capability())
-    assert target("cpu") == Target("cpu")
+def test_free_memory_of_a_card():
     assert 0 < free_memory(torch.device("cuda")) <= torch.cuda.get_device_properties(0).total_memory
 
 

@@ -30,7 +30,8 @@ from helios_cp.generate import run as runner
 from helios_cp.generate.__main__ import build_parser, main
 from helios_cp.generate.progress import ProgressReporter
 from helios_cp.generate.stopping import Stopped
-from helios_cp.pipeline.pipeline import Chunk, Pipeline
+from helios_cp.pipeline.chunk import Chunk
+from helios_cp.pipeline.pipeline import Pipeline
 
 QUICK = ["--height", "64", "--width", "64", "--pyramid-steps", "1", "1", "1", "--dtype", "float32", "--device", "cpu"]
 FIELDS = {"height": 64, "width": 64, "pyramid_num_inference_steps_list": (1, 1, 1)}

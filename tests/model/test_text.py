@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helios_cp.model.text import clean, encode_prompts
-from helios_cp.pipeline.schedule import prompt_blend
+from helios_cp.pipeline.prompts import prompt_blend
 
 PROMPTS = [
     "a cat",

@@ -31,12 +31,12 @@ from helios_cp.model.codec import (
     denormalise,
     is_channels_last,
     posterior_of,
-    prepare_codec,
     to_frames,
     vae_settings,
 )
 from helios_cp.pipeline.parallelize import SplitCodec
 from helios_cp.pipeline.pipeline import Pipeline
+from helios_cp.pipeline.prepare import prepare_codec
 from tests.parallel.reference import world_group
 
 LIMITS = {"bfloat16": (1.15, 15.0), "float16": (0.15, 1.9)}  # mean and largest deviation, in grey levels

@@ -17,13 +17,15 @@ import torch
 
 from helios_cp.config.execution import Execution
 from helios_cp.config.request import Request
-from helios_cp.device.device import Pace, SideStream, allocated_memory, peak_memory, reset_peak_memory
+from helios_cp.device.memory import allocated_memory, peak_memory, reset_peak_memory
+from helios_cp.device.streams import Pace, SideStream
 from helios_cp.device.timing import Span, Times
 from helios_cp.generate.background import HostCopies
 from helios_cp.pipeline import pipeline as pipeline_module
+from helios_cp.pipeline.chunk import Chunk
 from helios_cp.pipeline.decoding import MARGIN, AtOnce, Beside, Denoised, with_frames
 from helios_cp.pipeline.parallelize import SplitCodec
-from helios_cp.pipeline.pipeline import Chunk, Pipeline
+from helios_cp.pipeline.pipeline import Pipeline
 from helios_cp.plan.card_memory import expected_bytes
 from helios_cp.sampling.denoise import Step
 from helios_cp.sampling.state import ChunkState
@@ -294,7 +296,7 @@ def test_the_host_is_one_step_ahead(monkeypatch):
         log.append(f"mark {number}")
         return SimpleNamespace(synchronize=lambda: log.append(f"wait {number}"))
 
-    monkeypatch.setattr("helios_cp.device.device.mark", make_mark)
+    monkeypatch.setattr("helios_cp.device.streams.mark", make_mark)
     pace = Pace(torch.device("cuda"))
     for _ in range(3):
         pace.step()

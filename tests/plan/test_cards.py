@@ -57,7 +57,8 @@ def test_weights_on_the_device_are_those_predicted(presets, how, quantize):
     pipeline = Pipeline.from_pretrained(str(presets["tiny-mid"]), dtype=BF16, execution=Execution(vae_dtype="bfloat16"))
     if quantize is not None:
         quantize_blocks(pipeline.transformer, quantize)
-    parts = offload(pipeline, how).parts
+    models = pipeline.prompt_encoder.text_encoder, pipeline.transformer, pipeline.codec.vae
+    parts = offload(how, pipeline.device, *models).parts
     vae, text_encoder = part_configs(pipeline.checkpoint)
     predicted = transformer_bytes(pipeline.checkpoint.transformer, BF16, quantize)
     expected = predicted.whole if how == "model" else predicted.rest + sum(predicted.slots)

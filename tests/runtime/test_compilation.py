@@ -30,8 +30,9 @@ from helios_cp.generate.__main__ import main
 from helios_cp.model import layers
 from helios_cp.pipeline.environment import prepare
 from helios_cp.pipeline.pipeline import Pipeline
+from helios_cp.pipeline.prepare import apply
 from helios_cp.runtime import compilation
-from helios_cp.runtime.compilation import compile_blocks, compile_decoder, compile_pipeline
+from helios_cp.runtime.compilation import compile_blocks, compile_decoder, compile_parts
 from helios_cp.weights.transformer import load_transformer
 from parallel.mesh import Degrees
 from tests.runtime.compiled_ranks import SIZES, compare, forwards
@@ -90,7 +91,7 @@ def test_whole_video(presets, preset):
     pipeline = Pipeline.from_pretrained(Checkpoint.read(presets[preset]), dtype=torch.float32)
     eager = list(pipeline.stream(request_for(preset)))
     recorded = Recorded()
-    compile_pipeline(pipeline, backend=recorded)
+    compile_parts(pipeline.transformer, pipeline.codec.vae, backend=recorded)
     stages = 1 if preset == "tiny-base" else 3
     for index, (mine, theirs) in enumerate(zip(pipeline.stream(request_for(preset)), eager, strict=True)):
         assert error(mine.latents, theirs.latents) <= 1e-4
@@ -230,7 +231,7 @@ def test_the_folder_of_compiled_code_is_set_by_who_starts_the_process(presets, t
     pipeline = Pipeline.from_pretrained(checkpoint, dtype=torch.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        compile_pipeline(pipeline, execution.compile_cache, "eager")
+        compile_parts(pipeline.transformer, pipeline.codec.vae, execution.compile_cache, "eager")
 
 
 def test_the_command_line_sets_it(cache, tmp_path, monkeypatch):
@@ -264,7 +265,7 @@ def test_split_decoders_stay_eager(presets):
         is_local = False
 
     pipeline.codec.__class__ = Split
-    compile_pipeline(pipeline, backend="eager")
+    apply(Execution(compile=True), pipeline.transformer, pipeline.codec, None, pipeline.device)
     assert "forward" not in vars(pipeline.codec.vae.decoder) and "forward" in vars(pipeline.transformer.blocks[0])
     compile_decoder(pipeline.codec.vae, "eager")
     assert "forward" in vars(pipeline.codec.vae.decoder)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from helios_cp.config.checkpoint import Checkpoint
 from helios_cp.config.errors import RequestError
-from helios_cp.config.execution import Execution, Target, apply
+from helios_cp.config.execution import Execution, Target
 from helios_cp.config.request import Request
 from helios_cp.generate.__main__ import build_parser
 from helios_cp.generate.check import check
@@ -349,7 +349,6 @@ def test_what_goes_together_on_which_card(fields, target, is_distilled, message)
     assert str(raised.value).startswith(message) and "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("by_hand", [False, True])
 @pytest.mark.parametrize(
     ("preset", "execution", "message"),
     [
@@ -360,14 +359,9 @@ def test_what_goes_together_on_which_card(fields, target, is_distilled, message)
     ],
     ids=str,
 )
-def test_refused_from_python_too(presets, no_weights, monkeypatch, preset, execution, message, by_hand):
-    """Before weights are loaded, on one rank and several; and for a pipeline that was put together by hand."""
+def test_refused_from_python_too(presets, no_weights, preset, execution, message):
+    """Before weights are loaded, on one rank and several."""
     checkpoint = Checkpoint.read(presets[preset])
-    if by_hand:
-        pipeline = Pipeline(checkpoint, None, None, None, None, device=torch.device("cpu"))
-        with pytest.raises(RequestError, match=message):
-            apply(pipeline, execution)
-        return
     with pytest.raises(RequestError, match=message):
         Pipeline.from_pretrained(checkpoint, execution=execution)
     with pytest.raises(RequestError, match=message):
@@ -518,7 +512,7 @@ def test_garbage_spoils_no_capture_on_a_card():
 def test_no_step_waits_on_a_card(presets):
     """PyTorch's own watch over calls that make the host wait; the first chunk builds what is kept."""
     pipeline = Pipeline.from_pretrained(Checkpoint.read(presets["tiny-mid"]), dtype=torch.bfloat16, device="cuda")
-    capture_forwards(pipeline)
+    capture_forwards(pipeline.transformer, pipeline.device)
     request = Request(prompt=("a fox",), height=64, width=64, num_frames=66, pyramid_num_inference_steps_list=(3, 2, 2))
     seen = []
 

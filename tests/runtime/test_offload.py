@@ -93,8 +93,13 @@ def load(folder: str, how: str = "none", dtype: torch.dtype = torch.float32, car
         folder, dtype=dtype, execution=Execution(offload=how if card is None else "none")
     )
     if card is not None:
-        pipeline.card = offload(pipeline, how, card)
+        offload_parts(pipeline, how, card)
     return pipeline
+
+
+def offload_parts(pipeline: Pipeline, how: str, card: Card | None = None) -> None:
+    parts = pipeline.prompt_encoder.text_encoder, pipeline.transformer, pipeline.codec.vae
+    pipeline.card = offload(how, pipeline.device, *parts, card)
 
 
 @pytest.fixture(scope="module")
@@ -266,7 +271,7 @@ def test_quantised_layers(folders):
         for block in pipeline.transformer.blocks:
             quantization.quantize_(block.ffn, quantization.Int8WeightOnlyConfig())
         if card is not None:
-            offload(pipeline, "group", card)
+            offload_parts(pipeline, "group", card)
         results.append(video(pipeline, request_of("tiny-distilled"))[0])
     assert torch.equal(*results)
     assert not torch.equal(results[0], video(load(folders["tiny-distilled"]), request_of("tiny-distilled"))[0])
@@ -381,7 +386,7 @@ def test_every_way_to_offload_has_segments_grow(folders, monkeypatch):
     monkeypatch.setattr(engine, "grow_segments", asked.append)
     pipeline = load(folders["tiny-distilled"])
     assert asked == []
-    offload(pipeline, "group")
+    offload_parts(pipeline, "group")
     assert asked == [CPU]
 
 

@@ -1,0 +1,85 @@
+"""Bytes on a device and on the host: how many are held, how many are free, and how PyTorch's allocator takes them."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import weakref
+
+import torch
+from torch import Tensor
+
+
+def allocated_memory(device: torch.device) -> int:
+    """Bytes of live tensors, by PyTorch's allocator; 0 on a CPU, where nothing counts them."""
+    if device.type == "mps":
+        return torch.mps.current_allocated_memory()
+    return 0 if device.type == "cpu" else torch.accelerator.memory_allocated(device)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that PyTorch could still allocate on a CUDA card; 0 elsewhere, where there is no telling."""
+    if device.type != "cuda":
+        return 0
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
+def free_host_memory() -> int:
+    """Bytes that programs could still get without swapping, as Linux estimates them."""
+    with open("/proc/meminfo") as file:
+        line = next(line for line in file if line.startswith("MemAvailable:"))
+    return int(line.split()[1]) * 1024
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes held at once: of the device by PyTorch's allocator, of the process on a CPU.
+
+    mps counts no peak: there it is what the driver has given, which PyTorch keeps for itself and so rarely falls.
+    """
+    if device.type == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
+    return torch.accelerator.max_memory_allocated(device)
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Count the peak from now on, where one is counted that can be reset: not on cpu and mps."""
+    if device.type not in ("cpu", "mps"):
+        torch.accelerator.reset_peak_memory_stats(device)
+
+
+def grow_segments(device: torch.device) -> None:
+    """Have PyTorch's allocator grow its pieces of a CUDA card's memory from now on, in place of adding more.
+
+    What one part of a model frees in pieces then serves the next as a whole. Nothing changes where the allocator was
+    given settings already, as by PYTORCH_ALLOC_CONF or PYTORCH_CUDA_ALLOC_CONF. They can be changed while it works, but
+    PyTorch has no public name for that; the variables are read too early for what a resumed run says.
+    """
+    if device.type == "cuda" and not _allocator_settings():
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+
+
+def _allocator_settings() -> str:
+    if hasattr(torch._C, "_accelerator_getAllocatorSettings"):
+        return torch._C._accelerator_getAllocatorSettings()
+    found = torch.cuda.memory._snapshot()["allocator_settings"]
+    return found.get("PYTORCH_CUDA_ALLOC_CONF") or found.get("PYTORCH_ALLOC_CONF", "")
+
+
+def pin(memory: Tensor, device: torch.device) -> int:
+    """Let a CUDA card copy from host memory `[N]`, whole pages of uint8, while that lives; returns CUDA's error or 0.
+
+    A failed call leaves its error for whoever asks CUDA next, and PyTorch asks after the next kernel: that would be
+    blamed for it. So a kernel that nobody needs is launched to that end.
+    """
+    runtime = torch.cuda.cudart()
+    with torch.cuda.device(device):  # else the context of another card could be made for it
+        failure = int(runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
+    if failure:
+        with contextlib.suppress(RuntimeError):
+            torch.ones(1, device=device)
+    else:
+        weakref.finalize(memory, runtime.cudaHostUnregister, memory.data_ptr()).atexit = False
+    return failure

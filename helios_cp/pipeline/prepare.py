@@ -1,0 +1,61 @@
+"""How loaded parts are made ready to run by an execution: adapted, quantised, cached, offloaded, compiled, captured."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from helios_cp.config.execution import Execution
+from helios_cp.model.block_cache import BlockCache, Total, cache_blocks, own_total
+from helios_cp.model.codec import Codec, to_channels_last
+from helios_cp.model.transformer import HeliosTransformer
+from helios_cp.runtime.offload import Card, offload
+
+
+def apply(
+    execution: Execution,
+    transformer: HeliosTransformer,
+    codec: Codec,
+    text_encoder: nn.Module | None,
+    device: torch.device,
+    total: Total = own_total,
+) -> tuple[Card | None, BlockCache | None]:
+    """Prepare loaded parts, in the one order that works, and return what a pipeline needs to know of it.
+
+    That is the card that offloaded weights come to, and the cache of blocks. `total` is for the cache. A transformer
+    that was loaded adapted and quantised is left so. Raises `RequestError` for adapters of weights that came from no
+    checkpoint; `execution` is checked already.
+    """
+    if execution.lora:
+        from helios_cp.weights.transformer import set_adapters
+
+        set_adapters(transformer, execution.lora)
+    if execution.quantize is not None:
+        from helios_cp.weights.quantize import quantize_blocks
+
+        quantize_blocks(transformer, execution.quantize)
+    prepare_codec(codec, execution)
+    block_cache = card = None
+    if execution.block_cache is not None:
+        block_cache = cache_blocks(transformer, execution.block_cache, total)
+    if execution.offload != "none":
+        card = offload(execution.offload, device, text_encoder, transformer, codec.vae)
+    if execution.compile:
+        from helios_cp.runtime.compilation import compile_parts  # it loads all of PyTorch's compiler
+
+        compile_parts(transformer, codec.vae if codec.is_local else None, execution.compile_cache)
+    if execution.cuda_graphs:
+        from helios_cp.runtime.cuda_graphs import capture_forwards
+
+        capture_forwards(transformer, device)
+    return card, block_cache
+
+
+def prepare_codec(codec: Codec, execution: Execution) -> None:
+    """Bring a codec's VAE, where it has one, into the dtype, memory format and precision of an execution."""
+    codec.tf32 = execution.tf32
+    if codec.vae is None:
+        return
+    nn.Module.to(codec.vae, getattr(torch, execution.vae_dtype))  # diffusers' own warns of layers that there are not
+    if execution.vae_channels_last:
+        to_channels_last(codec.vae)
