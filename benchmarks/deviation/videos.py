@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 from benchmarks.models.full_size import build_random, random_inputs
-from helios_cp.config.arguments import OneLineParser
+from helios_cp.config.arguments import OneLineParser, add_execution_arguments
 from helios_cp.config.checkpoint import Checkpoint
 from helios_cp.config.errors import RequestError
-from helios_cp.config.execution import Execution, add_execution_arguments
+from helios_cp.config.execution import Execution
 from helios_cp.config.request import Request
+from helios_cp.config.sampling_plan import SamplingPlan
 from helios_cp.device.device import capability, dtype_name, has_tf32
 from helios_cp.device.streams import wait_for
 from helios_cp.pipeline.pipeline import Pipeline
 from helios_cp.pipeline.start import Inputs
-from helios_cp.sampling.denoise import SamplingPlan
 from helios_cp.weights.quantize import check_quantization, components, is_quantised
 from parallel.mesh import Degrees, Mesh
 

@@ -37,24 +37,31 @@ from benchmarks.fps.measure import (
 from benchmarks.fps.videos import OurVideo, PeerVideo, Video, repaired
 from benchmarks.measuring.machine import RESULTS, write_result
 from benchmarks.models import full_size
-from helios_cp.config.arguments import OneLineParser, add_layout_arguments, whole_number
+from helios_cp.config.arguments import (
+    DEFAULT_TIMEOUT,
+    LONGEST_TIMEOUT,
+    OneLineParser,
+    add_execution_arguments,
+    add_layout_arguments,
+    whole_number,
+)
 from helios_cp.config.checkpoint import Checkpoint
-from helios_cp.config.errors import RequestError
-from helios_cp.config.execution import Execution, add_execution_arguments
-from helios_cp.config.layout import Layout, choose_layout
+from helios_cp.config.errors import CheckpointError, RequestError
+from helios_cp.config.execution import Execution
+from helios_cp.config.layout import Layout
 from helios_cp.config.request import Request
+from helios_cp.config.sampling_plan import SamplingPlan
 from helios_cp.device.device import capability, pick_device, pick_dtype
-from helios_cp.files.whole_files import check_file_target
-from helios_cp.generate.__main__ import DEFAULT_TIMEOUT, LONGEST_TIMEOUT
+from helios_cp.files.whole_files import check_file_target, check_folder_target
 from helios_cp.pipeline.environment import prepare
 from helios_cp.pipeline.parallelize import ParallelPipeline, load_parallel
 from helios_cp.pipeline.start import Inputs
 from helios_cp.pipeline.world import Ranks, World, device_of_rank, pick_backend
+from helios_cp.plan.choose import choose_layout
 from helios_cp.plan.configs import part_configs
 from helios_cp.plan.predict import Workload
 from helios_cp.plan.vae_cost import VaeConfig
-from helios_cp.sampling.denoise import SamplingPlan
-from helios_cp.weights.load import CheckpointError, resolve
+from helios_cp.weights.load import resolve
 from helios_cp.weights.quantize import agreed_quantization, check_quantization, stored_quantization
 from parallel.mesh import Mesh
 
@@ -192,6 +199,8 @@ def check(arguments: argparse.Namespace, ranks: Ranks) -> Job:
             raise RequestError(
                 f"--compare {arguments.compare[0]}: the weights in {model} are {execution.quantize} already"
             )
+    if execution.compile_cache is not None:
+        check_folder_target("--compile-cache", execution.compile_cache)
     execution.check(device=device.type, capability=capability(device), is_distilled=checkpoint.is_distilled)
     prepare(execution, ranks.size, os.environ)
     if PEER in arguments.compare and ranks.size > 1:

@@ -7,10 +7,10 @@ from typing import Any
 
 from helios_cp.config.checkpoint import Checkpoint
 from helios_cp.config.request import Request
+from helios_cp.config.sampling_plan import SamplingPlan
 from helios_cp.plan.forward_cost import forward_cost, repeated_flops
 from helios_cp.plan.predict import Workload, limit_fps
 from helios_cp.plan.rank_shares import whole
-from helios_cp.sampling.denoise import SamplingPlan
 from parallel.mesh import Degrees
 
 

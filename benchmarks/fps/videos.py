@@ -20,12 +20,12 @@ from torch import Tensor
 from benchmarks.measuring.device_rates import seconds_of, wait
 from benchmarks.models.repaired_diffusers import block_noise, same_dtype_attention
 from helios_cp.config.request import Request
+from helios_cp.config.sampling_plan import SamplingPlan
 from helios_cp.files.mp4 import Mp4Writer, encode_segment
 from helios_cp.generate.background import BackgroundWriter
 from helios_cp.model.codec import latent_statistics, to_frames
 from helios_cp.pipeline.pipeline import Pipeline
 from helios_cp.pipeline.start import Inputs
-from helios_cp.sampling.denoise import SamplingPlan
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,9 @@ from benchmarks.gpu_suite.scope import Scope, one_line, prepare_compiler
 from benchmarks.models import full_size
 from helios_cp.config.execution import Execution
 from helios_cp.config.layout import Layout
+from helios_cp.config.sampling_plan import SamplingPlan
 from helios_cp.pipeline.parallelize import ParallelPipeline
 from helios_cp.plan.predict import Workload
-from helios_cp.sampling.denoise import SamplingPlan
 
 EAGER = "ours, eager"
 COMPILED: Mapping[str, Execution] = {"ours, compiled": Execution(compile=True)}

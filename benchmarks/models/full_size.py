@@ -30,13 +30,13 @@ from helios_cp.config.checkpoint import Checkpoint, TransformerConfig
 from helios_cp.config.errors import RequestError
 from helios_cp.config.execution import Execution
 from helios_cp.config.request import Request
+from helios_cp.config.sampling_plan import SamplingPlan
 from helios_cp.model.transformer import HeliosTransformer
 from helios_cp.pipeline import parallelize
 from helios_cp.pipeline.parallelize import ParallelPipeline, load_parallel
 from helios_cp.pipeline.start import Inputs
 from helios_cp.plan.configs import BuiltInCheckpoint
 from helios_cp.plan.vae_cost import VaeConfig
-from helios_cp.sampling.denoise import SamplingPlan
 from helios_cp.weights import presets
 from helios_cp.weights.sharded import own_rows, shard_weights
 from parallel.collectives import Group

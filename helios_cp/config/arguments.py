@@ -12,9 +12,14 @@ from typing import Any, NoReturn
 
 from helios_cp.config.checkpoint import DTYPES
 from helios_cp.config.errors import RequestError
+from helios_cp.config.execution import OFFLOADS, QUANTIZATIONS
 from helios_cp.config.request import RESIZE_MODES, Request, ScheduledPrompt
 
 DEFAULTS = Request()
+DEFAULT_TIMEOUT = 600.0
+LONGEST_TIMEOUT = 1e6
+"""Seconds that a rank waits for another."""
+
 ENGINES = ("native", "cudnn", "flash", "yunchang", "xfuser")
 
 
@@ -232,6 +237,54 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         metavar="NAME",
         help="cpu, cuda, mps, xpu, npu, or one card such as cuda:1 (default: auto, the best present)",
+    )
+
+
+def add_execution_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of an execution. Flags that the user leaves out are absent from the namespace."""
+    group = parser.add_argument_group("speed and memory of each card")
+    add = group.add_argument
+    add(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="torch.compile the blocks and the VAE decoder; the first chunk waits for it (default: off)",
+    )
+    add("--compile-cache", metavar="DIR", help="keep compiled code there, for the next start")
+    add(
+        "--cuda-graphs",
+        action=argparse.BooleanOptionalAction,
+        help="replay each forward as one CUDA graph; helps where launching kernels takes longer than they do "
+        "(default: off)",
+    )
+    add(
+        "--quantize",
+        choices=QUANTIZATIONS,
+        help="linear layers of the blocks: fp8 for speed, Hopper and newer; int8, int4 for memory (default: neither)",
+    )
+    add("--vae-dtype", choices=DTYPES, help="of the VAE (default: float32, as trained)")
+    add(
+        "--vae-channels-last",
+        action=argparse.BooleanOptionalAction,
+        help="lay the VAE's convolutions out channel by channel, as tensor cores read them (default: off)",
+    )
+    add(
+        "--tf32",
+        action=argparse.BooleanOptionalAction,
+        help="let the VAE's convolutions in float32 run on TF32 tensor cores, as diffusers does; matrix products never "
+        "do (default: on)",
+    )
+    add(
+        "--offload",
+        choices=OFFLOADS,
+        help="keep weights in host memory: model, whole models while they rest; group, block by block (default: none)",
+    )
+    add("--lora", action="append", metavar="PATH[:WEIGHT]", help="a LoRA of diffusers or PEFT; repeat it for several")
+    add(
+        "--block-cache",
+        type=number,
+        metavar="THRESHOLD",
+        help="skip a step's other blocks while the first one's output changes by less than this share, such as 0.08; "
+        "Base and Mid; not exact (default: off)",
     )
 
 

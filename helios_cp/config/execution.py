@@ -101,10 +101,6 @@ class Execution:
                 raise RequestError(f"{flag} {value}: allowed are {', '.join(filter(None, allowed))}")
         if self.compile_cache is not None and not self.compile:
             raise RequestError(f"--compile-cache {self.compile_cache}: only allowed beside --compile")
-        if self.compile_cache is not None:
-            from helios_cp.files.whole_files import check_folder_target
-
-            check_folder_target("--compile-cache", self.compile_cache)
         if self.cuda_graphs:
             self._check_graphs(device)
         if self.quantize == "fp8" and device == "cuda" and capability is not None and capability < (9, 0):
@@ -207,53 +203,3 @@ class Execution:
         values = {**values, "lora": tuple(Adapter(**entry) for entry in adapters)}
         check_types(cls, values)
         return cls(**values)
-
-
-def add_execution_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of an execution. Flags that the user leaves out are absent from the namespace."""
-    from helios_cp.config.arguments import number
-
-    group = parser.add_argument_group("speed and memory of each card")
-    add = group.add_argument
-    add(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        help="torch.compile the blocks and the VAE decoder; the first chunk waits for it (default: off)",
-    )
-    add("--compile-cache", metavar="DIR", help="keep compiled code there, for the next start")
-    add(
-        "--cuda-graphs",
-        action=argparse.BooleanOptionalAction,
-        help="replay each forward as one CUDA graph; helps where launching kernels takes longer than they do "
-        "(default: off)",
-    )
-    add(
-        "--quantize",
-        choices=QUANTIZATIONS,
-        help="linear layers of the blocks: fp8 for speed, Hopper and newer; int8, int4 for memory (default: neither)",
-    )
-    add("--vae-dtype", choices=DTYPES, help="of the VAE (default: float32, as trained)")
-    add(
-        "--vae-channels-last",
-        action=argparse.BooleanOptionalAction,
-        help="lay the VAE's convolutions out channel by channel, as tensor cores read them (default: off)",
-    )
-    add(
-        "--tf32",
-        action=argparse.BooleanOptionalAction,
-        help="let the VAE's convolutions in float32 run on TF32 tensor cores, as diffusers does; matrix products never "
-        "do (default: on)",
-    )
-    add(
-        "--offload",
-        choices=OFFLOADS,
-        help="keep weights in host memory: model, whole models while they rest; group, block by block (default: none)",
-    )
-    add("--lora", action="append", metavar="PATH[:WEIGHT]", help="a LoRA of diffusers or PEFT; repeat it for several")
-    add(
-        "--block-cache",
-        type=number,
-        metavar="THRESHOLD",
-        help="skip a step's other blocks while the first one's output changes by less than this share, such as 0.08; "
-        "Base and Mid; not exact (default: off)",
-    )

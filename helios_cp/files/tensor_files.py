@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from helios_cp.config.errors import CheckpointError
+
 if TYPE_CHECKING:
     import torch
 
@@ -19,10 +21,6 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 Part = tuple[slice, ...]
 """Which rows, and which columns, of a stored tensor; `()` is all of it."""
-
-
-class CheckpointError(ValueError):
-    """The files of a checkpoint are damaged, incomplete or do not fit together. The message names file and key."""
 
 
 @dataclass(frozen=True)

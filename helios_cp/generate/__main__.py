@@ -14,19 +14,20 @@ from pathlib import Path
 from typing import Any
 
 from helios_cp.config.arguments import (
+    DEFAULT_TIMEOUT,
+    LONGEST_TIMEOUT,
     OneLineParser,
+    add_execution_arguments,
     add_layout_arguments,
     add_model_arguments,
     add_request_arguments,
     whole_number,
 )
 from helios_cp.config.errors import RequestError
-from helios_cp.config.execution import Execution, add_execution_arguments
+from helios_cp.config.execution import Execution
 from helios_cp.generate.prompt_files import INTERPOLATE_TIME
 
 PROGRAM = "helios_cp.generate"
-DEFAULT_TIMEOUT = 600.0
-LONGEST_TIMEOUT = 1e6
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -96,13 +97,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(parser: OneLineParser, arguments: argparse.Namespace, cache: Path | None) -> int:
     # Imported here so that --help and misspelt flags need not wait for torch.
+    from helios_cp.config.errors import CheckpointError
     from helios_cp.device.device import pick_device
     from helios_cp.generate.check import Followed, Session, check
     from helios_cp.generate.run import PATIENCE, follow, run
     from helios_cp.generate.stopping import exit_late
     from helios_cp.pipeline.environment import prepare
     from helios_cp.pipeline.world import Ranks, World, device_of_rank, end_process
-    from helios_cp.weights.load import CheckpointError, resolve
+    from helios_cp.weights.load import resolve
 
     session: Session | None = None
 

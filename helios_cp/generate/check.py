@@ -15,7 +15,7 @@ from helios_cp.config.arguments import absolute_media, as_typed, flag_of, given_
 from helios_cp.config.checkpoint import Checkpoint
 from helios_cp.config.errors import RequestError
 from helios_cp.config.execution import Execution, Target
-from helios_cp.config.layout import Layout, choose_layout, planning_hardware
+from helios_cp.config.layout import Layout
 from helios_cp.config.request import Request
 from helios_cp.device.device import capability, dtype_name, pick_device, pick_dtype
 from helios_cp.files.clips import check_video
@@ -24,6 +24,7 @@ from helios_cp.files.whole_files import check_file_target, check_folder_target
 from helios_cp.generate.prompt_files import INTERPOLATE_TIME, Job, read_prompt_file, single_job
 from helios_cp.generate.run_folder import Run, RunFolder
 from helios_cp.pipeline.world import Ranks, device_of_rank, pick_backend
+from helios_cp.plan.choose import choose_layout, planning_hardware
 from helios_cp.weights.load import resolve
 from helios_cp.weights.lora import check_adapters
 from helios_cp.weights.presets import PRESETS
@@ -153,6 +154,8 @@ def check(
     for name, suffix in (("save_latents", ".safetensors"), ("report", ".json")):
         if name in options:
             check_file_target(f"--{name.replace('_', '-')}", options[name], suffix)
+    if execution.compile_cache is not None:
+        check_folder_target("--compile-cache", execution.compile_cache)
     _check_media(waiting)
     _check_outputs(waiting)
     folder = resume or options.get("checkpoint_dir")

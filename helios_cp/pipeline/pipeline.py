@@ -15,6 +15,7 @@ from helios_cp.config.checkpoint import Checkpoint
 from helios_cp.config.errors import RequestError
 from helios_cp.config.execution import Adapter, Execution, Target
 from helios_cp.config.request import Request
+from helios_cp.config.sampling_plan import SamplingPlan
 from helios_cp.device.device import capability, has_streams, make_current
 from helios_cp.device.memory import free_memory
 from helios_cp.device.streams import Pace, SideStream, to_device
@@ -30,7 +31,7 @@ from helios_cp.pipeline.prompts import Branches, Prompts
 from helios_cp.pipeline.start import Inputs, initial_state, pixels_to_encode
 from helios_cp.plan.card_memory import expected_bytes
 from helios_cp.runtime.offload import Card
-from helios_cp.sampling.denoise import SamplingPlan, Step, denoise
+from helios_cp.sampling.denoise import Step, denoise
 from helios_cp.sampling.noise import normal
 from helios_cp.sampling.state import ChunkState
 from helios_cp.weights.load import load_scheduler, load_text_encoder, load_vae, resolve

@@ -18,9 +18,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from helios_cp.config.errors import RequestError
+from helios_cp.config.errors import CheckpointError, RequestError
 from helios_cp.device.device import TESTED, card_count, card_of_rank, make_current
-from helios_cp.weights.load import CheckpointError
 
 POLL = 0.05
 """Seconds between two looks whether all ranks are as far as this one."""

@@ -11,9 +11,8 @@ import sys
 from pathlib import Path
 
 from helios_cp.config.arguments import OneLineParser
-from helios_cp.config.errors import RequestError
+from helios_cp.config.errors import CheckpointError, RequestError
 from helios_cp.config.execution import QUANTIZATIONS, Adapter
-from helios_cp.files.tensor_files import CheckpointError
 from helios_cp.files.whole_files import check_folder_target
 
 PROGRAM = "helios_cp.weights"

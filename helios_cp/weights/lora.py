@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from helios_cp.config.checkpoint import TransformerConfig
-from helios_cp.config.errors import RequestError
+from helios_cp.config.errors import CheckpointError, RequestError
 from helios_cp.config.execution import Adapter
-from helios_cp.files.tensor_files import PICKLES, CheckpointError, and_others, open_file, read_json
+from helios_cp.files.tensor_files import PICKLES, and_others, open_file, read_json
 
 WEIGHT_NAMES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 CONFIG_NAME = "adapter_config.json"

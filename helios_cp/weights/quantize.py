@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from helios_cp.config.checkpoint import TransformerConfig
-from helios_cp.config.errors import RequestError
-from helios_cp.files.tensor_files import CheckpointError, Part, StoredTensor, read_json
+from helios_cp.config.errors import CheckpointError, RequestError
+from helios_cp.files.tensor_files import Part, StoredTensor, read_json
 from parallel.tensor import shard_sizes
 
 if TYPE_CHECKING:

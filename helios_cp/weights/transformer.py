@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from helios_cp.config.checkpoint import Checkpoint
-from helios_cp.config.errors import RequestError
+from helios_cp.config.errors import CheckpointError, RequestError
 from helios_cp.config.execution import Adapter
 from helios_cp.files.tensor_files import (
     CheckpointError,

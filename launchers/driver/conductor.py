@@ -17,8 +17,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import CancelledError
 from typing import Any
 
-from helios_cp.config.errors import RequestError
-from helios_cp.weights.load import CheckpointError
+from helios_cp.config.errors import CheckpointError, RequestError
 from launchers.cluster.calls import Payload
 from launchers.cluster.faults import PayloadLostError, WorkerLostError, one_line
 from launchers.cluster.worker import Standing, Worker

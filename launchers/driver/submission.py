@@ -11,9 +11,9 @@ import torch
 from helios_cp.config.checkpoint import Checkpoint
 from helios_cp.config.errors import RequestError
 from helios_cp.config.request import Request
+from helios_cp.config.sampling_plan import SamplingPlan
 from helios_cp.generate.run_folder import RunFolder
 from helios_cp.pipeline.start import Inputs
-from helios_cp.sampling.denoise import SamplingPlan
 from helios_cp.sampling.state import ChunkState
 from launchers.cluster.calls import Payload
 from launchers.driver.handle import VideoHandle

@@ -12,9 +12,8 @@ import os
 import sys
 from pathlib import Path
 
-from helios_cp.config.arguments import OneLineParser, number, whole_number
+from helios_cp.config.arguments import DEFAULT_TIMEOUT, LONGEST_TIMEOUT, OneLineParser, number, whole_number
 from helios_cp.config.errors import RequestError
-from helios_cp.generate.__main__ import DEFAULT_TIMEOUT, LONGEST_TIMEOUT
 from helios_cp.generate.__main__ import build_parser as build_single_parser
 from launchers.cluster.address import address_of, check_address
 from launchers.schedule.limits import check_workers

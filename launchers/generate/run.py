@@ -9,17 +9,15 @@ from contextlib import ExitStack
 from pathlib import Path
 from time import perf_counter
 
-from helios_cp.config.arguments import OneLineParser
-from helios_cp.config.errors import RequestError
+from helios_cp.config.arguments import DEFAULT_TIMEOUT, OneLineParser
+from helios_cp.config.errors import CheckpointError, RequestError
 from helios_cp.device.device import dtype_name
 from helios_cp.files.whole_files import write_json, write_tensors
-from helios_cp.generate.__main__ import DEFAULT_TIMEOUT
 from helios_cp.generate.check import Session
 from helios_cp.generate.prompt_files import Job
 from helios_cp.generate.report import Report
 from helios_cp.generate.run import quiet_libraries, run_folder_of, run_job, say
 from helios_cp.generate.stopping import Stopped, StopSignal
-from helios_cp.weights.load import CheckpointError
 from launchers.cluster.cluster import ClusterError, connected
 from launchers.driver.handle import VideoChunk, VideoHandle
 from launchers.driver.pipeline import ChunkPipeline, PipelineError

@@ -25,11 +25,11 @@ from benchmarks.models import full_size
 from benchmarks.ranks.pool import shared_pool
 from helios_cp.config.errors import RequestError
 from helios_cp.config.layout import Layout
+from helios_cp.config.sampling_plan import SamplingPlan
 from helios_cp.pipeline import pipeline as pipeline_module
 from helios_cp.pipeline.world import Ranks
 from helios_cp.plan.predict import Workload
 from helios_cp.plan.weight_cost import parameters
-from helios_cp.sampling.denoise import SamplingPlan
 from parallel.mesh import Degrees, Mesh
 
 CPU = torch.device("cpu")

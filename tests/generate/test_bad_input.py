@@ -72,6 +72,12 @@ CASES: dict[str, tuple[str, ...]] = {
     "clip that is text": ("--prompt fox --video notes.png", "--video", "notes.png: ", "give an MP4"),
     "clip that is not there": ("--prompt fox --video none.mp4", "--video", "none.mp4: ", "give the path"),
     "clip empty": ("--prompt fox --video empty.png", "--video", "empty.png: ", "empty"),
+    "folder of compiled code that is a file": (
+        "--prompt fox --compile --compile-cache notes.png",
+        "--compile-cache ",
+        "notes.png: ",
+        "this is a file",
+    ),
     # prompts
     "no prompt": ("", "--prompt: ", "at least one", "--prompt-file"),
     "prompt empty": ("--prompt ''", "--prompt ''", "more than white space"),

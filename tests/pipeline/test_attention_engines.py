@@ -15,10 +15,11 @@ from benchmarks.ranks.pool import shared_pool
 from helios_cp.config import arguments
 from helios_cp.config.checkpoint import Checkpoint
 from helios_cp.config.errors import RequestError
-from helios_cp.config.layout import choose_layout, segment_lengths, smallest_tokens
+from helios_cp.config.layout import segment_lengths, smallest_tokens
 from helios_cp.config.request import Request
 from helios_cp.model.sequence import WholeSequence
 from helios_cp.pipeline.pipeline import Pipeline
+from helios_cp.plan.choose import choose_layout
 from parallel.engines import ENGINES
 from parallel.mesh import Degrees, Mesh
 

@@ -9,9 +9,10 @@ import torch
 
 from helios_cp.config.checkpoint import Checkpoint
 from helios_cp.config.errors import RequestError
-from helios_cp.config.layout import Layout, choose_layout, smallest_tokens
+from helios_cp.config.layout import Layout, smallest_tokens
 from helios_cp.config.request import Request
 from helios_cp.pipeline.world import Ranks, device_of_rank, pick_backend
+from helios_cp.plan.choose import choose_layout
 from parallel.mesh import Degrees
 
 CPU = torch.device("cpu")

@@ -17,12 +17,13 @@ import torch
 
 from helios_cp.config.checkpoint import Checkpoint, TransformerConfig
 from helios_cp.config.errors import RequestError
-from helios_cp.config.layout import Layout, choose_layout, segment_lengths, smallest_tokens
+from helios_cp.config.layout import Layout, segment_lengths, smallest_tokens
 from helios_cp.config.request import Request
 from helios_cp.plan import __main__ as planner
 from helios_cp.plan import vae_cost, weight_cost
 from helios_cp.plan.__main__ import main, make_plan
 from helios_cp.plan.card_memory import FITTING_SHARE
+from helios_cp.plan.choose import choose_layout
 from helios_cp.plan.detect import CPU, H100, PROFILES, RTX4090
 from helios_cp.plan.forward_cost import Traffic, forward_cost, repeated_flops
 from helios_cp.plan.predict import Candidate, limit_fps, message_seconds, predict

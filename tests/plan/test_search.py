@@ -13,8 +13,9 @@ from helios_cp.config.arguments import add_layout_arguments
 from helios_cp.config.checkpoint import Checkpoint
 from helios_cp.config.errors import RequestError
 from helios_cp.config.execution import Execution
-from helios_cp.config.layout import Layout, choose_layout, planning_hardware
+from helios_cp.config.layout import Layout
 from helios_cp.config.request import Request
+from helios_cp.plan.choose import choose_layout, planning_hardware
 from helios_cp.plan.configs import BuiltInCheckpoint
 from helios_cp.plan.detect import H100, RTX4090, Hardware
 from helios_cp.plan.search import best_prediction, candidates, choose

@@ -11,15 +11,8 @@ from diffusers import HeliosDMDScheduler, HeliosScheduler
 
 from helios_cp.config.checkpoint import Checkpoint
 from helios_cp.config.request import Request
-from helios_cp.sampling.denoise import (
-    SamplingPlan,
-    denoise,
-    guide,
-    projection,
-    renoise_coefficients,
-    set_timesteps,
-    shift_mu,
-)
+from helios_cp.config.sampling_plan import SamplingPlan
+from helios_cp.sampling.denoise import denoise, guide, projection, renoise_coefficients, set_timesteps, shift_mu
 from helios_cp.sampling.noise import (
     block_noise,
     block_noise_factor,

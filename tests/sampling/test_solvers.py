@@ -14,10 +14,11 @@ from torch import Tensor
 
 from helios_cp.config.checkpoint import Checkpoint
 from helios_cp.config.request import Request
+from helios_cp.config.sampling_plan import SamplingPlan
 from helios_cp.model.transformer import HeliosTransformer
 from helios_cp.pipeline.pipeline import split_history
 from helios_cp.sampling import denoise as sampling
-from helios_cp.sampling.denoise import SamplingPlan, Step, denoise, set_timesteps
+from helios_cp.sampling.denoise import Step, denoise, set_timesteps
 from helios_cp.sampling.noise import make_generators
 from helios_cp.sampling.solvers import DmdSolver, EulerSolver, SchedulerSteps, UniPcSolver, make_solver
 from helios_cp.sampling.state import ChunkState

@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from transformers import UMT5EncoderModel
 
 from helios_cp.config.checkpoint import Checkpoint, TransformerConfig
-from helios_cp.config.errors import RequestError
+from helios_cp.config.errors import CheckpointError, RequestError
 from helios_cp.model.transformer import HeliosTransformer
 from helios_cp.weights.load import (
     CheckpointError,

@@ -22,10 +22,9 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.ranks.pool import shared_pool
 from helios_cp.config.checkpoint import Checkpoint, TransformerConfig
-from helios_cp.config.errors import RequestError
+from helios_cp.config.errors import CheckpointError, RequestError
 from helios_cp.config.execution import QUANTIZATIONS, Adapter, Execution
 from helios_cp.config.request import Request
-from helios_cp.files.tensor_files import CheckpointError
 from helios_cp.pipeline.pipeline import Pipeline
 from helios_cp.weights.__main__ import main
 from helios_cp.weights.quantize import (
