@@ -39,9 +39,6 @@ SHOWN = 5
 
 
 KNOWN = {
-    "helios_cp.config -> helios_cp.files",
-    "helios_cp.config -> helios_cp.plan",
-    "helios_cp.config -> helios_cp.sampling",
     "helios_cp.pipeline -> helios_cp.plan",
 }
 """Imports upwards that are still to go."""

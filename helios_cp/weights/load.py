@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helios_cp.config.checkpoint import CONFIG_FILES, VAE_SPATIAL, VAE_TEMPORAL, WEIGHT_FOLDERS, Checkpoint
-from helios_cp.config.errors import RequestError
-from helios_cp.files.tensor_files import CheckpointError, and_others, read_json, stored_tensors
+from helios_cp.config.errors import CheckpointError, RequestError
+from helios_cp.files.tensor_files import and_others, read_json, stored_tensors
 from helios_cp.weights.presets import DEFAULT_CACHE, PRESETS, preset_folder
 
 if TYPE_CHECKING:

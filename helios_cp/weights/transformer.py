@@ -19,7 +19,6 @@ from helios_cp.config.checkpoint import Checkpoint
 from helios_cp.config.errors import CheckpointError, RequestError
 from helios_cp.config.execution import Adapter
 from helios_cp.files.tensor_files import (
-    CheckpointError,
     Part,
     Reader,
     StoredTensor,

@@ -33,7 +33,6 @@ from helios_cp.config.checkpoint import Checkpoint, TransformerConfig
 from helios_cp.config.errors import CheckpointError, RequestError
 from helios_cp.model.transformer import HeliosTransformer
 from helios_cp.weights.load import (
-    CheckpointError,
     load_scheduler,
     load_text_encoder,
     load_vae,
