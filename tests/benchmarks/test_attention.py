@@ -24,7 +24,7 @@ from benchmarks.report.sections import attention_section
 from parallel.mesh import Degrees
 from parallel.ulysses import UlyssesAttention
 
-attention = pytest.importorskip("benchmarks.attention")  # which prints with rich
+attention = pytest.importorskip("benchmarks.attention.__main__")  # which prints with rich
 
 SMALL = Shape(37, heads=6, head_dim=16)  # neither tokens nor heads divide over 4 ranks
 CPU = torch.device("cpu")

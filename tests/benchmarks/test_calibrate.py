@@ -227,7 +227,7 @@ def test_fit_of_a_disturbed_machine_stays_possible():
 
 
 def test_a_calibration_is_read_by_the_planner(quick, presets, capsys):
-    plan = pytest.importorskip("helios_cp.plan")  # which prints with rich
+    plan = pytest.importorskip("helios_cp.plan.__main__")  # which prints with rich
     path, _ = quick
     hardware = read_profile(path)
     written = json.loads(path.read_text())

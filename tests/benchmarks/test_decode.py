@@ -23,7 +23,7 @@ from helios_cp.model.codec import to_frames
 from helios_cp.pipeline import parallelize
 from helios_cp.plan.vae_cost import VaeConfig, decode_flops, decode_traffic
 
-decode = pytest.importorskip("benchmarks.decode")  # which prints with rich
+decode = pytest.importorskip("benchmarks.decode.__main__")  # which prints with rich
 
 TINY = Case(VaeConfig(8, 16, (1, 1, 1, 1), 0), (32, 24), ("fp32",), (2,), latent_frames=2)
 

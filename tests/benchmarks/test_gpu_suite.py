@@ -176,7 +176,7 @@ def test_memory_with_offload(suite):
 
 def test_shares_make_a_profile_that_the_planner_reads(suite, capsys):
     """On the fitted profile the median forward, and the decode by one rank, take what was measured."""
-    plan = pytest.importorskip("helios_cp.plan")  # which prints with rich
+    plan = pytest.importorskip("helios_cp.plan.__main__")  # which prints with rich
     found = read(suite, "gpu_share")
     profile = suite / PROFILE
     assert plan.main(["--hardware", str(profile), "--gpus", "2", "--json"]) == 0

@@ -227,7 +227,7 @@ def bench_commands():
 
 @pytest.mark.parametrize(("module", "arguments"), bench_commands(), ids=lambda each: each if "." in each else "")
 def test_make_bench_gives_flags_that_exist(module, arguments):
-    imported = importlib.import_module(module)
+    imported = importlib.import_module(f"{module}.__main__")
     assert callable(imported.main) and "outputs/bench" in " ".join(arguments)
     if hasattr(imported, "build_parser"):
         imported.build_parser().parse_args(arguments)
