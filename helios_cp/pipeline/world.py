@@ -6,7 +6,9 @@ import contextlib
 import gc
 import json
 import os
+import re
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +25,15 @@ from helios_cp.device.device import TESTED, card_count, card_of_rank, make_curre
 
 POLL = 0.05
 """Seconds between two looks whether all ranks are as far as this one."""
+BEAT = 1.0
+"""Seconds between two signs of life of a rank that has long work to do before it meets the others."""
+GRACE = 2.0
+"""Seconds that a rank which lost another gives it to say why: less than torchrun and `generate` leave it to live."""
+
+GLOO_LOST = re.compile(r"\[[^\]]*gloo/transport/[^\]]*\]|Application timeout caused pair closure")
+"""How the messages of gloo's transport begin. They come as a plain `RuntimeError`."""
+NCCL_LOST = re.compile(r"ncclRemoteError|Watchdog caught collective operation timeout|communicator was aborted")
+"""What NCCL says of other ranks, in a `DistBackendError`, which it raises for faults of its own rank too."""
 
 
 @dataclass(frozen=True)
@@ -108,9 +119,14 @@ class World:
         return json.loads(self._store.get("helios_cp/decided"))
 
     def prepare(self, step: Callable[[], object]) -> None:
-        """Call `step` once on every machine, and wait until it has come to its end on all, however long that takes."""
+        """Call `step` once on every machine, and wait until it has come to its end on all.
+
+        It may take long: a machine is waited for while it gives signs of life. Raises `TimeoutError` for one that does
+        not, for longer than the timeout.
+        """
         if self.ranks.local_rank == 0:
-            step()
+            with self._beating():
+                step()
         if self._store is not None:
             self._meet("prepared")
 
@@ -148,13 +164,57 @@ class World:
         return False
 
     def _meet(self, where: str) -> None:
-        """Wait until all ranks have come here: through the store, as some may have minutes of other work before."""
-        key = f"helios_cp/{where}"
+        """Wait until all ranks have come here: through the store, as some may have minutes of other work before.
+
+        Raises `TimeoutError` when for the whole timeout nobody comes and nobody gives a sign of life.
+        """
+        key, size = f"helios_cp/{where}", self.ranks.size
+        self._store.set(f"{key}/{self.ranks.rank}", "here")
         self._store.add(key, 1)
-        while self._store.add(key, 0) < self.ranks.size:
+        seen, since = None, time.monotonic()
+        while (count := self._store.add(key, 0)) < size:
+            now = count, self._store.add("helios_cp/beats", 0)
+            if now != seen:
+                seen, since = now, time.monotonic()
+            elif time.monotonic() - since > self.timeout.total_seconds():
+                missing = [str(rank) for rank in range(size) if not self._store.check([f"{key}/{rank}"])]
+                raise TimeoutError(
+                    f"rank {', '.join(missing)} of {size} gave no sign of life for --timeout "
+                    f"{self.timeout.total_seconds():g} s before all were {where}"
+                )
             time.sleep(POLL)
 
+    @contextmanager
+    def _beating(self) -> Iterator[None]:
+        """This rank gives signs of life inside, from a thread."""
+        if self._store is None:
+            yield
+            return
+        is_over = threading.Event()
+
+        def beat() -> None:
+            with contextlib.suppress(Exception):  # the store goes down with the job
+                while not is_over.wait(BEAT):
+                    self._store.add("helios_cp/beats", 1)
+
+        thread = threading.Thread(target=beat, name="signs of life", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            is_over.set()
+            thread.join()
+
+    def _wait_for_cause(self) -> None:
+        """Let the rank speak that failed first, which may still be putting its files in order."""
+        end = time.monotonic() + GRACE
+        with contextlib.suppress(Exception):
+            while self._store.add("helios_cp/ended", 0) == 0 and time.monotonic() < end:
+                time.sleep(POLL)
+
     def _report(self, error: Exception) -> None:
+        if is_lost_connection(error):
+            self._wait_for_cause()
         if not self.claim_end():
             return
         who = f"rank {self.ranks.rank}"
@@ -171,14 +231,12 @@ class World:
 
 
 def is_lost_connection(error: Exception) -> bool:
-    """Whether a peer is gone or too slow; gloo says so in a plain RuntimeError."""
-    text = str(error)
-    return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError)
-        and any(
-            sign in text for sign in ("gloo", "Connection closed", "Connection reset", "Timed out", "NCCL", "Socket")
-        )
-    )
+    """Whether a peer is gone or too slow: by the error's type, and by its text where one type serves several faults."""
+    if isinstance(error, dist.DistBackendError):
+        return NCCL_LOST.search(str(error)) is not None
+    if isinstance(error, dist.DistError):  # of the network, or of the store
+        return True
+    return type(error) is RuntimeError and GLOO_LOST.match(str(error)) is not None
 
 
 def end_process(code: int) -> None:

@@ -88,7 +88,7 @@ def test_three_ranks_make_the_video_of_one_and_resume(alone, tmp_path, environme
     code, _, stderr = torchrun(3, faulty, tmp_path, environment)
     assert code != 0
     assert stderr.count("ArithmeticError: broken on purpose") == 1, stderr
-    assert "rank 1 failed:" in stderr and "tests/faulty.py" in stderr
+    assert "rank 1 failed:" in stderr and "tests/generate/faulty.py" in stderr
     assert frames_in(tmp_path / "out.mp4") == 33, "the finished chunk is playable"
 
     resume = ["-m", "helios_cp.generate", "--resume", "run", "--ulysses", "3", "--ffn-tp", "3"]
