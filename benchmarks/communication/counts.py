@@ -23,7 +23,8 @@ from benchmarks.models.models import run_theirs as forward_theirs
 from benchmarks.ranks.pool import RankPool
 from helios_cp.config.checkpoint import TransformerConfig
 from helios_cp.model.transformer import HeliosTransformer
-from helios_cp.pipeline.parallelize import ShardedSequence, SplitBranches, narrow_feed_forward
+from helios_cp.pipeline.parallelize import ShardedSequence, SplitBranches
+from helios_cp.weights.placement import feed_forward_parts, narrow_feed_forward
 from parallel.collectives import Meter
 from parallel.mesh import Degrees, Mesh
 
@@ -64,7 +65,8 @@ def _sharded_model(config: TransformerConfig, mesh: Mesh) -> HeliosTransformer:
     model = HeliosTransformer(config).eval().cast(DTYPE)
     if mesh.ffn_tp.size > 1:
         weights = model.state_dict()
-        for name, part in narrow_feed_forward(model, mesh.ffn_tp).items():
+        narrow_feed_forward(model, mesh.ffn_tp)
+        for name, part in feed_forward_parts(model, mesh.ffn_tp).items():
             weights[name] = weights[name][part]
         model.load_state_dict(weights, assign=True)
     model.sequence = ShardedSequence(mesh)

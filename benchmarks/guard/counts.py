@@ -21,7 +21,8 @@ from benchmarks.ranks.silent import silent_mesh
 from helios_cp.config.checkpoint import VAE_SPATIAL, TransformerConfig
 from helios_cp.model.codec import Codec
 from helios_cp.model.transformer import HeliosTransformer
-from helios_cp.pipeline.parallelize import ShardedSequence, SplitBranches, SplitCodec, narrow_feed_forward
+from helios_cp.pipeline.parallelize import ShardedSequence, SplitBranches, SplitCodec
+from helios_cp.weights.placement import narrow_feed_forward
 from parallel.collectives import Meter
 from parallel.mesh import Degrees
 

@@ -18,7 +18,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import accelerate
 import diffusers
@@ -32,14 +31,14 @@ from helios_cp.config.execution import Execution
 from helios_cp.config.request import Request
 from helios_cp.config.sampling_plan import SamplingPlan
 from helios_cp.model.transformer import HeliosTransformer
-from helios_cp.pipeline import parallelize
 from helios_cp.pipeline.parallelize import ParallelPipeline, load_parallel
 from helios_cp.pipeline.start import Inputs
 from helios_cp.plan.configs import BuiltInCheckpoint
 from helios_cp.plan.vae_cost import VaeConfig
 from helios_cp.weights import presets
-from helios_cp.weights.sharded import own_rows, shard_weights
-from parallel.collectives import Group
+from helios_cp.weights.loader import Loader
+from helios_cp.weights.placement import Placement, Whole
+from helios_cp.weights.quantize import quantize_blocks
 from parallel.mesh import Mesh
 
 SUFFIXES = {"distilled": "", "mid": "-mid", "base": "-base"}
@@ -104,43 +103,59 @@ def build_random(
     With `like` the transformer's weights lie in the memory of that one's. `options` are further ones of
     `load_parallel`. Ranks that hold the same parameter hold the same values.
     """
+    parts = RandomParts(device, like)
+    return load_parallel(checkpoint, mesh, dtype=dtype, device=device, execution=execution, parts=parts, **options)
 
-    def transformer(checkpoint, dtype, home, narrow=None, shard_over=None, **_) -> HeliosTransformer:
-        # What is asked for besides, such as quantising, is then done to the loaded model.
-        if like is not None:
-            return twin(like)
-        return random_transformer(checkpoint.transformer, dtype, home, device, narrow, shard_over)
 
-    loaders = {
-        "load_transformer": transformer,
-        "load_vae": lambda checkpoint, home="cpu", *_, **__: random_vae(size_of(checkpoint).vae, home, device),
-        "load_text_encoder": lambda *_, **__: (None, None),
-        "load_scheduler": lambda checkpoint: random_scheduler(checkpoint.variant),
-    }
-    with contextlib.ExitStack() as stack:
-        for name, loader in loaders.items():
-            stack.enter_context(mock.patch.object(parallelize, name, loader))
-        return load_parallel(checkpoint, mesh, dtype=dtype, device=device, execution=execution, **options)
+@dataclass(frozen=True)
+class RandomParts(Loader):
+    """Random weights, drawn on `device`. With `like` the transformer's weights lie in the memory of that one's."""
+
+    device: torch.device
+    like: HeliosTransformer | None = None
+
+    def transformer(
+        self,
+        checkpoint: BuiltInCheckpoint,
+        dtype: torch.dtype,
+        device: torch.device,
+        execution: Execution,
+        placement: Placement,
+    ) -> tuple[HeliosTransformer, None]:
+        if execution.lora:
+            raise RequestError(f"--lora {execution.lora[0].path}: these weights came from no checkpoint")
+        if self.like is not None:
+            model = twin(self.like)
+        else:
+            home = torch.device(execution.home(device))
+            model = random_transformer(checkpoint.transformer, dtype, home, device, placement)
+        if execution.quantize is not None:
+            quantize_blocks(model, execution.quantize)
+        return model, None
+
+    def text_encoder(self, *_: object) -> tuple[None, None]:
+        return None, None
+
+    def vae(self, checkpoint: BuiltInCheckpoint, home: torch.device) -> AutoencoderKLWan:
+        return random_vae(size_of(checkpoint).vae, home, self.device)
+
+    def scheduler(self, checkpoint: BuiltInCheckpoint):
+        return random_scheduler(checkpoint.variant)
 
 
 def random_transformer(
     config: TransformerConfig,
     dtype: torch.dtype,
-    home: str | torch.device,
+    home: torch.device,
     device: torch.device,
-    narrow: Any = None,
-    shard_over: Group | None = None,
+    placement: Placement = Whole(),  # noqa: B008 - it is frozen
 ) -> HeliosTransformer:
-    """Weights lie on `home`, and are drawn on `device`. The rest is as for `weights.load.load_transformer`."""
+    """Weights lie on `home`, and are drawn on `device`. The rest is as for `weights.transformer.load_transformer`."""
     with torch.device("meta"):
         model = HeliosTransformer(config)
-    if narrow is not None:
-        narrow(model)
-    model.cast(dtype)
-    if shard_over is not None:
-        shard_weights(model, shard_over, torch.device(home))
+    placement.shrink(model.cast(dtype), home)
     model.to_empty(device=home)
-    fill(model.state_dict() if shard_over is None else own_rows(model, shard_over)[0], device)
+    fill({to.name: to.memory for to in placement.destinations(model, {})}, device)
     return model.eval().requires_grad_(False)
 
 

@@ -127,7 +127,7 @@ class HeliosTransformer(nn.Module):
         )
         self.norm_out = OutputNorm(dim, config.eps)
         self.proj_out = nn.Linear(dim, config.out_channels * math.prod(config.patch_size))
-        self.register_load_state_dict_post_hook(HeliosTransformer._forget)
+        self.register_load_state_dict_post_hook(HeliosTransformer.forget_zero_timestep)
 
     @staticmethod
     def keeps_fp32(name: str) -> bool:
@@ -233,7 +233,8 @@ class HeliosTransformer(nn.Module):
         frames, rows, columns = self.patch_embedding.grid(latents)
         return self.rotary.table(frame_indices or tuple(range(frames)), rows, columns, latents.device)
 
-    def _forget(self, _: object) -> None:
+    def forget_zero_timestep(self, *_: object) -> None:
+        """Call this after weights of `condition_embedder` have changed: the modulation of t = 0 is kept."""
         self._zero_timestep = None
 
     def _history_modulation(self, modulation: Tensor) -> Tensor:

@@ -23,20 +23,22 @@ from helios_cp.device.device import capability, make_current
 from helios_cp.model.codec import Codec, DiagonalGaussianDistribution, as_input, denormalise, posterior_of, to_frames
 from helios_cp.model.layers import FeedForward, TokenOperations, gelu_tanh
 from helios_cp.model.text import PromptEncoder
-from helios_cp.model.transformer import HeliosTransformer, TextCondition
+from helios_cp.model.transformer import TextCondition
 from helios_cp.pipeline.pipeline import Pipeline
 from helios_cp.pipeline.prepare import apply
 from helios_cp.pipeline.prompts import Branches, Prompts
 from helios_cp.pipeline.split_vae import split_decode, split_encode
 from helios_cp.pipeline.start import Inputs, initial_state, pixels_to_encode
 from helios_cp.sampling.state import ChunkState
-from helios_cp.weights.load import load_scheduler, load_text_encoder, load_vae, resolve
-from helios_cp.weights.transformer import load_transformer
+from helios_cp.weights.load import resolve
+from helios_cp.weights.loader import Loader
+from helios_cp.weights.placement import FeedForwardSlices, Placement, Whole
+from helios_cp.weights.sharded import ShardedRows
 from parallel.collectives import Group
 from parallel.engines import sequence_attention
 from parallel.mesh import Degrees, Mesh
 from parallel.segments import SegmentPlan
-from parallel.tensor import feed_forward, shard_slice
+from parallel.tensor import feed_forward
 
 
 def load_parallel(
@@ -50,6 +52,7 @@ def load_parallel(
     shard_weights: bool = False,
     denoise_only: bool = False,
     execution: Execution | None = None,
+    parts: Loader = Loader(),  # noqa: B008 - it has no state
 ) -> ParallelPipeline:
     """Load this rank's part of a checkpoint; every rank of the mesh calls it.
 
@@ -72,23 +75,13 @@ def load_parallel(
     )
     make_current(device)
     home = execution.home(device)
-    narrow = functools.partial(narrow_feed_forward, group=mesh.ffn_tp) if mesh.ffn_tp.size > 1 else None
     sequence = ShardedSequence(mesh, attention, device)
-    transformer = load_transformer(
-        checkpoint,
-        dtype,
-        home,
-        narrow,
-        mesh.world if shard_weights else None,
-        quantize=execution.quantize,
-        adapters=execution.lora,
-        compute_on=device,
-    )
+    transformer, adapters = parts.transformer(checkpoint, dtype, device, execution, placement_of(mesh, shard_weights))
     transformer.sequence = sequence
     encodes, decodes = mesh.rank == 0 and not denoise_only, 0 in mesh.vae.ranks and not denoise_only
     text_home, text_device = (torch.device("cpu"),) * 2 if shard_weights else (home, device)
-    encoder = PromptEncoder(*load_text_encoder(checkpoint, text_home, dtype), text_device) if encodes else None
-    codec = SplitCodec(load_vae(checkpoint, home) if decodes else None, mesh.vae)
+    encoder = PromptEncoder(*parts.text_encoder(checkpoint, text_home, dtype), text_device) if encodes else None
+    codec = SplitCodec(parts.vae(checkpoint, home) if decodes else None, mesh.vae)
     total = functools.partial(prompt_total, mesh=mesh)
     text_encoder = None if encoder is None else encoder.text_encoder
     card, block_cache = apply(execution, transformer, codec, text_encoder, device, total)
@@ -97,13 +90,23 @@ def load_parallel(
         transformer,
         BroadcastPromptEncoder(encoder, mesh.world, checkpoint.transformer.text_dim, device),
         codec,
-        load_scheduler(checkpoint),
+        parts.scheduler(checkpoint),
         SplitBranches(mesh.cfg, in_step=shard_weights) if mesh.cfg.size > 1 else Branches(),
         device,
         mesh=mesh,
         card=card,
         block_cache=block_cache,
+        adapters=adapters,
     )
+
+
+def placement_of(mesh: Mesh, shard_weights: bool) -> Placement:
+    """Which parts of the transformer's weights this rank holds. Raises `ValueError` if both options split them."""
+    if shard_weights and mesh.ffn_tp.size > 1:
+        raise ValueError("shard_weights and ffn_tp: give one of the two, because both split the feed-forward weights")
+    if shard_weights:
+        return ShardedRows(mesh.world)
+    return FeedForwardSlices(mesh.ffn_tp) if mesh.ffn_tp.size > 1 else Whole()
 
 
 class ShardedSequence:
@@ -282,23 +285,3 @@ def prompt_total(sums: Tensor, mesh: Mesh) -> Tensor:
     """Sums `[N]` over each rank's tokens to those over all tokens of the prompt's branch, equal on every rank."""
     group = mesh.sequence
     return mesh.cfg.broadcast(torch.stack(group.all_gather(sums, [len(sums)] * group.size, 0)).sum(0))
-
-
-def narrow_feed_forward(transformer: HeliosTransformer, group: Group) -> dict[str, tuple[slice, ...]]:
-    """Leave each feed-forward layer of a model on the meta device this rank's hidden features only.
-
-    Returns which part of a stored tensor belongs to each parameter that became smaller, by name. The second layer's
-    bias stays whole: it is added once, to the sum.
-    """
-    parts: dict[str, tuple[slice, ...]] = {}
-    own = shard_slice(transformer.config.ffn_dim, group.size, group.rank)
-    size = own.stop - own.start
-    for index, block in enumerate(transformer.blocks):
-        dim = block.ffn.net[2].out_features
-        with torch.device("meta"):
-            block.ffn.net[0].proj = nn.Linear(dim, size)
-            block.ffn.net[2] = nn.Linear(size, dim)
-        parts[f"blocks.{index}.ffn.net.0.proj.weight"] = (own,)
-        parts[f"blocks.{index}.ffn.net.0.proj.bias"] = (own,)
-        parts[f"blocks.{index}.ffn.net.2.weight"] = (slice(None), own)
-    return parts

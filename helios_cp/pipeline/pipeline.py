@@ -35,7 +35,7 @@ from helios_cp.sampling.denoise import Step, denoise
 from helios_cp.sampling.noise import normal
 from helios_cp.sampling.state import ChunkState
 from helios_cp.weights.load import load_scheduler, load_text_encoder, load_vae, resolve
-from helios_cp.weights.transformer import load_transformer, set_adapters
+from helios_cp.weights.transformer import AdapterState, load_adaptable
 from parallel.mesh import Degrees
 
 
@@ -47,7 +47,8 @@ class Pipeline:
     by default where the transformer is. `decodes_beside` says whether a chunk is decoded beside the denoising of the
     next, where the device has streams for it; the memory that decoding takes then comes on top of that of denoising.
     `None` leaves it to what is free on a card when a video begins. `card` holds the weights that are offloaded, and
-    `block_cache` is the one in the transformer; see `pipeline.prepare`.
+    `block_cache` is the one in the transformer; see `pipeline.prepare`. `adapters` can exchange the
+    transformer's adapters, if its weights came from files.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Pipeline:
         decodes_beside: bool | None = None,
         card: Card | None = None,
         block_cache: BlockCache | None = None,
+        adapters: AdapterState | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.transformer = transformer
@@ -73,6 +75,7 @@ class Pipeline:
         self.decodes_beside = decodes_beside
         self.card = card
         self.block_cache = block_cache
+        self.adapters = adapters
 
     @classmethod
     def from_pretrained(
@@ -93,9 +96,7 @@ class Pipeline:
         execution.check_all(Target(device.type, capability(device)), is_distilled=checkpoint.is_distilled)
         make_current(device)
         home = execution.home(device)
-        transformer = load_transformer(
-            checkpoint, dtype, home, quantize=execution.quantize, adapters=execution.lora, compute_on=device
-        )
+        transformer, adapters = load_adaptable(checkpoint, dtype, device, execution)
         encoder = PromptEncoder(*load_text_encoder(checkpoint, home, dtype), device)
         codec = Codec(load_vae(checkpoint, home))
         card, block_cache = apply(execution, transformer, codec, encoder.text_encoder, device)
@@ -108,19 +109,25 @@ class Pipeline:
             device=device,
             card=card,
             block_cache=block_cache,
+            adapters=adapters,
         )
 
     def set_adapters(self, adapters: Iterable[Adapter]) -> None:
         """Run with these adapters and no others from the next request on; `[]` gives the checkpoint itself.
 
         The result has the bits of a fresh load; every rank calls it. Raises `RequestError` for adapters that do not
-        fit, before anything is changed. `helios_cp.weights.transformer.set_adapters` says what it takes.
+        fit, before anything is changed. `helios_cp.weights.transformer.AdapterState` says what it costs.
         """
-        at = {}
+        adapters = tuple(adapters)
+        if self.adapters is None and adapters:
+            raise RequestError(f"--lora {adapters[0].path}: these weights came from no file, so none can be merged")
+        if self.adapters is None or adapters == self.adapters.current:
+            return
+        moved = {}
         if self.card is not None:
             self.card.rest()
-            at = {(id(place.module), place.name): tensor for place, tensor in self.card.stored()}
-        set_adapters(self.transformer, adapters, at)
+            moved = {(id(place.module), place.name): tensor for place, tensor in self.card.stored()}
+        self.adapters.exchange(adapters, moved)
 
     @torch.no_grad()
     def stream(

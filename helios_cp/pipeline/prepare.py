@@ -1,4 +1,4 @@
-"""How loaded parts are made ready to run by an execution: adapted, quantised, cached, offloaded, compiled, captured."""
+"""How loaded parts are made ready to run by an execution: cached, offloaded, compiled, captured."""
 
 from __future__ import annotations
 
@@ -22,18 +22,9 @@ def apply(
 ) -> tuple[Card | None, BlockCache | None]:
     """Prepare loaded parts, in the one order that works, and return what a pipeline needs to know of it.
 
-    That is the card that offloaded weights come to, and the cache of blocks. `total` is for the cache. A transformer
-    that was loaded adapted and quantised is left so. Raises `RequestError` for adapters of weights that came from no
-    checkpoint; `execution` is checked already.
+    That is the card that offloaded weights come to, and the cache of blocks. `total` is for the cache. The transformer
+    was loaded adapted and quantised; `execution` is checked already.
     """
-    if execution.lora:
-        from helios_cp.weights.transformer import set_adapters
-
-        set_adapters(transformer, execution.lora)
-    if execution.quantize is not None:
-        from helios_cp.weights.quantize import quantize_blocks
-
-        quantize_blocks(transformer, execution.quantize)
     prepare_codec(codec, execution)
     block_cache = card = None
     if execution.block_cache is not None:

@@ -1,9 +1,9 @@
-"""Weights of 4 bits, two a byte, with a scale for each group of a row; a tensor subclass of torchao.
+"""Weights of 4 bits, two in a byte, with a scale for each group of values in a row. A tensor subclass of torchao.
 
-torchao's own kernels for 4 bits are made for the few tokens of a language model's step and run on CUDA alone. Helios
-has thousands of tokens, so that a product costs far more than it takes to unpack the weight: here it is unpacked to the
-dtype of the activations and multiplied as any other, on every device and with the same bits in the weight. Compiled,
-unpacking is one kernel.
+torchao's own kernels for 4 bits are made for the few tokens of a language model's step, and run on CUDA only. Helios
+has thousands of tokens, so a product takes far longer than unpacking its weight. So this class unpacks the weight to
+the dtype of the activations and multiplies as usual. That runs on every device, and the weight has the same bits on
+each. Compiled, unpacking is one kernel.
 """
 
 from __future__ import annotations

@@ -1,18 +1,14 @@
-"""LoRA adapters: low-rank updates of linear layers, `W + scale · B A` (Hu et al., arXiv 2106.09685), from files.
+"""Adapters from files to updates of a model's weights: LoRA, DoRA, LoHa, LoKr, and plain differences.
 
-Formats, all safetensors: that of diffusers (`transformer.blocks.0.attn1.to_q.lora_A.weight`), a file or folder of PEFT
-(`base_model.model.…`), and those of other trainers that diffusers converts (`diffusion_model.…`, `lora_unet_…`). The
-scale is that of PEFT: alpha / rank, or alpha / √rank where `use_rslora` is set; alpha is the tensor `….alpha`, or what
-the file's metadata or `adapter_config.json` say, or the rank.
+The scale is PEFT's: alpha / rank, or alpha / √rank where `use_rslora` is set. Alpha is the tensor `….alpha`, or what
+PEFT's configuration says, or the rank. An adapter that cannot be merged exactly is refused by the name of its kind.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,72 +18,39 @@ from torch import Tensor, nn
 from helios_cp.config.checkpoint import TransformerConfig
 from helios_cp.config.errors import CheckpointError, RequestError
 from helios_cp.config.execution import Adapter
-from helios_cp.files.tensor_files import PICKLES, and_others, open_file, read_json
+from helios_cp.weights.adapter_files import Entry, find_adapter_file, read_adapter_file
+from helios_cp.weights.updates import Decomposed, Difference, Hadamard, Kronecker, LowRank, Update
 
-WEIGHT_NAMES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
-CONFIG_NAME = "adapter_config.json"
-METADATA_KEY = "lora_adapter_metadata"
-PREFIXES = ("transformer.", "base_model.model.")
-OTHER_PREFIXES = ("diffusion_model.", "lora_unet_")
-KEY = re.compile(
-    r"(?P<layer>.+)\.(?:lora_(?P<factor>A|B|down|up)(?:\.(?!weight$|bias$)[^.]+)?\.(?P<kind>weight|bias)|(?P<alpha>alpha))"
-)
+KINDS = ("LORA", "LOHA", "LOKR")
+"""What `peft_type` may be."""
+PLAIN_STARTS = ("gaussian", "eva", "orthogonal")
+"""What `init_lora_weights` may be, beside true and false: the others change the model's own weights before training."""
+VARIANTS = ("use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config")
+VARIANTS += ("velora_config", "layer_replication")
+"""Settings of PEFT that make of a LoRA something that is not merged here."""
 
-
-@dataclass(frozen=True)
-class LowRank:
-    """An update `scale · up · down` of a weight, `[N, r]` and `[r, K]`, and `scale · bias` `[N]` of its bias."""
-
-    down: Tensor
-    up: Tensor
-    bias: Tensor | None
-    scale: float
+Entries = Mapping[str, Entry]
+"""The tensors of one layer in a file, by what they are (`adapter_files.WORDS`)."""
+Scale = Callable[["int | None"], float]
+"""From the rank, if the tensors tell it, to the factor of an update."""
 
 
-@dataclass
-class Updates(Mapping[str, list[tuple[float, Tensor, Tensor | None]]]):
-    """What adapters add to the parameters of a model, by name: factors, up and down (a bias has up alone)."""
-
-    shapes: Mapping[str, tuple[int, ...]]
-    _terms: dict[str, list[tuple[float, Tensor, Tensor | None]]] = field(default_factory=dict)
-
-    def add(self, layer: str, update: LowRank, weight: float) -> None:
-        factor = weight * update.scale
-        self._terms.setdefault(f"{layer}.weight", []).append((factor, update.up, update.down))
-        if update.bias is not None:
-            self._terms.setdefault(f"{layer}.bias", []).append((factor, update.bias, None))
-
-    def of(self, name: str, device: torch.device) -> Tensor:
-        """The sum of all updates of a parameter, in its shape, in fp32."""
-        total = torch.zeros(self.shapes[name], device=device)
-        for factor, up, down in self._terms[name]:
-            up = up.to(device, torch.float32)
-            if down is None:
-                total.add_(up, alpha=factor)
-            else:
-                product = up.flatten(1) @ down.to(device, torch.float32).flatten(1)
-                total.add_(product.view(total.shape), alpha=factor)
-        return total
-
-    def __getitem__(self, name: str) -> list[tuple[float, Tensor, Tensor | None]]:
-        return self._terms[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._terms)
-
-    def __len__(self) -> int:
-        return len(self._terms)
-
-
-def read_updates(adapters: Sequence[Adapter], shapes: Mapping[str, tuple[int, ...]]) -> Updates:
-    """What the adapters add to a model whose parameters have these shapes, by the names of diffusers.
+def read_updates(adapters: Sequence[Adapter], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[Update]]:
+    """What the adapters do to a model whose parameters have these shapes, by the parameter's name in diffusers.
 
     Raises `RequestError`, which names file and key, for what does not fit the model or cannot be read.
     """
-    updates = Updates(shapes)
+    updates: dict[str, list[Update]] = {}
     for adapter in adapters:
-        for layer, update in read_adapter(Path(adapter.path), shapes).items():
-            updates.add(layer, update, adapter.weight)
+        path = Path(adapter.path)
+        try:
+            file = read_adapter_file(find_adapter_file(path), shapes)
+            check_config(file.config)
+            for layer, found in file.layers.items():
+                for name, update in _layer_updates(layer, found, file.config, shapes, adapter.weight):
+                    updates.setdefault(name, []).append(update)
+        except CheckpointError as error:
+            raise RequestError(f"--lora {path}: {error}") from None
     return updates
 
 
@@ -106,130 +69,169 @@ def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def read_adapter(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, LowRank]:
-    """The updates in a file or folder, by layer. Raises `RequestError` as `read_updates` does."""
-    file = _find(path)
-    try:
-        tensors, config = _read(file)
-    except CheckpointError as error:
-        raise RequestError(f"--lora {path}: {error}") from None
-    factors: dict[str, dict[str, tuple[str, Tensor]]] = {}
-    unknown = []
-    for key, tensor in tensors.items():
-        match = KEY.fullmatch(key)
-        layer = match["layer"] if match else ""
-        for prefix in PREFIXES:
-            layer = layer.removeprefix(prefix)
-        if not match or f"{layer}.weight" not in shapes or len(shapes[f"{layer}.weight"]) < 2:
-            unknown.append(key)
-            continue
-        name = "alpha" if match["alpha"] else {"down": "A", "up": "B"}.get(match["factor"], match["factor"])
-        name += " bias" if match["kind"] == "bias" else ""
-        if name == "A bias":
-            unknown.append(key)
-            continue
-        factors.setdefault(layer, {})[name] = key, tensor
-    if unknown:
-        raise RequestError(f"--lora {path}: {file}: {unknown[0]} belongs to no layer of the model{and_others(unknown)}")
-    if not factors:
-        raise RequestError(f"--lora {path}: {file}: holds no adapter; keys that end in lora_A.weight are needed")
-    return {layer: _low_rank(path, file, layer, found, shapes, config) for layer, found in factors.items()}
+def check_config(config: Mapping[str, Any]) -> None:
+    """Raises `CheckpointError` where PEFT's configuration asks for more than updates that can be merged."""
+    kind = config.get("peft_type") or "LORA"
+    if kind not in KINDS:
+        raise CheckpointError(f"its kind (peft_type) is {kind}; allowed are {', '.join(KINDS)}")
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower() not in PLAIN_STARTS:
+        raise CheckpointError(
+            f"its kind (init_lora_weights) is {start}, which changes the model's own weights; save it again as a plain "
+            "LoRA, with PEFT's path_initial_model_for_weight_conversion"
+        )
+    for name in VARIANTS:
+        if config.get(name):
+            raise CheckpointError(f"{name} is set; only plain LoRA, DoRA, LoHa and LoKr are merged")
 
 
-def _low_rank(
-    path: Path,
-    file: Path,
+def _layer_updates(
     layer: str,
-    found: Mapping[str, tuple[str, Tensor]],
-    shapes: Mapping[str, tuple[int, ...]],
+    found: Entries,
     config: Mapping[str, Any],
-) -> LowRank:
-    def refuse(key: str, reason: str) -> RequestError:
-        return RequestError(f"--lora {path}: {file}: {key} {reason}")
+    shapes: Mapping[str, tuple[int, ...]],
+    strength: float,
+) -> Iterator[tuple[str, Update]]:
+    """The updates of one layer, each with the name of the parameter that it changes."""
+    weight = layer if layer in shapes else f"{layer}.weight"
+    some_key = next(iter(found.values())).key
+    makers = [make for words, make in MAKERS if words & found.keys()]
+    if makers and len(shapes[weight]) < 2:
+        raise CheckpointError(f"{some_key} belongs to no layer of the model; only layers with a matrix take its kind")
+    if len(makers) > 1:
+        raise CheckpointError(f"{some_key} is of a layer with adapters of two kinds; one a layer is allowed")
+    needs_matrix = found.keys() & {"lora_B.bias", "lora_magnitude_vector", "dora_scale"}
+    if not makers and (needs_matrix or not found.keys() & {"diff", "diff_b"}):
+        raise CheckpointError(f"{some_key} has no lora_A.weight beside it")
 
-    some_key = next(iter(found.values()))[0]
-    for name in ("A", "B"):
-        if name not in found:
-            raise refuse(some_key, f"has no lora_{name}.weight beside it")
-    (down_key, down), (up_key, up) = found["A"], found["B"]
-    rows, *columns = shapes[f"{layer}.weight"]
-    rank = down.shape[0] if down.ndim else 0
-    if rank == 0 or tuple(down.shape[1:]) != tuple(columns):
-        raise refuse(down_key, f"has shape {tuple(down.shape)}; it must be (rank, {', '.join(map(str, columns))})")
-    if up.ndim < 2 or up.numel() != rows * rank or up.shape[:2] != (rows, rank):
-        raise refuse(up_key, f"has shape {tuple(up.shape)}; it must be {(rows, rank)}, of the rank of lora_A")
-    bias = None
-    if "B bias" in found:
-        bias_key, bias = found["B bias"]
-        if tuple(bias.shape) != shapes.get(f"{layer}.bias"):
-            raise refuse(bias_key, f"has shape {tuple(bias.shape)}; it must be {shapes.get(f'{layer}.bias')}")
-    alpha = _alpha(layer, config, rank)
+    for make in makers:
+        update = make(found, shapes[weight], lambda rank: strength * _scale(layer, found, config, rank))
+        magnitude = _magnitude(found, shapes[weight])
+        if magnitude is not None:
+            yield weight, Decomposed(update, magnitude)
+        elif config.get("use_dora"):
+            raise CheckpointError(f"{some_key} has no lora_magnitude_vector beside it, though use_dora is set")
+        else:
+            yield weight, update
+        if "lora_B.bias" in found:
+            yield f"{layer}.bias", _difference(found["lora_B.bias"], shapes.get(f"{layer}.bias"), update.scale)
+    if "diff" in found:
+        yield weight, _difference(found["diff"], shapes[weight], strength)
+    if "diff_b" in found:
+        yield f"{layer}.bias", _difference(found["diff_b"], shapes.get(f"{layer}.bias"), strength)
+
+
+def _low_rank(found: Entries, shape: tuple[int, ...], scale: Scale) -> LowRank:
+    down, up = _factors(found, ("lora_A", "lora_B"), ".weight")
+    rows, *columns = shape
+    rank = down.tensor.shape[0] if down.tensor.ndim else 0
+    if rank == 0 or list(down.tensor.shape[1:]) != columns:
+        raise _wrong_shape(down, f"(rank, {', '.join(map(str, columns))})")
+    if up.tensor.ndim < 2 or up.tensor.shape[:2] != (rows, rank) or up.tensor.numel() != rows * rank:
+        raise _wrong_shape(up, f"{(rows, rank)}, of the rank of lora_A")
+    return LowRank(down.tensor, up.tensor, scale(rank))
+
+
+def _hadamard(found: Entries, shape: tuple[int, ...], scale: Scale) -> Hadamard:
+    a, b, c, d = _factors(found, ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"))
+    rows, columns = shape[0], math.prod(shape[1:])
+    rank = b.tensor.shape[0] if b.tensor.ndim else 0
+    for up, down in ((a, b), (c, d)):
+        if tuple(up.tensor.shape) != (rows, rank) or rank == 0:
+            raise _wrong_shape(up, f"({rows}, rank)")
+        if tuple(down.tensor.shape) != (rank, columns):
+            raise _wrong_shape(down, f"{(rank, columns)}")
+    return Hadamard((a.tensor, b.tensor), (c.tensor, d.tensor), scale(rank))
+
+
+def _kronecker(found: Entries, shape: tuple[int, ...], scale: Scale) -> Kronecker:
+    sides, ranks = [], []
+    for name in ("lokr_w1", "lokr_w2"):
+        words = (name,) if name in found else (f"{name}_a", f"{name}_b")
+        factors = _factors(found, words)
+        for factor in factors:
+            if factor.tensor.ndim < 2 or 0 in factor.tensor.shape:
+                raise _wrong_shape(factor, "a matrix")
+        if len(factors) == 2:
+            ranks.append(factors[1].tensor.shape[0])
+            if factors[0].tensor.shape[1] != ranks[-1]:
+                raise _wrong_shape(factors[0], f"({factors[0].tensor.shape[0]}, {ranks[-1]})")
+        sides.append(factors)
+    rows = math.prod(factors[0].tensor.shape[0] for factors in sides)
+    columns = math.prod(math.prod(factors[-1].tensor.shape[1:]) for factors in sides)
+    if (rows, columns) != (shape[0], math.prod(shape[1:])):
+        raise CheckpointError(
+            f"{sides[0][0].key} makes a matrix of {(rows, columns)} with the other factors; it must be "
+            f"{(shape[0], math.prod(shape[1:]))}"
+        )
+    left, right = (tuple(factor.tensor for factor in factors) for factors in sides)
+    return Kronecker(left, right, scale(ranks[0] if ranks else None))
+
+
+MAKERS: Sequence[tuple[set[str], Callable[[Entries, tuple[int, ...], Scale], LowRank | Hadamard | Kronecker]]] = (
+    ({"lora_A", "lora_B"}, _low_rank),
+    ({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}, _hadamard),
+    ({"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"}, _kronecker),
+)
+
+
+def _factors(found: Entries, words: tuple[str, ...], ending: str = "") -> list[Entry]:
+    for word in words:
+        if word not in found:
+            raise CheckpointError(f"{next(iter(found.values())).key} has no {word}{ending} beside it")
+    return [found[word] for word in words]
+
+
+def _difference(entry: Entry, shape: tuple[int, ...] | None, scale: float) -> Difference:
+    if shape is None or tuple(entry.tensor.shape) != shape:
+        raise _wrong_shape(entry, f"{shape}")
+    return Difference(entry.tensor, scale)
+
+
+def _magnitude(found: Entries, shape: tuple[int, ...]) -> Tensor | None:
+    """The lengths `[N]` of a DoRA: PEFT's `lora_magnitude_vector`, or `dora_scale` `[N, 1]` of LyCORIS and ComfyUI.
+
+    LyCORIS can also scale columns, `[1, K]`, which PEFT cannot.
+    """
+    for word in ("lora_magnitude_vector", "dora_scale"):
+        if word not in found:
+            continue
+        entry = found[word]
+        lengths = [size for size in entry.tensor.shape if size != 1]
+        is_of_columns = word == "dora_scale" and entry.tensor.ndim > 1 and entry.tensor.shape[0] != shape[0]
+        if is_of_columns:
+            raise CheckpointError(f"{entry.key}: the kind is DoRA of columns; only DoRA of rows, as PEFT's, is merged")
+        if lengths != [shape[0]]:
+            raise _wrong_shape(entry, f"({shape[0]},)")
+        return entry.tensor.flatten()
+    return None
+
+
+def _scale(layer: str, found: Entries, config: Mapping[str, Any], rank: int | None) -> float:
+    """alpha / rank. A LoKr of two whole matrices tells no rank: then it is PEFT's, or the scale is 1 as in LyCORIS."""
+    if rank is None:
+        rank = _setting(layer, config, "rank_pattern", ("r",))
+    if rank is None:
+        return 1.0
+    alpha = _setting(layer, config, "alpha_pattern", ("lora_alpha", "alpha"))
     if "alpha" in found:
-        alpha_key, value = found["alpha"]
-        if value.numel() != 1:
-            raise refuse(alpha_key, f"has shape {tuple(value.shape)}; it must be one number")
-        alpha = float(value)
+        entry = found["alpha"]
+        if entry.tensor.numel() != 1:
+            raise CheckpointError(f"{entry.key} has shape {tuple(entry.tensor.shape)}; it must be one number")
+        alpha = float(entry.tensor)
+    alpha = float(rank if alpha is None else alpha)
     if not math.isfinite(alpha):
-        raise refuse(some_key, f"has an alpha of {alpha}; a finite number is needed")
-    return LowRank(down, up, bias, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+        raise CheckpointError(f"{next(iter(found.values())).key} has an alpha of {alpha}; a finite number is needed")
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _alpha(layer: str, config: Mapping[str, Any], rank: int) -> float:
+def _setting(layer: str, config: Mapping[str, Any], patterns: str, names: tuple[str, ...]) -> Any:
     """As PEFT looks it up: a pattern matches the end of a layer's name."""
-    for pattern, alpha in (config.get("alpha_pattern") or {}).items():
+    for pattern, value in (config.get(patterns) or {}).items():
         if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", layer):
-            return float(alpha)
-    alpha = config.get("lora_alpha")
-    return float(rank if alpha is None else alpha)
+            return value
+    return next((config[name] for name in names if config.get(name) is not None), None)
 
 
-def _find(path: Path) -> Path:
-    """The safetensors file that a path stands for."""
-    if path.is_dir():
-        named = [path / name for name in WEIGHT_NAMES if (path / name).is_file()]
-        files = named or sorted(path.glob("*.safetensors"))
-        if len(files) == 1 or named:
-            return files[0]
-        pickles = sorted(file.name for file in path.glob("*") if file.suffix in PICKLES)
-        if not files and pickles:
-            raise RequestError(f"--lora {path}: {_is_pickle(pickles[0])}")
-        raise RequestError(f"--lora {path}: {len(files)} .safetensors files are in this folder; give the one to use")
-    if not path.is_file():
-        raise RequestError(f"--lora {path}: there is no such file or folder")
-    if path.suffix in PICKLES:
-        raise RequestError(f"--lora {path}: {_is_pickle(path.name)}")
-    return path
-
-
-def _is_pickle(name: str) -> str:
-    return f"{name} is a pickle, which could run code and is never read; give a .safetensors file"
-
-
-def _read(file: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
-    """The tensors of a file in the words of diffusers, and what is known of its configuration."""
-    with open_file(file) as shard:
-        tensors = {key: shard.get_tensor(key) for key in shard.keys()}  # noqa: SIM118 - no mapping
-        metadata = (shard.metadata() or {}).get(METADATA_KEY)
-    if any(key.startswith(OTHER_PREFIXES) for key in tensors):
-        return _converted(file, tensors), {}
-    config: Mapping[str, Any] = {}
-    if metadata is not None:
-        try:
-            config = {key.removeprefix("transformer."): value for key, value in json.loads(metadata).items()}
-        except (ValueError, AttributeError):
-            raise CheckpointError(f"{file}: {METADATA_KEY} in its header is no JSON object") from None
-    elif (file.parent / CONFIG_NAME).is_file():
-        config = read_json(file.parent / CONFIG_NAME)
-    if config.get("use_dora"):
-        raise CheckpointError(f"{file}: use_dora is set; only plain LoRA is supported")
-    return tensors, config
-
-
-def _converted(file: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    from diffusers import HeliosPipeline
-
-    try:
-        return HeliosPipeline.lora_state_dict(tensors)
-    except Exception as error:  # its conversions fail in ways of their own where a key is missing or new
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise CheckpointError(f"{file}: diffusers cannot convert it ({reason})") from None
+def _wrong_shape(entry: Entry, needed: str) -> CheckpointError:
+    return CheckpointError(f"{entry.key} has shape {tuple(entry.tensor.shape)}; it must be {needed}")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 LAYOUT = 1
-"""Raise by one whenever a change of this file, other than of a definition, changes what is written."""
+"""Raise this when the code here writes other files than before. A changed preset needs no raise."""
 
 DEFAULT_CACHE = Path("~/.cache/helios_cp")
 SHARD_SIZE = "1MB"  # several shards even for a model this small, as real checkpoints have
@@ -52,13 +52,13 @@ TEXT_ENCODER = {
 }
 
 GAINS = {"proj_out.weight": 0.5, "decoder.conv_out.weight": 0.5}
-"""Factors on single parameters: velocities come out near unit variance, and decoded noise with a standard deviation of
-about 0.3, so that few pixels reach ±1."""
+"""Factors on single parameters. With them velocities have about unit variance, and decoded noise a standard deviation
+of about 0.3, so that few pixels reach ±1."""
 
 
 @dataclass(frozen=True)
 class Preset:
-    """What sets one tiny checkpoint apart from the others; names are those of diffusers."""
+    """How one tiny checkpoint differs from the others, in the words of diffusers."""
 
     description: str
     pipeline: str
@@ -115,7 +115,7 @@ PRESETS: Mapping[str, Preset] = {
 def preset_folder(name: str, cache: Path | None = None) -> Path:
     """The checkpoint folder of a preset below `cache` (by default `~/.cache/helios_cp`), written on first use.
 
-    Safe against other processes doing the same: a folder appears whole or not at all, and the first to finish wins.
+    Several processes may do this at once: a folder appears whole or not at all, and the first to finish wins.
     Raises `KeyError` for an unknown name and `OSError` if the cache cannot be written.
     """
     cache = (cache or DEFAULT_CACHE).expanduser()

@@ -1,13 +1,15 @@
 """Linear layers of the blocks with weights of 8 or 4 bits, by torchao.
 
-`fp8`: weights by row and activations by token are scaled into float8, and multiplied in it. `int8`, `int4`: weights
-only, each row of int8 and each 32 values of int4 with a scale; activations and products stay in model dtype.
+`fp8`: weights and activations are float8, and so are their products. A row of a weight and a token of the activations
+have a scale each. `int8`, `int4`: weights only. A row of int8 and 32 values of int4 have a scale each; activations and
+products stay in the dtype of the model.
 
-Embeddings, norms, modulation and the output layer stay as they are: 2 % of the 14B model. Every row is quantised alone
-and in fp32, whatever the dtype of the model, so that layers fused into one, and ranks that hold some rows or columns,
-have the values of the whole layer. Activations in float8 differ from layout to layout by its rounding: the last bit of
-a sum decides between two values, and with `--ffn-tp` a token is scaled by the hidden features that a rank has of it.
-`import torchao` takes a second, hence not before it is needed.
+Embeddings, norms, modulation and the output layer are not quantised: they are 2 % of the 14B model. Every row is
+quantised alone and in fp32, whatever the dtype of the model. So fused layers, and ranks that hold some rows or columns,
+have the values of the whole layer. With float8 activations, layouts differ by rounding: the last bit of a sum decides
+between two values, and with `--ffn-tp` a rank scales a token by the hidden features that it has.
+
+torchao is imported where it is used, because that takes a second.
 """
 
 from __future__ import annotations
@@ -39,9 +41,9 @@ FORMAT = 1
 INT4_GROUP = 32
 """Values of a row that share a scale."""
 SMALLEST = 1e-12
-"""What the largest value of a row or token counts as at least: a scale of 0 would make NaN of zeros in float8."""
+"""The largest value of a row or token counts as at least this: a scale of 0 would turn zeros into NaN in float8."""
 STORED_DTYPES = {"fp8": ("F8_E4M3", "F32"), "int8": ("I8", "F32"), "int4": ("U8", "BF16")}
-"""Of the two components, in the words of safetensors."""
+"""Dtypes of the two components, as safetensors calls them."""
 
 
 def is_block_linear(path: str, module: nn.Module) -> bool:
@@ -62,7 +64,7 @@ def quantise(weight: Tensor, kind: str) -> Components:
     if kind == "int8":
         quantised = Int8Tensor.from_hp(weight, PerRow())
     else:
-        # Not by another library where that is installed, so that the same weight gives the same values.
+        # torchao would take another library where one is installed, and that may round differently.
         quantised = Float8Tensor.from_hp(
             weight,
             torch.float8_e4m3fn,
@@ -155,9 +157,9 @@ def quantize_blocks(transformer: nn.Module, kind: str) -> None:
 
 
 def stored_quantization(folder: Path) -> str | None:
-    """How the weights of a checkpoint folder are quantised, by the config of its transformer.
+    """How the weights of a checkpoint folder are quantised, as the config of its transformer says.
 
-    Raises `CheckpointError` for one that other programs, or other versions of this one, quantised.
+    Raises `CheckpointError` if another program, or another version of this one, quantised them.
     """
     file = folder / "transformer" / "config.json"
     if not file.is_file():

@@ -1,8 +1,8 @@
 """A checkpoint folder written anew with quantised weights.
 
-Only the weights of the transformer change. A quantised tensor `NAME` is stored as `NAME.qdata` and `NAME.scale`, plain
-tensors in safetensors files, and `transformer/config.json` says so under `quantization_config`, which makes other
-programs refuse the folder. Rows are quantised alone, so that q, k and v keep their names and every rank reads its part.
+Only the weights of the transformer change. A quantised tensor `NAME` becomes two plain ones, `NAME.qdata` and
+`NAME.scale`. `transformer/config.json` says so under `quantization_config`, so that other programs refuse the folder.
+Each row is quantised alone. So q, k and v keep their names, and every rank can read its part.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from helios_cp.config.execution import Adapter
 from helios_cp.files.tensor_files import Reader, read_json
 from helios_cp.files.whole_files import write_json, write_tensors
 from helios_cp.model.transformer import HeliosTransformer
-from helios_cp.weights.lora import Updates, read_updates, shapes_of
+from helios_cp.weights.lora import read_updates, shapes_of
 from helios_cp.weights.quantize import MARKER, check_quantization, quantise, quantization_marker, stored_quantization
-from helios_cp.weights.transformer import STEM, check_transformer, quantised_layers, stored_transformer
+from helios_cp.weights.transformer import STEM, Updates, check_transformer, quantised_layers, stored_transformer
+from helios_cp.weights.updates import merged
 
 SHARD_BYTES = 2_000_000_000
 
@@ -45,7 +46,7 @@ def quantize_folder(
     source = checkpoint.folder / "transformer"
     if stored_quantization(checkpoint.folder) is not None:
         raise RequestError(f"IN {checkpoint.folder}: its weights are quantised already; give what they were made from")
-    # Values are the same on every device; whether one can multiply by them is asked when they are loaded.
+    # Values are the same on every device. Whether a device can multiply by them is checked when they are loaded.
     check_quantization(kind, checkpoint.transformer, dtype=torch.bfloat16, device=torch.device("meta"))
     with torch.device("meta"):
         model = HeliosTransformer(checkpoint.transformer)
@@ -73,7 +74,7 @@ def _quantised(
     for name in read.stored:
         tensor = read(name)
         if name in updates:
-            tensor = tensor.to(device, torch.float32) + updates.of(name, device)
+            tensor = merged(tensor.to(device), updates[name])
         if name in layers:
             for component, values in quantise(tensor.to(device), kind).items():
                 yield f"{name}.{component}", values.cpu()

@@ -1,11 +1,10 @@
-"""The weights of all blocks sharded by rows over the ranks of a job, and gathered one block ahead of their use.
+"""The weights of all blocks, sharded by rows over the ranks of a job and gathered one block ahead of their use.
 
-Sharding and gathering are FSDP2's (`torch.distributed.fsdp.fully_shard`), for inference. What is sharded are the linear
-layers of the blocks, 98 % of the 14B model; norms, tables, embeddings and the output layer are on every rank. The layer
-that makes the cross-attention keys and values is gathered apart from the rest of its block: `encode_text` needs it
-alone, and a forward never does.
+FSDP2 (`torch.distributed.fsdp.fully_shard`) shards and gathers. It shards the linear layers of the blocks, 98 % of the
+14B model; norms, tables, embeddings and the output layer are on every rank. The layer that makes the cross-attention
+keys and values is gathered apart from the rest of its block: `encode_text` needs it alone, and a forward never does.
 
-A gather takes all ranks, so all must call `encode_text` and `forward` in the same order.
+A gather needs all ranks, so all must call `encode_text` and `forward` in the same order.
 """
 
 from __future__ import annotations
@@ -22,17 +21,46 @@ from torch import Tensor, nn
 from helios_cp.config.checkpoint import TransformerConfig
 from helios_cp.model.layers import stored_names
 from helios_cp.model.transformer import HeliosTransformer, empty_model
+from helios_cp.weights.placement import Destination, Moved, whole_destinations
 from parallel.collectives import Group
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
 
 
+@dataclass(frozen=True)
+class ShardedRows:
+    """A placement: of the blocks' weights this rank holds its rows, of others all. `group` is that of all ranks."""
+
+    group: Group
+
+    @property
+    def takes_quantised(self) -> bool:
+        return self.group.size == 1
+
+    def shrink(self, model: HeliosTransformer, device: torch.device) -> None:
+        shard_weights(model, self.group, device)
+
+    def destinations(self, model: HeliosTransformer, moved: Moved) -> Iterator[Destination]:
+        """FSDP shards as `torch.chunk` does: all chunks but the last are equal, and the last ranks may have none."""
+        if self.group.size == 1:
+            yield from whole_destinations(model, moved, {})
+            return
+        for path, module in model.named_modules():
+            for kind, parameter in module.named_parameters(recurse=False):
+                names = stored_names(path, module, kind)
+                rows = _local(parameter.detach())
+                is_sharded = _is_sharded(parameter)
+                first = self.group.rank * _chunk_rows(parameter.shape[0], self.group.size) if is_sharded else 0
+                height = parameter.shape[0] // len(names)
+                for index, part, place in stacked_rows([height] * len(names), first, first + rows.shape[0]):
+                    yield Destination(names[index], (part,), rows[place])
+
+
 def shard_weights(transformer: HeliosTransformer, group: Group, device: torch.device) -> None:
     """Leave this rank's rows of the blocks' weights in a model on the meta device, in its final dtype.
 
-    `group` is that of all ranks, which all call this. `own_rows` says what to load once memory is allocated. A group of
-    one rank leaves the model as it is.
+    `group` is that of all ranks, which all call this. A group of one rank leaves the model as it is.
     """
     if group.size == 1:
         return
@@ -48,7 +76,7 @@ def shard_weights(transformer: HeliosTransformer, group: Group, device: torch.de
         linear = set(_linear_parameters(unit))
         others = {parameter for parameter in unit.parameters() if parameter not in linear}
         fully_shard(unit, mesh=mesh, reshard_after_forward=True, ignored_params=others)
-    # With nothing of its own to shard, but known to FSDP as the root of all units, whichever of them runs first.
+    # The root shards nothing itself. FSDP needs it, because otherwise the unit that runs first would be the root.
     fully_shard(transformer, mesh=mesh, ignored_params=set(transformer.parameters()))
     register_fsdp_forward_method(transformer, "encode_text")
     _gather_ahead(text_units)
@@ -70,10 +98,10 @@ def _linear_parameters(unit: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def _gather_ahead(units: Sequence[nn.Module]) -> None:
-    """Have each unit's gather start just before the unit ahead of it computes; the first one's, before its own.
+    """Start each unit's gather just before the unit ahead of it computes, and the first one's before its own work.
 
-    FSDP has prefetching of its own, but then holds three units at once: it keeps what was received of one until the
-    next one is in place. A gather that was started here is freed as soon as its weights are.
+    FSDP can prefetch by itself, but then it holds three units at once: it keeps what it received of one unit until the
+    next is in place. A gather that starts here is freed together with its weights.
     """
     units[0].register_forward_pre_hook(_start_gather(units[0]), prepend=True)  # before FSDP's own hook
     for unit, following in itertools.pairwise(units):
@@ -87,29 +115,10 @@ def _start_gather(unit: FSDPModule) -> Callable[..., None]:
     return hook
 
 
-def own_rows(transformer: HeliosTransformer, group: Group) -> tuple[dict[str, Tensor], dict[str, tuple[slice, ...]]]:
-    """Where stored tensors go on this rank, and which of their rows; by name, without those that have no row here.
-
-    FSDP shards as `torch.chunk` does: all chunks but the last are equal, and the last ranks may have none.
-    """
-    places: dict[str, Tensor] = {}
-    parts: dict[str, tuple[slice, ...]] = {}
-    for path, module in transformer.named_modules():
-        for kind, parameter in module.named_parameters(recurse=False):
-            names = stored_names(path, module, kind)
-            rows = _local(parameter.detach())
-            is_sharded = _is_sharded(parameter)
-            first = group.rank * _chunk_rows(parameter.shape[0], group.size) if is_sharded else 0
-            height = parameter.shape[0] // len(names)
-            for index, part, place in stacked_rows([height] * len(names), first, first + rows.shape[0]):
-                places[names[index]], parts[names[index]] = rows[place], (part,)
-    return places, parts
-
-
 def stacked_rows(heights: Sequence[int], first: int, last: int) -> Iterator[tuple[int, slice, slice]]:
-    """Of tensors stacked on top of each other, those that rows `first` to `last` (exclusive) of the stack come from.
+    """Which tensors of a stack rows `first` to `last` (exclusive) come from; `heights` are the rows of each tensor.
 
-    Yields the index of each tensor, which rows of it they are, and their places counted from `first`.
+    Yields the index of a tensor, its rows among these, and where they are, counted from `first`.
     """
     for index, (top, bottom) in enumerate(itertools.pairwise(itertools.accumulate(heights, initial=0))):
         start, stop = max(first, top), min(last, bottom)

@@ -1,8 +1,8 @@
 """The transformer out of its files: in place, in part, quantised, with adapters merged; and adapters exchanged later.
 
-A stored tensor goes to one place of the model, at any time and in any order: `_fill` computes all of what lies there
-from the files, never from what was there before. So a model whose adapters were exchanged has the bits of one that was
-loaded with them. Nothing is kept for it but the files, mapped into memory and not read before they are needed.
+Each stored tensor is computed from the files, never from what was in the model before. So a model whose adapters were
+exchanged has the bits of one that was loaded with them. To do that it keeps the files mapped into memory, and reads
+them when they are needed.
 """
 
 from __future__ import annotations
@@ -10,14 +10,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from helios_cp.config.checkpoint import Checkpoint
 from helios_cp.config.errors import CheckpointError, RequestError
-from helios_cp.config.execution import Adapter
+from helios_cp.config.execution import Adapter, Execution
 from helios_cp.files.tensor_files import (
     Part,
     Reader,
@@ -29,109 +28,161 @@ from helios_cp.files.tensor_files import (
 )
 from helios_cp.model.layers import stored_names
 from helios_cp.model.transformer import HeliosTransformer
-from helios_cp.weights.lora import Updates, read_updates, shapes_of
+from helios_cp.weights.lora import read_updates, shapes_of
+from helios_cp.weights.placement import Destination, Moved, Placement, Whole
 from helios_cp.weights.quantize import (
-    Components,
     assemble,
     check_quantization,
     check_stored,
-    components,
     empty_components,
     is_block_linear,
-    is_quantised,
     part_of_component,
     quantise,
     stored_quantization,
     with_components,
 )
-
-if TYPE_CHECKING:
-    from parallel.collectives import Group
+from helios_cp.weights.updates import Update, merged
 
 STEM = "diffusion_pytorch_model"
 IGNORED_KEY = "norm_added_q"  # in some checkpoints, used by no Helios; diffusers leaves it out too
 
-Place = Tensor | Components
-"""Where a stored tensor goes: the memory of a parameter or of some of its rows, or of the components of these."""
-
 Read = Callable[[str, Part], Tensor]
-
-
-@dataclass(frozen=True)
-class Source:
-    """What a model's weights were loaded from, and how. It changes no more, so copies of the model share it.
-
-    `parts` says which part of a stored tensor a rank holds; `shard_over` is set where FSDP decides that. Weights of the
-    blocks are of `kind`, in the files already if `is_stored_quantised`. They are computed on `device`.
-    """
-
-    read: Read
-    shapes: Mapping[str, tuple[int, ...]]
-    parts: Mapping[str, Part]
-    shard_over: Group | None
-    kind: str | None
-    is_stored_quantised: bool
-    device: torch.device
-
-    def __deepcopy__(self, memo: object) -> Source:
-        return self
+Updates = Mapping[str, Sequence[Update]]
 
 
 def load_transformer(
     checkpoint: Checkpoint,
     dtype: torch.dtype,
     device: str | torch.device = "cpu",
-    narrow: Callable[[HeliosTransformer], Mapping[str, Part]] | None = None,
-    shard_over: Group | None = None,
-    *,
-    quantize: str | None = None,
-    adapters: Sequence[Adapter] = (),
-    compute_on: str | torch.device | None = None,
+    execution: Execution = Execution(),  # noqa: B008 - it is frozen
+    placement: Placement = Whole(),  # noqa: B008
 ) -> HeliosTransformer:
     """The transformer in `dtype`, apart from what it keeps in fp32, ready for inference.
 
-    `narrow` makes parameters smaller before memory is allocated, and says which part of a stored tensor each of them
-    takes; no other part is read. `shard_over` is the group of all ranks, for the blocks' weights to be sharded over
-    (`helios_cp.weights.sharded`). Memory is allocated once, on the device; tensors are then copied into place one at a
-    time, `adapters` merged and `quantize`d one at a time too, on the device `compute_on` (by default, `device`).
+    It computes on `device`. `execution` says where its weights lie meanwhile, how they are quantised and which adapters
+    are merged into them; `placement` which parts of them this rank holds. No other part is read. Memory is allocated
+    once; then tensors come into place one at a time.
 
     Raises `CheckpointError`, before anything is allocated, if files or keys are missing, left over or of the wrong
-    shape, `RequestError` for adapters that do not fit, and `ValueError` for `shard_over` together with `narrow` or
-    quantised weights.
+    shape, `RequestError` for adapters that do not fit, and `ValueError` for quantised weights that are to be sharded.
     """
-    if narrow is not None and shard_over is not None:
-        raise ValueError("narrow and shard_over: give one of the two, as each decides which part of a tensor is read")
-    folder = checkpoint.folder / "transformer"
+    return load_adaptable(checkpoint, dtype, device, execution, placement)[0]
+
+
+def load_adaptable(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+    execution: Execution = Execution(),  # noqa: B008
+    placement: Placement = Whole(),  # noqa: B008
+) -> tuple[HeliosTransformer, AdapterState]:
+    """As `load_transformer`, with what it takes to exchange the adapters later."""
+    device = torch.device(device)
+    home = torch.device(execution.home(device))
     stored = stored_transformer(checkpoint)
-    stored_kind = stored_quantization(checkpoint.folder)
-    if stored_kind is not None and quantize not in (None, stored_kind):
-        raise CheckpointError(f"{folder}: the weights are {stored_kind} already; they cannot become {quantize}")
-    if stored_kind is not None and adapters:
-        raise CheckpointError(f"{folder}: the weights are {stored_kind} already; adapters cannot be merged into them")
-    kind = stored_kind or quantize
-    if kind is not None and shard_over is not None and shard_over.size > 1:
-        raise ValueError("quantize and shard_over: give one of the two; FSDP gathers no quantised weights")
+    stored_kind = _stored_kind(checkpoint, execution)
+    kind = stored_kind or execution.quantize
+    if kind is not None and not placement.takes_quantised:
+        raise ValueError("quantised and sharded weights: give one of the two; FSDP gathers no quantised weights")
     with torch.device("meta"):
         model = HeliosTransformer(checkpoint.transformer)
     shapes = shapes_of(model)
     check_transformer(checkpoint, stored, shapes, quantised_layers(model), stored_kind)
-    check_quantization(kind, checkpoint.transformer, dtype=dtype, device=torch.device(compute_on or device))
-    updates = read_updates(adapters, shapes)
-    parts = narrow(model) if narrow is not None else {}
+    check_quantization(kind, checkpoint.transformer, dtype=dtype, device=device)
+    updates = read_updates(execution.lora, shapes)
     assert not list(model.buffers()), "buffers are not part of a checkpoint and would stay empty"
-    model.cast(dtype)
-    if shard_over is not None:
-        from helios_cp.weights.sharded import own_rows, shard_weights
 
-        shard_weights(model, shard_over, torch.device(device))
-    _allocate(model, torch.device(device), kind)
-    if shard_over is not None:
-        _, parts = own_rows(model, shard_over)
-    device = torch.device(compute_on or device)
-    source = Source(Reader(stored), shapes, parts, shard_over, kind, stored_kind is not None, device)
-    _fill_all(model, source, stored, updates)
-    model.source, model.adapters, model.adapted = source, tuple(adapters), frozenset(updates)
-    return model.eval().requires_grad_(False)
+    placement.shrink(model.cast(dtype), home)
+    _allocate(model, home, kind)
+    source = Source(Reader(stored), shapes, kind, stored_kind is not None, device)
+    _fill_all(placement.destinations(model, {}), source, updates)
+    model.eval().requires_grad_(False)
+    return model, AdapterState(model, source, placement, execution.lora, frozenset(updates))
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a transformer's weights are made from, and how.
+
+    Weights of the blocks are of `kind`, in the files already if `is_stored_quantised`. They are computed on `device`.
+    """
+
+    read: Reader
+    shapes: Mapping[str, tuple[int, ...]]
+    kind: str | None
+    is_stored_quantised: bool
+    device: torch.device
+
+    @torch.no_grad()
+    def fill(self, destination: Destination, updates: Updates, read: Read | None = None) -> None:
+        """Make what lies at `destination` anew, through `read` if that is given."""
+        read = read or self.read
+        name, part, memory = destination.name, destination.part, destination.memory
+        if not isinstance(memory, dict) and name not in updates:
+            memory.copy_(read(name, part))
+            return
+        # All of it first: a row is quantised whole, and a product of a part of two factors might round elsewhere.
+        whole = merged(read(name, ()).to(self.device), updates.get(name, ()))
+        if not isinstance(memory, dict):
+            memory.copy_(whole[part] if part else whole)
+            return
+        for component, values in quantise(whole, self.kind).items():
+            own = part_of_component(part, component, self.kind)
+            memory[component].copy_(values[own] if own else values)
+
+
+class AdapterState:
+    """The adapters in a loaded transformer's weights, and what it takes to exchange them."""
+
+    def __init__(
+        self,
+        model: HeliosTransformer,
+        source: Source,
+        placement: Placement,
+        adapters: tuple[Adapter, ...],
+        touched: frozenset[str],
+    ) -> None:
+        self.source = source
+        self.current: tuple[Adapter, ...] | None = adapters
+        self._model = model
+        self._placement = placement
+        self._touched = touched
+
+    def exchange(self, adapters: Iterable[Adapter], moved: Moved | None = None) -> None:
+        """Have the transformer run with these adapters and no others.
+
+        Weights that neither the adapters until now nor the new ones touch are left alone; the others are made anew out
+        of the checkpoint's files, in the memory where they are, so that compiled code and captured graphs stay valid.
+        `moved` is the memory of parameters that do not lie in the model. Every rank calls this.
+
+        Costs no memory. Time: the touched weights are read from the page cache, or from disk where that was too small.
+        Raises `RequestError` for adapters that do not fit, before anything is changed.
+        """
+        adapters = tuple(adapters)
+        if adapters == self.current:
+            return
+        if self.source.is_stored_quantised:
+            kind = self.source.kind
+            raise RequestError(f"--lora {adapters[0].path}: the weights are stored as {kind}, so none can be merged")
+        updates = read_updates(adapters, self.source.shapes)
+        touched = self._touched | frozenset(updates)
+        self.current, self._touched = None, touched  # if this is interrupted, the next call makes all of them anew
+        for destination in self._placement.destinations(self._model, moved or {}):
+            if destination.name in touched:
+                self.source.fill(destination, updates)
+        self.current, self._touched = adapters, frozenset(updates)
+        if any(name.startswith("condition_embedder.") for name in touched):
+            self._model.forget_zero_timestep()
+
+
+def _stored_kind(checkpoint: Checkpoint, execution: Execution) -> str | None:
+    """How the files are quantised. Raises `CheckpointError` where that does not go with `execution`."""
+    folder, kind = checkpoint.folder / "transformer", stored_quantization(checkpoint.folder)
+    if kind is not None and execution.quantize not in (None, kind):
+        raise CheckpointError(f"{folder}: the weights are {kind} already; they cannot become {execution.quantize}")
+    if kind is not None and execution.lora:
+        raise CheckpointError(f"{folder}: the weights are {kind} already; adapters cannot be merged into them")
+    return kind
 
 
 def stored_transformer(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
@@ -177,97 +228,23 @@ def _allocate(model: HeliosTransformer, device: torch.device, kind: str | None) 
         module.weight = nn.Parameter(weight, requires_grad=False)
 
 
-def _fill_all(model: HeliosTransformer, source: Source, stored: Mapping[str, StoredTensor], updates: Updates) -> None:
+def _fill_all(destinations: Iterable[Destination], source: Source, updates: Updates) -> None:
     """File after file, none of which stays mapped once it was read: what is mapped and read counts as memory used."""
-    found = _places(model, source)
-    if source.is_stored_quantised:
-        found = {
-            name: place
-            for layer, at in found.items()
-            for name, place in ({f"{layer}.{c}": at[c] for c in at} if isinstance(at, dict) else {layer: at}).items()
-        }
+    stored = source.read.stored
+    found = {destination.name: destination for destination in _stored_destinations(destinations, source)}
     own = [name for name in stored if name in found]
     for file, names in itertools.groupby(own, key=lambda name: stored[name].file):
         with open_file(file) as shard:
             for name in names:
-                _fill(found[name], name, lambda name, part, shard=shard: read(shard, name, part), source, updates)
+                source.fill(found[name], updates, lambda name, part, shard=shard: read(shard, name, part))
 
 
-@torch.no_grad()
-def _fill(place: Place, name: str, read: Read, source: Source, updates: Updates) -> None:
-    part = source.parts.get(name, ())
-    if isinstance(place, dict):
-        weight = read(name, ()).to(source.device, torch.float32)
-        if name in updates:
-            weight = weight + updates.of(name, source.device)
-        for component, values in quantise(weight, source.kind).items():
-            own = part_of_component(part, component, source.kind)
-            place[component].copy_(values[own] if own else values)
-    elif name in updates:
-        # All of it first, as a product of a part of the factors might round elsewhere than that of all.
-        whole = read(name, ()).to(source.device, torch.float32) + updates.of(name, source.device)
-        place.copy_(whole[part] if part else whole)
-    else:
-        layer, _, component = name.rpartition(".")
-        if source.is_stored_quantised and layer in source.parts:
-            part = part_of_component(source.parts[layer], component, source.kind)
-        place.copy_(read(name, part))
-
-
-def _places(model: HeliosTransformer, source: Source, at: Mapping[tuple[int, str], Tensor] | None = None):
-    """Where each stored tensor goes, by name, without those that have no place on this rank.
-
-    `at` has the memory of parameters that lie elsewhere than in the model, by the module's identity and their name.
-    """
-    if source.shard_over is not None:
-        from helios_cp.weights.sharded import own_rows
-
-        return own_rows(model, source.shard_over)[0]
-    return dict(_whole_places(model, at or {}))
-
-
-def _whole_places(model: HeliosTransformer, at: Mapping[tuple[int, str], Tensor]) -> Iterator[tuple[str, Place]]:
-    for path, module in model.named_modules():
-        for kind, parameter in module.named_parameters(recurse=False):
-            tensor = at.get((id(module), kind), parameter).detach()
-            names = stored_names(path, module, kind)
-            height = tensor.shape[0] // len(names)
-            for index, name in enumerate(names):
-                rows = slice(index * height, (index + 1) * height)
-                if is_quantised(tensor):
-                    yield name, {c: values[rows] for c, values in components(tensor).items()}
-                else:
-                    yield name, tensor[rows]
-
-
-def set_adapters(
-    model: HeliosTransformer, adapters: Iterable[Adapter], at: Mapping[tuple[int, str], Tensor] | None = None
-) -> None:
-    """Have a loaded transformer run with these adapters and no others. See `Pipeline.set_adapters`.
-
-    Weights that neither the adapters until now nor the new ones touch are left alone; the others are made anew out of
-    the checkpoint's files, in the memory where they are, so that compiled code and captured graphs stay valid. The
-    result has the bits of a model that was loaded with these adapters; `[]` gives the checkpoint itself. With several
-    ranks every one of them calls it. `at` has the memory of parameters that lie elsewhere than in the model, by the
-    module's identity and their name.
-
-    Costs no memory. Time: the touched weights are read from the page cache, or from disk where that was too small.
-    Raises `RequestError` for adapters that do not fit, before anything is changed.
-    """
-    adapters = tuple(adapters)
-    if adapters == getattr(model, "adapters", ()):
-        return
-    source: Source | None = getattr(model, "source", None)
-    if source is None:
-        raise RequestError(f"--lora {adapters[0].path}: these weights came from no checkpoint, so none can be merged")
-    if source.is_stored_quantised:
-        raise RequestError(f"--lora {adapters[0].path}: the weights are stored as {source.kind}, so none can be merged")
-    updates = read_updates(adapters, source.shapes)
-    touched = model.adapted | frozenset(updates)
-    model.adapters, model.adapted = None, touched  # should this be interrupted, the next call makes all of them anew
-    for name, place in _places(model, source, at).items():
-        if name in touched:
-            _fill(place, name, source.read, source, updates)
-    model.adapters, model.adapted = adapters, frozenset(updates)
-    if any(name.startswith("condition_embedder.") for name in touched):
-        model._forget(None)  # the modulation of t = 0, which it computed once
+def _stored_destinations(destinations: Iterable[Destination], source: Source) -> Iterator[Destination]:
+    """One for each tensor of the files. Of weights that are stored quantised, each component is one."""
+    for destination in destinations:
+        if not source.is_stored_quantised or not isinstance(destination.memory, dict):
+            yield destination
+            continue
+        for component, memory in destination.memory.items():
+            part = part_of_component(destination.part, component, source.kind)
+            yield Destination(f"{destination.name}.{component}", part, memory)

@@ -78,7 +78,7 @@ def test_random_weights_are_never_zero_and_in_the_dtypes_of_a_checkpoint():
     model = build("tiny").transformer
     for name, parameter in model.cast(torch.bfloat16).named_parameters():
         assert parameter.float().abs().max() > 0 and parameter.isfinite().all(), name
-    drawn = full_size.random_transformer(model.config, torch.bfloat16, "cpu", CPU)
+    drawn = full_size.random_transformer(model.config, torch.bfloat16, CPU, CPU)
     for name, parameter in drawn.named_parameters():
         assert parameter.dtype == (torch.float32 if model.keeps_fp32(name) else torch.bfloat16), name
         assert (parameter == 0).float().mean() < 0.01, name

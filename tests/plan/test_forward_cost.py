@@ -20,12 +20,13 @@ from benchmarks.models.models import TEXT_TOKENS, Inputs, encode_history, run_ou
 from benchmarks.ranks.silent import silent_mesh
 from helios_cp.config.checkpoint import TransformerConfig
 from helios_cp.model.transformer import HeliosTransformer
-from helios_cp.pipeline.parallelize import ShardedSequence, narrow_feed_forward
+from helios_cp.pipeline.parallelize import ShardedSequence
 from helios_cp.plan import forward_cost as cost
 from helios_cp.plan import weight_cost
 from helios_cp.plan.forward_cost import PASSES, Product, Traffic, forward_cost, guidance_traffic
 from helios_cp.plan.rank_shares import shares, whole
 from helios_cp.plan.weight_cost import TextEncoderConfig
+from helios_cp.weights.placement import narrow_feed_forward
 from helios_cp.weights.sharded import predicted_bytes
 from parallel.collectives import Meter
 from parallel.mesh import Degrees

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from helios_cp.model.transformer import HeliosTransformer, History
-from helios_cp.pipeline.parallelize import ShardedSequence, narrow_feed_forward
+from helios_cp.pipeline.parallelize import ShardedSequence, placement_of
 from helios_cp.weights.load import resolve
 from helios_cp.weights.transformer import load_transformer
 from parallel.collectives import Meter
@@ -40,8 +40,7 @@ def compare(rank: int, folder: str | Path, degrees: Degrees, sharded: bool, back
     torch.compiler.reset()
     meter = Meter()
     mesh = Mesh.build(degrees, meter=meter)
-    narrow = (lambda model: narrow_feed_forward(model, mesh.ffn_tp)) if mesh.ffn_tp.size > 1 else None
-    transformer = load_transformer(resolve(str(folder)), torch.float32, "cpu", narrow, mesh.world if sharded else None)
+    transformer = load_transformer(resolve(str(folder)), torch.float32, placement=placement_of(mesh, sharded))
     transformer.sequence = ShardedSequence(mesh)
 
     def run() -> tuple[list[Tensor], tuple[int, int]]:

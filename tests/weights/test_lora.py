@@ -1,6 +1,6 @@
 """Unit, and multi-rank gloo: adapters merged while loading and exchanged later, against diffusers and PEFT.
 
-A forward is compared in fp32 to 1e-5 of its range: diffusers adds `B (A x)` to what the layer makes, we multiply by
+A forward is compared in fp32 to 1e-5 of its range: PEFT adds `B (A x)` to what the layer makes, we multiply by
 `W + B A`, the same sum in another order. What is missing or scaled wrongly shows by more than 1e-2. Exchanged weights
 are compared bitwise: they are computed anew from the files, in the same way as while loading.
 """
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from diffusers import HeliosPipeline, HeliosTransformer3DModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from benchmarks.models.models import Inputs, encode_history, run_ours, run_theirs
 from benchmarks.ranks.pool import shared_pool
@@ -25,8 +25,9 @@ from helios_cp.config.execution import Adapter, Execution
 from helios_cp.config.request import Request
 from helios_cp.model.transformer import HeliosTransformer
 from helios_cp.pipeline.pipeline import Pipeline
-from helios_cp.weights.lora import Updates, check_adapters, read_adapter, read_updates, shapes_of
-from helios_cp.weights.transformer import load_transformer
+from helios_cp.weights.lora import read_updates, shapes_of
+from helios_cp.weights.transformer import Source, load_transformer
+from helios_cp.weights.updates import merged
 from parallel.mesh import Degrees, Mesh
 
 if TYPE_CHECKING:
@@ -50,7 +51,9 @@ def theirs_with(checkpoint: Checkpoint, configs: dict[str, LoraConfig]) -> Helio
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_" in name:
+            if "lora_magnitude" in name:
+                parameter.mul_(1 + 0.3 * torch.rand(parameter.shape, generator=generator))
+            elif "lora_" in name:
                 parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
     return model
 
@@ -80,6 +83,12 @@ def pair(checkpoint, tmp_path_factory) -> tuple[HeliosTransformer3DModel, tuple[
         transformer_lora_adapter_metadata=json.loads(json.dumps(configs["motion"].to_dict(), default=sorted)),
     )
     return model, (Adapter(str(folder / "style"), 0.7), Adapter(str(folder / "motion"), -1.3))
+
+
+def adapted(
+    checkpoint: Checkpoint, adapters, dtype: torch.dtype = torch.float32, quantize: str | None = None
+) -> HeliosTransformer:
+    return load_transformer(checkpoint, dtype, execution=Execution(quantize=quantize, lora=tuple(adapters)))
 
 
 def forward(model: HeliosTransformer, inputs: Inputs) -> torch.Tensor:
@@ -121,9 +130,9 @@ def test_merged_while_loading_as_diffusers(checkpoint, pair):
     theirs.set_adapters(["style", "motion"], [adapter.weight for adapter in adapters])
     inputs = inputs_for(checkpoint)
     expected = run_theirs(theirs, inputs)
-    assert error(forward(load_transformer(checkpoint, torch.float32, adapters=adapters), inputs), expected) <= 1e-5
+    assert error(forward(adapted(checkpoint, adapters), inputs), expected) <= 1e-5
     for wrong in ((), adapters[:1], adapters[1:], (Adapter(adapters[0].path), adapters[1])):
-        assert error(forward(load_transformer(checkpoint, torch.float32, adapters=wrong), inputs), expected) > 1e-2
+        assert error(forward(adapted(checkpoint, wrong), inputs), expected) > 1e-2
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])
@@ -141,56 +150,86 @@ def test_a_folder_of_peft(checkpoint, tmp_path, use_rslora):
     assert next(iter(load_file(tmp_path / "adapter_model.safetensors"))).startswith("base_model.model.")
     inputs = inputs_for(checkpoint)
     for path in (tmp_path, tmp_path / "adapter_model.safetensors"):
-        ours = load_transformer(checkpoint, torch.float32, adapters=[Adapter(str(path))])
+        ours = adapted(checkpoint, [Adapter(str(path))])
         assert error(forward(ours, inputs), run_theirs(theirs, inputs)) <= 1e-5
 
 
-def test_names_of_other_trainers(checkpoint, pair, tmp_path):
-    """The names of Wan, which diffusers converts; `lora_down` and `alpha`; and the name of an adapter in the key."""
-    with torch.device("meta"):
-        shapes = shapes_of(HeliosTransformer(checkpoint.transformer))
-    style = Path(pair[1][0].path)
-    expected = read_adapter(style, shapes)
-    tensors = load_file(style / "pytorch_lora_weights.safetensors")
-    renames = [(f"attn{a}.{mine}", f"{name}_attn.{wan}") for a, name in ((1, "self"), (2, "cross"))
-               for mine, wan in zip(ATTENTION, "qkvo", strict=True)]  # fmt: skip
-    renames += [("ffn.net.0.proj", "ffn.0"), ("ffn.net.2", "ffn.2")]
+OTHER_KINDS = {
+    "DoRA": lambda peft: peft.LoraConfig(r=4, lora_alpha=6, use_dora=True, target_modules=[*LAYERS, "patch_short"]),
+    "LoHa": lambda peft: peft.LoHaConfig(r=4, alpha=6, target_modules=LAYERS),
+    "LoKr": lambda peft: peft.LoKrConfig(r=4, alpha=2, rank_pattern={"to_q": 3}, target_modules=LAYERS),
+    "LoKr, small factors": lambda peft: peft.LoKrConfig(r=2, alpha=1, decompose_both=True, target_modules=LAYERS),
+    "LoKr, whole factors": lambda peft: peft.LoKrConfig(r=64, alpha=16, decompose_factor=8, target_modules=LAYERS),
+}
+STRENGTH = 0.7
 
-    def wan(key: str) -> str:
-        for mine, other in renames:
-            key = key.replace(f".{mine}.", f".{other}.")
-        return f"diffusion_model.{key}"
 
-    kohya = {key.replace("lora_A", "lora_down").replace("lora_B", "lora_up"): v for key, v in tensors.items()}
-    alphas = {f"{key.split('.lora_')[0]}.alpha": torch.tensor(8.0) for key in tensors}
-    named = {f"base_model.model.{key.replace('.weight', '.default.weight')}": v for key, v in tensors.items()}
-    alphas_of_named = {f"base_model.model.{key}": value for key, value in alphas.items()}
-    wan_alphas = {wan(f"{key}.")[:-1]: value for key, value in alphas.items()}
-    for index, content in enumerate(
-        ({wan(key): v for key, v in tensors.items()} | wan_alphas, kohya | alphas, named | alphas_of_named)
-    ):
-        file = tmp_path / f"{index}.safetensors"
-        save_file({key: value.clone() for key, value in content.items()}, file)
-        found = read_adapter(file, shapes)
-        assert found.keys() == expected.keys()
-        for layer, update in found.items():
-            product, wanted = update.scale * update.up @ update.down, expected[layer]
-            torch.testing.assert_close(product, wanted.scale * wanted.up @ wanted.down, rtol=1e-5, atol=1e-6)
+@pytest.fixture(scope="module")
+@torch.no_grad()
+def kinds(checkpoint, tmp_path_factory) -> dict[str, tuple[torch.nn.Module, Adapter]]:
+    """Adapters that are no plain LoRA: in PEFT's model over that of diffusers, and in a folder that PEFT wrote."""
+    peft = pytest.importorskip("peft")
+    generator, found = torch.Generator().manual_seed(2), {}
+    for kind, config in OTHER_KINDS.items():
+        model = HeliosTransformer3DModel.from_pretrained(checkpoint.folder / "transformer")
+        theirs = peft.get_peft_model(model, config(peft)).eval()
+        for name, parameter in theirs.named_parameters():
+            if "magnitude" in name:
+                parameter.mul_(1 + 0.3 * torch.rand(parameter.shape, generator=generator))
+            elif any(word in name for word in ("lora_", "hada_", "lokr_")):
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+        folder = tmp_path_factory.mktemp("kind")
+        theirs.save_pretrained(folder)
+        for module in theirs.modules():
+            if hasattr(module, "scale_layer"):
+                module.scale_layer(STRENGTH)
+        found[kind] = theirs, Adapter(str(folder), STRENGTH)
+    return found
+
+
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+def test_other_kinds_as_peft(checkpoint, kinds, kind):
+    theirs, adapter = kinds[kind]
+    inputs = inputs_for(checkpoint)
+    expected = run_theirs(theirs, inputs)
+    ours, stronger = (adapted(checkpoint, [each]) for each in (adapter, Adapter(adapter.path)))
+    assert error(forward(ours, inputs), expected) <= 1e-5
+    assert error(forward(stronger, inputs), expected) > 1e-2
+
+
+def test_several_kinds_as_in_diffusers(checkpoint, tmp_path):
+    """A DoRA scales what adapters before it have added, so the order matters."""
+    peft = pytest.importorskip("peft")
+    configs = {
+        "first": peft.LoraConfig(r=4, use_dora=True, target_modules=LAYERS),
+        "second": peft.LoraConfig(r=2, target_modules=LAYERS),
+        "third": peft.LoraConfig(r=3, use_dora=True, target_modules=ATTENTION),
+    }
+    strengths = {"first": 0.5, "second": 0.3, "third": 0.8}
+    theirs = theirs_with(checkpoint, configs)
+    for name in configs:
+        theirs.save_lora_adapter(tmp_path / name, adapter_name=name)
+    inputs, found = inputs_for(checkpoint), []
+    for order in (["first", "second", "third"], ["third", "first", "second"]):
+        theirs.set_adapters(order, [strengths[name] for name in order])
+        ours = adapted(checkpoint, [Adapter(str(tmp_path / name), strengths[name]) for name in order])
+        found.append(run_theirs(theirs, inputs))
+        assert error(forward(ours, inputs), found[-1]) <= 1e-5
+    assert error(*found) > 1e-2
 
 
 # Exchanged between requests
 
 
 @pytest.mark.parametrize("quantize", [None, "int8"])
-def test_exchanged_with_the_bits_of_loading(checkpoint, pair, quantize):
-    """From one to two to none and back; weights that no adapter touches are not even read."""
+def test_exchanged_with_the_bits_of_loading(checkpoint, pair, kinds, quantize):
+    """From none to one, to two, to other kinds, and back."""
     _, (style, motion) = pair
+    dora, loha, lokr = (kinds[kind][1] for kind in ("DoRA", "LoHa", "LoKr"))
     execution = Execution(quantize=quantize)
     dtype = torch.bfloat16  # where taking an update off again would not give back the bits
-    sets = [(), (motion,), (style, motion), (), (style,)]
-    expected = {
-        adapters: bits(load_transformer(checkpoint, dtype, quantize=quantize, adapters=adapters)) for adapters in sets
-    }
+    sets = [(), (motion,), (style, motion), (dora, motion), (loha, lokr), (), (style,)]
+    expected = {adapters: bits(adapted(checkpoint, adapters, dtype, quantize)) for adapters in sets}
     pipeline = Pipeline.from_pretrained(checkpoint, dtype=dtype, execution=execution)
     model = pipeline.transformer
     memory = {name: parameter.data_ptr() for name, parameter in model.named_parameters() if parameter.is_contiguous()}
@@ -202,14 +241,18 @@ def test_exchanged_with_the_bits_of_loading(checkpoint, pair, quantize):
     names = [name for name in expected[()] if not torch.equal(expected[()][name], expected[(style,)][name])]
     assert names and not same_bits(model, expected[()])
 
-    read, source = [], model.source
-    object.__setattr__(source, "read", lambda name, part: (read.append(name), source_read(name, part))[1])
-    source_read = load_transformer(checkpoint, dtype).source.read
+
+def test_untouched_weights_are_not_read(checkpoint, pair, monkeypatch):
+    """Only those that the adapters until now or the new ones change; and none if they are there already."""
+    _, (style, motion) = pair
+    pipeline = Pipeline.from_pretrained(checkpoint, dtype=torch.float32, execution=Execution(lora=(style,)))
+    read, fill = [], Source.fill
+    monkeypatch.setattr(Source, "fill", lambda self, to, *rest: (read.append(to.name), fill(self, to, *rest)))
     pipeline.set_adapters([motion])
-    updates = read_updates([style, motion], source.shapes)
+    updates = read_updates([style, motion], shapes_of(pipeline.transformer))
     assert sorted(read) == sorted(updates)
     pipeline.set_adapters([motion])
-    assert len(read) == len(updates)  # they were there already
+    assert len(read) == len(updates)
 
 
 def test_a_pipeline_exchanges_them(checkpoint, pair):
@@ -228,12 +271,13 @@ def test_a_pipeline_exchanges_them(checkpoint, pair):
 def test_taking_an_update_off_would_change_bits(checkpoint, pair):
     """What the test of exchange would see if weights were not made anew."""
     _, (style, _) = pair
-    model = load_transformer(checkpoint, torch.bfloat16, adapters=[style])
-    updates = read_updates([style], model.source.shapes)
+    model = adapted(checkpoint, [style], torch.bfloat16)
+    updates = read_updates([style], shapes_of(model))
     plain = load_transformer(checkpoint, torch.bfloat16).state_dict()
     found = model.state_dict()
     for name in updates:
-        found[name].sub_(updates.of(name, torch.device("cpu")).to(torch.bfloat16))
+        weight = torch.zeros(found[name].shape)
+        found[name].sub_(merged(weight, updates[name]).to(torch.bfloat16))
     assert not all(torch.equal(found[name], plain[name]) for name in plain)
 
 
@@ -291,93 +335,18 @@ def forwards(rank: int, folder: str, degrees: Degrees, sharded: bool, sets, quan
     ],
     ids=str,
 )
-def test_every_layout(presets, pair, degrees, sharded, quantize):
+def test_every_layout(presets, pair, kinds, degrees, sharded, quantize):
     """Merged into narrowed and sharded weights, and before weights are quantised."""
     folder, (style, motion) = str(presets["tiny-distilled"]), pair[1]
-    sets = [(style,), (), (motion, style), (motion,)]
+    dora, loha, lokr = (kinds[kind][1] for kind in ("DoRA", "LoHa", "LoKr"))
+    sets = [(style,), (), (motion, style), (dora,), (loha, lokr)]
     alone = forwards(0, folder, Degrees(), False, sets, quantize)
     for found in shared_pool().run(forwards, folder, degrees, sharded, sets, quantize, ranks=degrees.world):
         assert max(error(mine, other) for mine, other in zip(found, alone, strict=True)) <= 1e-5
-    assert min(error(alone[index], alone[1]) for index in (0, 2, 3)) > 1e-2
+    assert min(error(alone[index], alone[1]) for index in (0, 2, 3, 4)) > 1e-2
 
 
-# Refused in one line, before weights are loaded
-
-
-def written(folder: Path, change=lambda tensors: None, **metadata: str) -> Path:
-    generator = torch.Generator().manual_seed(0)
-    tensors = {
-        "transformer.blocks.0.attn1.to_q.lora_A.weight": torch.randn(4, 96, generator=generator),
-        "transformer.blocks.0.attn1.to_q.lora_B.weight": torch.randn(96, 4, generator=generator),
-    }
-    change(tensors)
-    save_file(tensors, folder / "adapter.safetensors", metadata=metadata or None)
-    return folder / "adapter.safetensors"
-
-
-def put(key: str, *shape: int):
-    return lambda tensors: tensors.update({f"transformer.blocks.0.{key}": torch.zeros(shape)})
-
-
-DAMAGES = [
-    (put("attn3.to_q.lora_A.weight", 4, 96), {}, "attn3.to_q.lora_A.weight belongs to no layer"),
-    (put("attn1.to_q.lora_magnitude_vector", 96), {}, "lora_magnitude_vector belongs to no layer"),
-    (put("attn1.norm_q.lora_A.weight", 4, 96), {}, "norm_q.lora_A.weight belongs to no layer"),
-    (put("attn1.to_k.lora_A.weight", 4, 96), {}, "to_k.lora_A.weight has no lora_B.weight beside it"),
-    (put("attn1.to_q.lora_A.weight", 3, 96), {}, "lora_B.weight has shape (96, 4); it must be (96, 3)"),
-    (put("attn1.to_q.lora_A.weight", 4, 97), {}, "lora_A.weight has shape (4, 97); it must be (rank, 96)"),
-    (put("attn1.to_q.lora_B.weight", 95, 4), {}, "lora_B.weight has shape (95, 4); it must be (96, 4)"),
-    (put("attn1.to_q.lora_B.bias", 95), {}, "lora_B.bias has shape (95,); it must be (96,)"),
-    (put("attn1.to_q.alpha", 2), {}, "to_q.alpha has shape (2,); it must be one number"),
-    (lambda tensors: None, {"lora_adapter_metadata": "["}, "lora_adapter_metadata in its header is no JSON object"),
-    (lambda tensors: None, {"lora_adapter_metadata": '{"use_dora": true}'}, "use_dora is set"),
-    (lambda tensors: None, {"lora_adapter_metadata": '{"lora_alpha": Infinity}'}, "has an alpha of inf"),
-    (lambda tensors: tensors.clear(), {}, "holds no adapter"),
-]
-
-
-@pytest.mark.parametrize(("change", "metadata", "expected"), DAMAGES, ids=[expected for *_, expected in DAMAGES])
-def test_a_file_that_does_not_fit(checkpoint, tmp_path, change, metadata, expected):
-    file = written(tmp_path, change, **metadata)
-    with pytest.raises(RequestError) as caught:
-        check_adapters([Adapter(str(file))], checkpoint.transformer)
-    message = str(caught.value)
-    assert message.startswith(f"--lora {file}: ") and expected in message and "\n" not in message
-
-
-def test_paths_that_hold_no_adapter(checkpoint, tmp_path):
-    (tmp_path / "adapter.bin").write_bytes(b"pickled")
-    (tmp_path / "empty").mkdir()
-    torn = tmp_path / "torn" / "adapter.safetensors"
-    torn.parent.mkdir()
-    torn.write_bytes(written(tmp_path).read_bytes()[:-7])
-    shutil.copy(tmp_path / "adapter.safetensors", torn.with_name("another.safetensors"))
-    for path, expected in (
-        (tmp_path / "adapter.bin", "is a pickle, which could run code and is never read"),
-        (tmp_path / "missing", "there is no such file or folder"),
-        (tmp_path / "empty", "0 .safetensors files"),
-        (torn.parent, "2 .safetensors files"),
-        (torn, "no intact safetensors file"),
-    ):
-        with pytest.raises(RequestError, match=expected):
-            check_adapters([Adapter(str(path))], checkpoint.transformer)
-    (tmp_path / "adapter.safetensors").unlink()
-    with pytest.raises(RequestError, match=r"adapter\.bin is a pickle"):
-        check_adapters([Adapter(str(tmp_path))], checkpoint.transformer)
-
-
-def test_refused_on_the_command_line(cache, tmp_path, capsys, monkeypatch, no_weights):
-    from helios_cp.generate.__main__ import main
-
-    monkeypatch.setenv("HELIOS_CP_CACHE", str(cache))
-    monkeypatch.chdir(tmp_path)
-    file = written(tmp_path, put("attn1.to_q.lora_A.weight", 3, 96))
-    with pytest.raises(SystemExit) as stopped:
-        main(["--prompt", "a fox", "--height", "64", "--width", "64", "--lora", f"{file}:0.5"])
-    assert stopped.value.code == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and "attn1.to_q.lora_B.weight has shape (96, 4)" in lines[0]
-    assert not list(tmp_path.glob("*.mp4"))
+# What an exchange leaves
 
 
 def test_a_failed_exchange_changes_nothing(checkpoint, pair, tmp_path):
@@ -393,17 +362,16 @@ def test_a_failed_exchange_changes_nothing(checkpoint, pair, tmp_path):
 def test_an_interrupted_exchange_is_made_good(checkpoint, pair, monkeypatch):
     """The next call makes all weights anew that may be half of one and half of the other."""
     pipeline = Pipeline.from_pretrained(checkpoint, dtype=torch.float32)
-    count = [0]
+    count, fill = [0], Source.fill
 
-    def fail(self, name, device) -> torch.Tensor:
+    def fail(*arguments) -> None:
         count[0] += 1
         if count[0] == 5:
             raise KeyboardInterrupt
-        return of(self, name, device)
+        fill(*arguments)
 
-    of = Updates.of
     with monkeypatch.context() as patch:
-        patch.setattr(Updates, "of", fail)
+        patch.setattr(Source, "fill", fail)
         with pytest.raises(KeyboardInterrupt):
             pipeline.set_adapters(pair[1])
     plain = bits(load_transformer(checkpoint, torch.float32))
@@ -434,5 +402,5 @@ def test_exchanged_on_a_card(checkpoint, pair):
     pipeline = Pipeline.from_pretrained(checkpoint, device="cuda", execution=Execution(quantize="int8"))
     for adapters in (pair[1], (), pair[1][:1]):
         pipeline.set_adapters(adapters)
-        loaded = load_transformer(checkpoint, torch.bfloat16, "cuda", quantize="int8", adapters=adapters)
+        loaded = load_transformer(checkpoint, torch.bfloat16, "cuda", Execution(quantize="int8", lora=adapters))
         assert same_bits(pipeline.transformer, bits(loaded))

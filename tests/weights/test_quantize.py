@@ -41,8 +41,9 @@ from helios_cp.weights.quantize_folder import quantize_folder
 from helios_cp.weights.transformer import load_transformer
 from parallel.mesh import Degrees, Mesh
 from tests.weights.loading_memory import OwnMemory, mapped
+from tests.weights.test_adapter_files import written
 from tests.weights.test_lora import bits as bits_of
-from tests.weights.test_lora import error, forward, inputs_for, same_bits, written
+from tests.weights.test_lora import error, forward, inputs_for, same_bits
 
 pytest.importorskip("torchao")
 
@@ -154,7 +155,7 @@ def test_products(kind, device):
 def test_loaded_quantised(checkpoint, kind):
     """Only linear layers of the blocks change; they are the same after loading, and in a model that is loaded."""
     plain = load_transformer(checkpoint, torch.bfloat16)
-    model = load_transformer(checkpoint, torch.bfloat16, quantize=kind)
+    model = load_transformer(checkpoint, torch.bfloat16, execution=Execution(quantize=kind))
     changed = {path for path, module in model.named_modules() if is_quantised(getattr(module, "weight", 0))}
     assert changed == {path for path, module in plain.named_modules() if is_block_linear(path, module)}
     assert len(changed) == 7 * checkpoint.transformer.num_layers
@@ -169,7 +170,7 @@ def test_loaded_quantised(checkpoint, kind):
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_a_forward_has_the_values_of_the_weights(checkpoint, kind):
-    model = load_transformer(checkpoint, torch.float32, quantize=kind)
+    model = load_transformer(checkpoint, torch.float32, execution=Execution(quantize=kind))
     exact = load_transformer(checkpoint, torch.float32)
     inputs = inputs_for(checkpoint)
     plain = forward(exact, inputs)
@@ -190,7 +191,7 @@ def test_never_whole_in_memory(checkpoint, monkeypatch):
     work = 6 * max(weight.nbytes for weight in layers)
     monkeypatch.setattr("helios_cp.weights.transformer.read", mapped)
     with OwnMemory() as memory:
-        model = load_transformer(checkpoint, torch.float32, quantize="int8")
+        model = load_transformer(checkpoint, torch.float32, execution=Execution(quantize="int8"))
     assert own <= memory.live_bytes <= 1.01 * own
     assert memory.peak_bytes <= own + work < whole
     del model
@@ -202,7 +203,7 @@ def test_never_whole_in_memory(checkpoint, monkeypatch):
 @pytest.mark.parametrize("kind", RUN_ON_CPU)
 def test_compiled_without_a_break(checkpoint, kind):
     """Traced as a whole, with fewer rows too; run without code generation, so that bits are the same."""
-    model = load_transformer(checkpoint, torch.float32, quantize=kind)
+    model = load_transformer(checkpoint, torch.float32, execution=Execution(quantize=kind))
     attention = model.blocks[2].attn1
 
     def layers(states: torch.Tensor) -> torch.Tensor:
@@ -267,7 +268,7 @@ def test_a_folder_has_the_bits_of_loading(checkpoint, folders, kind):
     read = Checkpoint.read(folders[kind])
     for dtype in (torch.float32, torch.bfloat16):
         if kind in RUN_ON_CPU:
-            expected = bits_of(load_transformer(checkpoint, dtype, quantize=kind))
+            expected = bits_of(load_transformer(checkpoint, dtype, execution=Execution(quantize=kind)))
             assert same_bits(load_transformer(read, dtype), expected)
     names = {file.relative_to(folders[kind]).as_posix() for file in folders[kind].rglob("*") if file.is_file()}
     original = {file.relative_to(checkpoint.folder).as_posix() for file in checkpoint.folder.rglob("*.*")}
@@ -286,9 +287,11 @@ def test_a_folder_in_several_files_with_an_adapter(checkpoint, tmp_path, monkeyp
     adapter = Adapter(str(written(tmp_path)), 0.5)
     quantize_folder(checkpoint, tmp_path / "out", "int8", [adapter])
     assert len(list((tmp_path / "out" / "transformer").glob("*.safetensors"))) > 3
-    expected = bits_of(load_transformer(checkpoint, torch.bfloat16, quantize="int8", adapters=[adapter]))
+    expected = bits_of(
+        load_transformer(checkpoint, torch.bfloat16, execution=Execution(quantize="int8", lora=(adapter,)))
+    )
     assert same_bits(load_transformer(Checkpoint.read(tmp_path / "out"), torch.bfloat16), expected)
-    assert not same_bits(load_transformer(checkpoint, torch.bfloat16, quantize="int8"), expected)
+    assert not same_bits(load_transformer(checkpoint, torch.bfloat16, execution=Execution(quantize="int8")), expected)
 
 
 def test_the_command(cache, tmp_path, capsys, monkeypatch):
@@ -442,6 +445,6 @@ def test_a_forward_on_a_card(checkpoint, kind):
         {name: tensor.cuda() for name, tensor in inputs.history.items()},
     )
     plain = forward(load_transformer(checkpoint, torch.bfloat16, "cuda"), inputs)
-    model = load_transformer(checkpoint, torch.bfloat16, "cuda", quantize=kind)
+    model = load_transformer(checkpoint, torch.bfloat16, "cuda", Execution(quantize=kind))
     assert all(part.is_cuda for part in components(model.blocks[0].ffn.net[2].weight).values())
     assert 1e-4 < error(forward(model, inputs).float(), plain.float()) < 0.2

@@ -20,9 +20,14 @@ from torch.distributed.fsdp import FSDPModule
 
 from benchmarks.ranks.pool import shared_pool
 from helios_cp.config.checkpoint import Checkpoint, TransformerConfig
+from helios_cp.config.execution import Execution
 from helios_cp.config.request import Request, ScheduledPrompt
 from helios_cp.model.transformer import HeliosTransformer
 from helios_cp.pipeline.start import Inputs
+from helios_cp.weights.load import resolve
+from helios_cp.weights.placement import Whole
+from helios_cp.weights.sharded import ShardedRows
+from helios_cp.weights.transformer import load_transformer
 from parallel.collectives import Group
 from parallel.mesh import Degrees, Mesh
 
@@ -54,11 +59,9 @@ def folders(presets):
 def load(folder: str, degrees: Degrees, dtype: torch.dtype = torch.float32, sharded: bool = True):
     """The transformer alone, on this rank."""
     from helios_cp.pipeline.parallelize import ShardedSequence
-    from helios_cp.weights.load import resolve
-    from helios_cp.weights.transformer import load_transformer
 
     mesh = Mesh.build(degrees)
-    transformer = load_transformer(resolve(folder), dtype, shard_over=mesh.world if sharded else None)
+    transformer = load_transformer(resolve(folder), dtype, placement=ShardedRows(mesh.world) if sharded else Whole())
     transformer.sequence = ShardedSequence(mesh)
     return transformer
 
@@ -192,13 +195,12 @@ UNEVEN = TransformerConfig(
 def compare_parameters(rank: int, folder: Path, degrees: Degrees, dtypes) -> list[str]:
     """Names of parameters that are not the stored ones after gathering, or that gathered nothing."""
     from helios_cp.weights.sharded import counted_bytes, predicted_bytes
-    from helios_cp.weights.transformer import load_transformer
 
     checkpoint = Checkpoint(folder, "base", False, UNEVEN)
     wrong = []
     for dtype in dtypes:
         whole = load_transformer(checkpoint, dtype)
-        sharded = load_transformer(checkpoint, dtype, shard_over=Mesh.build(degrees).world)
+        sharded = load_transformer(checkpoint, dtype, placement=ShardedRows(Mesh.build(degrees).world))
         expected = predicted_bytes(UNEVEN, dtype, degrees.world)
         if counted_bytes(sharded) != expected.resident:
             wrong.append(f"{counted_bytes(sharded)} bytes held, {expected.resident} expected")
@@ -235,13 +237,12 @@ def test_rows_of_stacked_tensors(heights, first, count):
     assert torch.equal(found, rows[first : max(first, last)])
 
 
-def test_narrowed_weights_are_not_sharded(folders):
-    from helios_cp.weights.load import resolve
-    from helios_cp.weights.transformer import load_transformer
-
-    group = Mesh.build(Degrees()).world
+def test_quantised_weights_are_not_sharded(folders):
+    group = Group(object(), (0, 1))  # refused before anything is sent
     with pytest.raises(ValueError, match="give one of the two"):
-        load_transformer(resolve(folders["tiny-mid"]), torch.float32, narrow=lambda _: {}, shard_over=group)
+        load_transformer(
+            resolve(folders["tiny-mid"]), torch.float32, "cpu", Execution(quantize="int8"), ShardedRows(group)
+        )
 
 
 # Memory and reading
@@ -272,11 +273,9 @@ def live_bytes() -> int:
 def watch_memory(folder: str, dtype: torch.dtype, group: Group | None) -> tuple[list[int], list[int]]:
     """Bytes of the parameters before and after a forward, and by how much the memory behind all tensors has grown at
     the start of each block and at the end."""
-    from helios_cp.weights.load import resolve
     from helios_cp.weights.sharded import counted_bytes
-    from helios_cp.weights.transformer import load_transformer
 
-    transformer = load_transformer(resolve(folder), dtype, shard_over=group)
+    transformer = load_transformer(resolve(folder), dtype, placement=Whole() if group is None else ShardedRows(group))
     inputs = inputs_of_a_forward(transformer)
     transformer(*inputs)
     sizes: list[int] = []
@@ -313,7 +312,6 @@ def watch_gathered_memory(rank: int, folder: str, ranks: int, dtype: torch.dtype
 @pytest.mark.parametrize("ranks", [2, 3, 5])
 def test_bytes_are_those_predicted(pool, folders, ranks, dtype):
     """Two blocks are gathered while there is a next one, then one, then none; 5 ranks have uneven shards."""
-    from helios_cp.weights.load import resolve
     from helios_cp.weights.sharded import predicted_bytes
 
     config = resolve(folders["tiny-mid"]).transformer
@@ -368,8 +366,6 @@ def bytes_read(rank: int, folder: str, degrees: Degrees, sharded: bool) -> int:
 @pytest.mark.parametrize("degrees", [Degrees(), Degrees(ulysses=2), Degrees(ring=5)], ids=str)
 def test_only_own_rows_are_read(pool, folders, degrees):
     """Stored in fp32: all ranks together read what is sharded once, and each what is not."""
-    from helios_cp.weights.load import resolve
-    from helios_cp.weights.transformer import load_transformer
 
     whole = load_transformer(resolve(folders["tiny-mid"]), torch.float32)
     linear = [m for m in whole.blocks.modules() if isinstance(m, nn.Linear)]

@@ -1,0 +1,225 @@
+"""Files of adapters: which one a path means, and what each of its keys is about, under the names of diffusers.
+
+All are safetensors files. A key is a prefix, the name of a layer, and a word that says what the tensor is:
+`transformer.blocks.0.attn1.to_q.lora_A.weight`. Layers have the names of diffusers and PEFT or those of Wan, which
+ComfyUI and other trainers use; musubi-tuner and LyCORIS write `_` in place of each dot.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from helios_cp.config.errors import CheckpointError, RequestError
+from helios_cp.files.tensor_files import PICKLES, open_file, read_json
+
+WEIGHT_NAMES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
+CONFIG_NAME = "adapter_config.json"
+METADATA_KEY = "lora_adapter_metadata"
+
+PREFIXES = ("base_model.model.", "transformer.", "model.", "diffusion_model.", "lora_unet_", "lora_transformer_")
+PREFIXES += ("lycoris_",)
+
+WORDS = {
+    "lora_A": "lora_A",
+    "lora_B": "lora_B",
+    "lora_down": "lora_A",
+    "lora_up": "lora_B",
+    "lora_magnitude_vector": "lora_magnitude_vector",
+    "dora_scale": "dora_scale",
+    **{name: name for name in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")},
+    **{name: name for name in ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")},
+    "alpha": "alpha",
+    "diff": "diff",
+    "diff_b": "diff_b",
+}
+"""What a tensor is, by the word in its key; two words that mean the same become one."""
+
+OTHER_KINDS = {
+    "lora_mid": "LoRA with a Tucker core",
+    "hada_t1": "LoHa with a Tucker core",
+    "hada_t2": "LoHa with a Tucker core",
+    "lokr_t2": "LoKr with a Tucker core",
+    "lora_embedding_A": "LoRA of an embedding",
+    "lora_embedding_B": "LoRA of an embedding",
+    "oft_R": "OFT",
+    "oft_blocks": "OFT",
+    "oft_diag": "OFT",
+    "boft_R": "BOFT",
+    "boft_s": "BOFT",
+    "ia3_l": "IA3",
+    "hra_u": "HRA",
+    "vera_lambda_b": "VeRA",
+    "vera_lambda_d": "VeRA",
+    "fourierft_spectrum": "FourierFT",
+    "bone_block": "Bone",
+    "miss_block": "MiSS",
+    "a1": "GLoRA",
+    "a2": "GLoRA",
+    "b1": "GLoRA",
+    "b2": "GLoRA",
+    "on_input": "IA3 of LyCORIS",
+    "set_weight": "a weight that replaces the model's",
+    "diff_m": "a difference of the modulation (.diff_m)",
+}
+"""Kinds of adapter that are refused, by the word in their keys."""
+
+WAN_IN_BLOCK = {
+    **{
+        f"{ours}.{layer}": f"{wan}.{other}"
+        for ours, wan in (("attn1", "self_attn"), ("attn2", "cross_attn"))
+        for layer, other in (
+            ("to_q", "q"),
+            ("to_k", "k"),
+            ("to_v", "v"),
+            ("to_out.0", "o"),
+            ("norm_q", "norm_q"),
+            ("norm_k", "norm_k"),
+        )
+    },
+    "ffn.net.0.proj": "ffn.0",
+    "ffn.net.2": "ffn.2",
+    "norm2": "norm3",
+    "scale_shift_table": "modulation",
+}
+WAN_OUTSIDE = {
+    "condition_embedder.text_embedder.linear_1": "text_embedding.0",
+    "condition_embedder.text_embedder.linear_2": "text_embedding.2",
+    "condition_embedder.time_embedder.linear_1": "time_embedding.0",
+    "condition_embedder.time_embedder.linear_2": "time_embedding.2",
+    "condition_embedder.time_proj": "time_projection.1",
+    "norm_out.scale_shift_table": "head.modulation",
+    "proj_out": "head.head",
+}
+"""Names of diffusers, and of the same layers in Wan (as diffusers' scripts/convert_wan_to_diffusers.py has them)."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of a file and its key there."""
+
+    key: str
+    tensor: Tensor
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """What a file holds: by the name of each layer in diffusers, what its tensors are. `config` is PEFT's, if any."""
+
+    layers: Mapping[str, Mapping[str, Entry]]
+    config: Mapping[str, Any]
+
+
+def read_adapter_file(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> AdapterFile:
+    """Reads a file for a model whose parameters have these shapes.
+
+    Raises `CheckpointError` for a damaged file, and for a key of an unknown kind or of a layer that the model lacks.
+    """
+    with open_file(file) as shard:
+        tensors = {key: shard.get_tensor(key) for key in shard.keys()}  # noqa: SIM118 - no mapping
+        metadata = (shard.metadata() or {}).get(METADATA_KEY)
+    names = layer_names(shapes)
+    layers: dict[str, dict[str, Entry]] = {}
+    for key, tensor in tensors.items():
+        layer, word = _split(key, shapes)
+        if layer not in names:
+            raise CheckpointError(f"{key} belongs to no layer of the model")
+        found = layers.setdefault(names[layer], {})
+        if word in found:
+            raise CheckpointError(f"{key} says the same as {found[word].key}; one of the two is needed")
+        found[word] = Entry(key, tensor)
+    if not layers:
+        raise CheckpointError("holds no adapter; keys that end in lora_A.weight are needed")
+    return AdapterFile(layers, _config(file, metadata))
+
+
+def layer_names(parameters: Iterable[str]) -> dict[str, str]:
+    """The names by which files may call each layer of a model, and its name in diffusers.
+
+    A parameter that is neither a `weight` nor a `bias` counts as a layer.
+    """
+    names = {}
+    for parameter in parameters:
+        layer, _, kind = parameter.rpartition(".")
+        layer = layer if kind in ("weight", "bias") else parameter
+        for name in (layer, _wan_name(layer)):
+            names[name] = names[name.replace(".", "_")] = layer
+    return names
+
+
+def _wan_name(layer: str) -> str:
+    if not layer.startswith("blocks."):
+        return WAN_OUTSIDE.get(layer, layer)
+    _, index, inner = layer.split(".", 2)
+    return f"blocks.{index}.{WAN_IN_BLOCK.get(inner, inner)}"
+
+
+def _split(key: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, str]:
+    """`transformer.blocks.0.attn1.to_q.lora_A.weight` -> `blocks.0.attn1.to_q`, `lora_A`.
+
+    PEFT may write the name of the adapter behind the word. The bias of `lora_B` is the word `lora_B.bias`.
+    """
+    parts = key.split(".")
+    name = _without_prefix(key)
+    if name in shapes:
+        raise CheckpointError(f"{key} is a whole parameter (modules_to_save or bias of PEFT); only updates are merged")
+    at = next((index for index, part in enumerate(parts) if part in WORDS or part in OTHER_KINDS), None)
+    if at is None:
+        raise CheckpointError(
+            f"{key} belongs to no layer of the model, or is of an unknown kind; known are LoRA, DoRA, LoHa, LoKr, .diff"
+        )
+    word, rest = parts[at], parts[at + 1 :]
+    if word in OTHER_KINDS:
+        raise CheckpointError(
+            f"{key}: the kind is {OTHER_KINDS[word]}; only LoRA, DoRA, LoHa, LoKr and .diff are merged"
+        )
+    if len(rest) > 2 or (rest[-1:] == ["bias"] and WORDS[word] != "lora_B"):
+        raise CheckpointError(f"{key} belongs to no layer of the model")
+    layer = _without_prefix(".".join(parts[:at]))
+    return layer, "lora_B.bias" if rest[-1:] == ["bias"] else WORDS[word]
+
+
+def _without_prefix(name: str) -> str:
+    for prefix in PREFIXES:
+        name = name.removeprefix(prefix)
+    return name
+
+
+def _config(file: Path, metadata: str | None) -> Mapping[str, Any]:
+    """PEFT's configuration: what diffusers keeps in the file's header, or the `adapter_config.json` beside it."""
+    config: Mapping[str, Any] = {}
+    if metadata is not None:
+        try:
+            config = {key.removeprefix("transformer."): value for key, value in json.loads(metadata).items()}
+        except (ValueError, AttributeError):
+            raise CheckpointError(f"{METADATA_KEY} in its header is no JSON object") from None
+    elif (file.parent / CONFIG_NAME).is_file():
+        config = read_json(file.parent / CONFIG_NAME)
+    return config
+
+
+def find_adapter_file(path: Path) -> Path:
+    """The safetensors file that a path stands for. Raises `RequestError` where there is none, or more than one."""
+    if path.is_dir():
+        named = [path / name for name in WEIGHT_NAMES if (path / name).is_file()]
+        files = named or sorted(path.glob("*.safetensors"))
+        if len(files) == 1 or named:
+            return files[0]
+        pickles = sorted(file.name for file in path.glob("*") if file.suffix in PICKLES)
+        if not files and pickles:
+            raise RequestError(f"--lora {path}: {_is_pickle(pickles[0])}")
+        raise RequestError(f"--lora {path}: {len(files)} .safetensors files are in this folder; give the one to use")
+    if not path.is_file():
+        raise RequestError(f"--lora {path}: there is no such file or folder")
+    if path.suffix in PICKLES:
+        raise RequestError(f"--lora {path}: {_is_pickle(path.name)}")
+    return path
+
+
+def _is_pickle(name: str) -> str:
+    return f"{name} is a pickle, which could run code and is never read; give a .safetensors file"
