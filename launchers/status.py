@@ -78,7 +78,7 @@ def read_boards() -> list[dict[str, Any]]:
     import ray
     from ray.exceptions import GetTimeoutError, RayError
 
-    from launchers.driver.board import NAMESPACE
+    from launchers.driver.status import NAMESPACE
 
     found = []
     for actor in ray.util.list_named_actors(all_namespaces=True):

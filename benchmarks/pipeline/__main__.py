@@ -26,7 +26,7 @@ from launchers.cluster.cluster import connected
 from launchers.driver.handle import VideoHandle
 from launchers.driver.pipeline import ChunkPipeline
 from launchers.driver.timeline import Event, draw_runs, overlap
-from launchers.schedule.schedule import Limits
+from launchers.schedule.terms import Limits
 
 MODEL = "tiny-distilled"
 CALIBRATIONS = 3

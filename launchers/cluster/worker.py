@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import enum
 import functools
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
+from ray.exceptions import GetTimeoutError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from launchers.cluster.calls import Answered, GangCall
 from launchers.cluster.cluster import Needs, shortage
-from launchers.cluster.faults import WorkerLostError, fault_of, start_fault_of
+from launchers.cluster.faults import SETUP_ATTEMPTS, StartError, WorkerLostError, fault_of, one_line, start_fault_of
+from launchers.cluster.payload import Payload
 from launchers.messages.messages import Place
 from launchers.messages.versions import check_versions, own_versions
 from launchers.schedule.terms import Stage
@@ -29,6 +31,15 @@ RESTART_WARNING = 15.0
 
 POLL = 2.0
 """Seconds between two looks at whether a node has come that a worker waits for."""
+
+MEET_SECONDS = 600.0
+"""For the first rank of a gang to start and to say where the others meet it."""
+
+LOAD_SECONDS = 3600.0
+"""For a worker to load its part; a first download of the checkpoint counts too."""
+
+COLLECT_SECONDS = 60.0
+"""To fetch a result that is there already."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +71,10 @@ class Standing(enum.Enum):
 class Worker:
     """One worker, of one actor or a gang that lives and dies together.
 
-    `tell(worker, life, event, value)` is called from threads of its own: "ready" with the `Place`s; "short", and when
-    `patience` is over "unplaced", with what the cluster lacks; "lost" and "broken" with an error, when it died or when
-    its start failed by itself. `life` counts the starts; news of an earlier one than the `life` of now are of no use.
+    It is called and stopped in one event loop. `tell(worker, life, event, value)` is called from other threads: "ready"
+    with the `Place`s; "short", and when `patience` is over "unplaced", with what the cluster lacks; "lost" and "broken"
+    with an error, when it died or when its start failed by itself. `life` counts starts and stops: ignore news of
+    another `life` than that of now.
 
     `standing` and the two counters are its owner's: `deaths` in a row without any finished work, and `failed_starts` in
     a row.
@@ -81,6 +93,7 @@ class Worker:
         self._lock = threading.Lock()
         self._actors: list[Any] = []
         self._group: Any = None
+        self._under_way: set[asyncio.Future[None]] = set()
 
     @property
     def is_ready(self) -> bool:
@@ -99,13 +112,16 @@ class Worker:
         threading.Thread(target=self._start, args=(life,), name=f"start {self.name}", daemon=True).start()
 
     def stop(self) -> None:
-        """Kill the actors and give back what was reserved. Calls under way fail."""
+        """Kill the actors and give back what was reserved. Calls under way fail with `WorkerLostError`."""
         with self._lock:  # a start under way finds that its life is over, and gives back what it gets from here on
             self.life += 1
             actors, group = self._actors, self._group
             self._actors, self._group = [], None
         self.standing = Standing.STARTING
         self.places = []
+        for stopped in self._under_way:
+            if not stopped.done():
+                stopped.set_result(None)
         _give_back(actors, group)
 
     def restart(self) -> None:
@@ -121,30 +137,58 @@ class Worker:
         self,
         method: str,
         arguments: Sequence[Any],
-        answered: Answered,
         results: int = 1,
         thread: str | None = None,
         gang: bool = False,
-    ) -> None:
-        """Call `method` on the first actor, or on all of a `gang`; `answered` is called once, from another thread.
+    ) -> Awaitable[list[Payload]]:
+        """Send a call to the first actor, or to all of a `gang`; returns what waits for the first actor's `results`.
 
-        It gets the first actor's `results` when all have answered, or `fault_of` the first error. An error in a gang of
-        several kills it, for the others wait for the one that failed.
+        Of a `Payload` the reference is sent. Raises, now or later, `fault_of` the first error. After an error in a gang
+        of several the others may wait for the rank that failed, so the gang has to be restarted.
         """
-        actors = list(self._actors)
+        actors = self._actors if gang else self._actors[:1]
         if not actors:
-            answered(WorkerLostError(f"{self.name} is not there"))
-            return
+            raise WorkerLostError(f"{self.name} is not there")
         options = {"num_returns": results} | ({"concurrency_group": thread} if thread else {})
-        actors = actors if gang else actors[:1]
-        GangCall(len(actors), answered).send([getattr(actor, method).options(**options) for actor in actors], arguments)
+        plain = [argument.reference if isinstance(argument, Payload) else argument for argument in arguments]
+        sent: list[Any] = []
+        try:
+            for actor in actors:
+                sent.append(getattr(actor, method).options(**options).remote(*plain))
+        except Exception as error:
+            if not sent:
+                raise
+            reached = f"{method} reached {len(sent)} of {len(actors)} ranks"  # these wait for the others
+            raise WorkerLostError(f"{self.name}: {reached}: {one_line(error)}") from error
+        return self._answer([answer if isinstance(answer, list) else [answer] for answer in sent])
+
+    async def _answer(self, sent: Sequence[list[ray.ObjectRef]]) -> list[Payload]:
+        """The first actor's results once every actor has answered."""
+        answers = asyncio.gather(*(asyncio.wrap_future(references[0].future()) for references in sent))
+        answers.add_done_callback(look_at)
+        stopped = asyncio.get_running_loop().create_future()
+        self._under_way.add(stopped)
+        try:
+            await asyncio.wait((answers, stopped), return_when=asyncio.FIRST_COMPLETED)
+            if stopped.done():
+                raise WorkerLostError(f"{self.name} was stopped")
+            answers.result()
+            values = await asyncio.to_thread(ray.get, sent[0], timeout=COLLECT_SECONDS)
+        except Exception as error:
+            raise fault_of(error, in_gang=len(sent) > 1) from None
+        finally:
+            self._under_way.discard(stopped)
+            answers.cancel()
+        return [Payload(reference, value) for reference, value in zip(sent[0], values, strict=True)]
 
     def _start(self, life: int) -> None:
         try:
             actors = self._create(life, self._reserve(life))
-            meeting = ray.get(actors[0].rendezvous.remote()) if self.is_gang else None
+            meeting = None
+            if self.is_gang:
+                meeting = self._get(actors[0].rendezvous.remote(), MEET_SECONDS, "say where its ranks meet")
             arguments = (meeting,) if hasattr(self.recipe.actors[0][0], "rendezvous") else ()
-            places = ray.get([actor.load.remote(*arguments) for actor in actors])
+            places = self._get([actor.load.remote(*arguments) for actor in actors], LOAD_SECONDS, "load")
             check_versions(places, own_versions())
         except _GivenUpError:
             return
@@ -156,6 +200,12 @@ class Worker:
         for actor in actors:
             watch = actor.watch.options(concurrency_group="watch").remote()
             watch.future().add_done_callback(functools.partial(self._died, life))
+
+    def _get(self, references: Any, seconds: float, purpose: str) -> Any:
+        try:
+            return ray.get(references, timeout=seconds)
+        except GetTimeoutError:
+            raise StartError(f"{self.name} did not {purpose} within {seconds:g} s", SETUP_ATTEMPTS) from None
 
     def _died(self, life: int, future: Any) -> None:
         self._tell(self, life, "lost", fault_of(future.exception()))
@@ -205,11 +255,19 @@ class Worker:
         """Keep what this start has got for `stop`, or give it back at once when its life is over."""
         with self._lock:
             if self.life == life:
-                self._group = self._group if group is None else group
-                self._actors += [] if actor is None else [actor]
+                if group is not None:
+                    self._group = group
+                if actor is not None:
+                    self._actors.append(actor)
                 return
         _give_back([] if actor is None else [actor], group)
         raise _GivenUpError
+
+
+def look_at(answer: asyncio.Future[Any]) -> None:
+    """Take note of an error, because asyncio warns of those that nobody looked at."""
+    if not answer.cancelled():
+        answer.exception()
 
 
 def _give_back(actors: Sequence[Any], group: Any) -> None:

@@ -17,17 +17,18 @@ from helios_cp.config.request import Request
 from helios_cp.generate.run_folder import RunFolder
 from helios_cp.weights.load import resolve
 from launchers.cluster.worker import Worker
-from launchers.driver.board import NAMESPACE, put_up
-from launchers.driver.conductor import Conductor, PipelineError
+from launchers.driver.conductor import Conductor
+from launchers.driver.crew import PipelineError
 from launchers.driver.handle import VideoChunk, VideoHandle
 from launchers.driver.recipes import Resources, recipes
+from launchers.driver.status import put_up
 from launchers.driver.submission import Submission
 from launchers.driver.timeline import Event
-from launchers.schedule.schedule import Schedule
+from launchers.schedule.pool import Pool
 from launchers.schedule.terms import Limits
 from launchers.workers.loading import Loading
 
-__all__ = ["NAMESPACE", "ChunkPipeline", "PipelineError"]
+__all__ = ["ChunkPipeline", "PipelineError"]
 
 
 class ChunkPipeline:
@@ -81,17 +82,17 @@ class ChunkPipeline:
 
     @property
     def workers(self) -> Mapping[str, Worker]:
-        return self._conductor.workers
+        return self._conductor.crew.workers
 
     @property
-    def schedule(self) -> Schedule:
+    def pool(self) -> Pool:
         """For looking at; only the pipeline's own thread may change it."""
-        return self._conductor.schedule
+        return self._conductor.crew.pool
 
     @property
     def events(self) -> deque[Event]:
         """The latest units of work, as they are finished. Another thread adds to it: take `list(events)`."""
-        return self._conductor.events
+        return self._conductor.crew.events
 
     def wait_until_ready(self, timeout: float | None = None) -> None:
         """Until every worker is loaded. Raises what keeps one from it, such as a lack of resources, and
@@ -126,7 +127,7 @@ class ChunkPipeline:
             saved_in=folder and folder.path,
             on_chunk=on_chunk,
         )
-        self._conductor.add(submission.video(handle))
+        self._conductor.add(handle, submission)
         return handle
 
     def nodes(self) -> dict[str, str]:

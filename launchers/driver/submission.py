@@ -1,12 +1,13 @@
-"""From a request to a video that the pipeline can run: what is refused, where it goes, where it goes on."""
+"""From a request to a video that the pipeline can make: what is refused, where it goes, where it goes on."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from helios_cp.config.checkpoint import Checkpoint
 from helios_cp.config.errors import RequestError
@@ -15,75 +16,72 @@ from helios_cp.config.sampling_plan import SamplingPlan
 from helios_cp.generate.run_folder import RunFolder
 from helios_cp.pipeline.start import Inputs
 from helios_cp.sampling.state import ChunkState
-from launchers.cluster.calls import Payload
-from launchers.driver.handle import VideoHandle
-from launchers.driver.video import Made, Video
-from launchers.messages.arrays import Array, StateArrays
-from launchers.messages.messages import Denoised, Span, Target
-from launchers.schedule.terms import Course
 from launchers.workers import ahead
 
 
 @dataclass(frozen=True)
 class Submission:
-    """A checked request; see `ChunkPipeline.submit`. `first` is the first chunk that no earlier run has finished."""
+    """A checked request; see `ChunkPipeline.submit`.
+
+    Of a run that goes on, `state` is what its first unfinished chunk starts from, and `denoised` the latents and
+    following states of the chunks that are denoised and not finished.
+    """
 
     request: Request
-    inputs: Inputs
-    output: tuple[Path, ...]
-    folder: RunFolder | None
-    streams: bool
-    decode: bool
-    is_guided: bool
-    state: ChunkState | None
+    output: tuple[Path, ...] = ()
+    folder: RunFolder | None = None
+    streams: bool = False
+    decodes: bool = True
+    is_guided: bool = False
+    starts: bool = False
+    state: ChunkState | None = None
+    denoised: Sequence[tuple[Tensor, ChunkState]] = field(default=(), repr=False)
 
     @classmethod
     def of(
         cls,
         request: Request,
         checkpoint: Checkpoint,
-        output: Sequence[Path],
-        folder: RunFolder | None,
-        stream: bool | None,
-        decode: bool,
+        output: Sequence[Path] = (),
+        folder: RunFolder | None = None,
+        stream: bool | None = None,
+        decode: bool = True,
     ) -> Submission:
         """Raises `RequestError`."""
         request, inputs = Inputs().merged(request)
         request = request.resolve(checkpoint)
         _check(request, output, folder, decode)
+        state, denoised = None, []
         if folder is not None:
             folder = RunFolder(folder.path.absolute(), folder.run)  # the writer works in another folder
-        state = folder.state(torch.device("cpu")) if folder is not None else None
-        if state is not None and state.index == request.num_chunks:
-            raise RequestError(f"{folder.path}: all {state.index} chunks are finished; there is nothing to go on with")
-        paths = tuple(Path(path).absolute() for path in output)
-        streams = not output if stream is None else stream
-        is_guided = SamplingPlan.of(request, checkpoint).is_guided
-        return cls(request, inputs, paths, folder, streams, decode, is_guided, state)
+            state = folder.state(torch.device("cpu"))
+            if state is not None and state.index == request.num_chunks:
+                raise RequestError(f"{folder.path}: all {state.index} chunks are finished; nothing is left to make")
+            denoised = ahead.load(folder, 0 if state is None else state.index)
+        return cls(
+            request,
+            output=tuple(Path(path).absolute() for path in output),
+            folder=folder,
+            streams=not output if stream is None else stream,
+            decodes=decode,
+            is_guided=SamplingPlan.of(request, checkpoint).is_guided,
+            starts=inputs.has_anchor and state is None and not denoised,
+            state=state,
+            denoised=denoised,
+        )
 
     @property
     def first(self) -> int:
+        """The first chunk that no earlier run has finished."""
         return 0 if self.state is None else self.state.index
 
-    def video(self, handle: VideoHandle, put: Callable[[object], Payload] = Payload.put) -> Video:
-        """The video, with what an earlier run left of it in the object store."""
-        denoised = [] if self.folder is None else ahead.load(self.folder, self.first)
-        starts = self.inputs.has_anchor and self.state is None and not denoised
-        course = Course(
-            self.request.num_chunks, self.first, len(denoised), starts, self.decode, bool(self.output), self.streams
-        )
-        target = Target(handle.key, self.output, self.request.fps, self.folder) if self.output else None
-        video = Video(handle, self.request, self.inputs, course, target, self.is_guided, ready=self.first)
-        if self.state is not None:
-            video.before = put(_left(self.state))
-        for chunk, (latents, after) in enumerate(denoised, self.first):
-            video.before = put(_left(after))
-            video.made[chunk] = Made(put(Array.of(latents)), video.before)
-        return video
+    @property
+    def chunks(self) -> int:
+        return self.request.num_chunks
 
-
-def _left(state: ChunkState) -> Denoised:
-    return Denoised(StateArrays.of(state), Span(0, 0, {}))
+    @property
+    def writes(self) -> bool:
+        return bool(self.output)
 
 
 def _check(request: Request, output: Sequence[Path], folder: RunFolder | None, decode: bool) -> None:

@@ -1,134 +1,181 @@
-"""What is known of one video under way: its results so far, the next call for each stage, what is delivered."""
+"""One video under way as one coroutine: text, then chunk after chunk, each decoded and written beside the next."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from helios_cp.config.request import Request
-from helios_cp.pipeline.start import Inputs
-from launchers.cluster.calls import Payload
+from helios_cp.sampling.state import ChunkState
+from launchers.cluster.payload import Payload
+from launchers.driver.crew import Crew
 from launchers.driver.handle import VideoChunk, VideoHandle
-from launchers.messages.messages import ChunkJob, Span, Target, Written
-from launchers.schedule.terms import Course, Stage, Task
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call of a worker. `gang`: of all its actors. `beside`: in the thread for decoding, where it has one."""
-
-    method: str
-    arguments: Sequence[Any]
-    results: int = 1
-    gang: bool = False
-    beside: bool = False
+from launchers.driver.submission import Submission
+from launchers.messages.arrays import Array, StateArrays
+from launchers.messages.messages import ChunkJob, Denoised, Span, Target, Written
+from launchers.schedule.terms import Stage, Unit
 
 
 @dataclass
 class Made:
-    """What exists of one chunk between denoising and delivery."""
+    """A denoised chunk: its latents, and what the chunk after starts from."""
 
     latents: Payload
     after: Payload
-    decoded: Payload | None = None
-    frames: Payload | None = None
     spans: dict[str, Span] = field(default_factory=dict)
 
 
-@dataclass(eq=False)
 class Video:
-    """`ready` chunks have been delivered. `error` is what ended it. With `is_writing` its files may have been begun."""
+    """Made by `run`, which the conductor's event loop runs as a task. All else is called in that loop, too.
 
-    handle: VideoHandle
-    request: Request
-    inputs: Inputs
-    course: Course
-    target: Target | None
-    is_guided: bool
-    text: Payload | None = None
-    before: Payload | None = None
-    written: Written | None = None
-    is_writing: bool = False
-    made: dict[int, Made] = field(default_factory=dict)
-    ready: int = 0
-    error: BaseException | None = None
+    Chunks are counted with those of an earlier run: `denoised`; `ready`, handed to the handle; `delivered`, which for
+    a stream means taken by its reader. At most `undelivered` chunks lie between denoising and delivery. `delivers` is
+    called after each chunk that the handle gets.
+    """
+
+    def __init__(self, handle: VideoHandle, submission: Submission, crew: Crew, delivers: Callable[[], object]) -> None:
+        self.handle = handle
+        self.key = handle.key
+        self.submission = submission
+        self.request = submission.request
+        self.chunks = submission.chunks
+        self.admitted = asyncio.Event()
+        self.is_wanted = False
+        self.task: asyncio.Task[None] | None = None
+        self.denoised = submission.first + len(submission.denoised)
+        self.ready = self.delivered = submission.first
+        self._crew = crew
+        self._delivers = delivers
+        self._has_room = asyncio.Event()
+        self._prompt = 0
+        self._text: tuple[int, Payload] | None = None
+        self._written: Written | None = None
+        self._is_writing = submission.first > 0
+        self._target: Target | None = None
+        if submission.writes:
+            self._target = Target(self.key, submission.output, self.request.fps, submission.folder)
 
     @property
-    def key(self) -> int:
-        return self.handle.key
+    def waits_for_reader(self) -> bool:
+        """Whether nothing of a stream can go on before its next chunk is taken."""
+        is_held = self.denoised == self.chunks or self._is_full
+        return self.submission.streams and self.delivered < self.ready == self.denoised and is_held
 
     def change_prompt(self, text: str) -> None:
+        """From the next chunk that a worker gets."""
         self.request = replace(self.request, prompt=(text,) * self.request.batch_size, prompt_schedule=())
+        self._prompt += 1
 
-    def call(self, task: Task) -> Call:
-        """How a worker is asked for a task. Raises `OSError` for a picture or clip that is gone."""
-        if task.stage is Stage.TEXT:
-            return Call("encode", [self.request, self.is_guided])
-        if task.stage is Stage.START:
-            media = Path(self.request.image or self.request.video).read_bytes()
-            return Call("start", [self.request, media], beside=True)
-        if task.stage is Stage.DENOISE:
-            job = ChunkJob(self.key, task.prompt, self.request)
-            before = None if self.before is None else self.before.reference
-            return Call("denoise", [job, self.text.reference, before], results=2, gang=True)
-        made = self.made[task.chunk]
-        if task.stage is Stage.DECODE:
-            wanted = [self.course.writes, self.course.streams]
-            return Call("decode", [made.latents.reference, self.request.fps, *wanted], results=2, beside=True)
-        self.is_writing = True
-        is_last = task.chunk + 1 == self.course.chunks
-        saved = [made.latents.reference, made.after.reference] if self.target.folder is not None else [None, None]
-        return Call("write", [self.target, self.written, task.chunk, is_last, made.decoded.reference, *saved])
+    def taken(self) -> None:
+        """A chunk is delivered."""
+        self.delivered += 1
+        self._has_room.set()
 
-    def keep_call(self, chunk: int) -> Call | None:
-        """How the writer is asked to save a denoised chunk at once; `None` for a video without a run folder."""
-        if self.target is None or self.target.folder is None:
+    async def run(self) -> None:
+        """Returns when all chunks are delivered. Raises what ends the video early."""
+        await self.admitted.wait()
+        try:
+            async with asyncio.TaskGroup() as finishing:
+                await self._make_chunks(finishing)
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None  # the first; it had the other chunks cancelled
+        while self.delivered < self.chunks:
+            await self._room()
+
+    def files_left_open(self) -> tuple[Target, Written | None] | None:
+        """What `VideoWriter.close` needs for a video that ends early; `None` if it has no files yet."""
+        return (self._target, self._written) if self._target is not None and self._is_writing else None
+
+    # Chunks
+
+    async def _make_chunks(self, finishing: asyncio.TaskGroup) -> None:
+        before, last, index = await self._start(), None, self.submission.first
+        for latents, after in self.submission.denoised:
+            before = Payload.put(_denoised(after))
+            made = Made(Payload.put(Array.of(latents)), before)
+            last = finishing.create_task(self._finish(index, made, last))
+            index += 1
+        for chunk in range(index, self.chunks):
+            while self._is_full:
+                await self._room()
+            made = await self._denoise(chunk, before)
+            before = made.after
+            self.denoised += 1
+            last = finishing.create_task(self._finish(chunk, made, last))
+
+    async def _start(self) -> Payload | None:
+        """What the first chunk starts from; `None` for a video that starts from nothing."""
+        if self.submission.state is not None:
+            return Payload.put(_denoised(self.submission.state))
+        if not self.submission.starts:
             return None
-        made = self.made[chunk]
-        return Call("keep", [self.target.folder, chunk, made.latents.reference, made.after.reference])
+        media = Path(self.request.image or self.request.video)
+        (before,) = await self._work(Stage.START, 0, "start", lambda: [self.request, media.read_bytes()])
+        return before
 
-    def close_call(self) -> Call | None:
-        """How the writer is asked to finish what there is of its files; `None` if it has none."""
-        if self.target is None or not (self.is_writing or self.course.first):
-            return None
-        return Call("close", [self.target, self.written])
+    async def _denoise(self, chunk: int, before: Payload | None) -> Made:
+        found: Sequence[Payload] = ()
+        while not found:  # the prompt may change while the chunk waits for a worker
+            version = self._prompt
+            text = await self._encoded(version)
 
-    def take(self, task: Task, results: Sequence[Payload]) -> None:
-        """The results of a task that is done."""
-        value = results[0].value
-        if task.stage is Stage.TEXT:
-            self.text = results[0]
-        elif task.stage is Stage.START:
-            self.before = results[0]
-        elif task.stage is Stage.DENOISE:
-            self.before = results[0]
-            self.made[task.chunk] = Made(results[1], results[0], spans={"denoise": value.span})
-        elif task.stage is Stage.DECODE:
-            made = self.made[task.chunk]
-            made.decoded, made.frames = results
-            made.spans["decode"] = value.span
-        else:
-            self.written = value
-            self.made[task.chunk].spans["write"] = value.span
+            def arguments(version: int = version, text: Payload = text) -> list[Any] | None:
+                job = ChunkJob(self.key, version, self.request)
+                return [job, text, before] if version == self._prompt else None
 
-    def deliver(self, ready: int) -> int:
-        """Hand the first `ready` chunks to the handle; returns how many are new. Raises what `on_chunk` does."""
-        before = self.ready
-        while self.ready < ready:
-            made = self.made.pop(self.ready)
-            frames = None if made.frames is None else made.frames.value
-            chunk = VideoChunk(self.ready, made.latents.value.values, frames, made.spans)
-            self.ready += 1
-            self.handle.deliver(chunk)
-        return self.ready - before
+            found = await self._work(Stage.DENOISE, chunk, "denoise", arguments, results=2)
+        made = Made(found[1], found[0], {"denoise": found[0].value.span})
+        if self.submission.folder is not None:  # saved at once, so that a killed driver need not denoise it again
+            saved = [self.submission.folder, chunk, made.latents, made.after]
+            self._crew.errand(self._crew.workers["writer"], "keep", saved)
+        return made
 
-    def put_again(self, chunk: int) -> None:
-        """What a task of a chunk needs went down with its node: send this process's own view of it."""
-        self.text = self.text and self.text.again()
-        self.before = self.before and self.before.again()
-        made = self.made.get(chunk)
-        if made is not None:
-            made.latents, made.after = made.latents.again(), made.after.again()
-            made.decoded = made.decoded and made.decoded.again()
+    async def _encoded(self, version: int) -> Payload:
+        if self._text is None or self._text[0] != version:
+            arguments = [self.request, self.submission.is_guided]
+            (text,) = await self._work(Stage.TEXT, version, "encode", lambda: arguments)
+            self._text = version, text
+        return self._text[1]
+
+    async def _finish(self, chunk: int, made: Made, chunk_before: asyncio.Task[None] | None) -> None:
+        """Decode a chunk; then, after the chunk before, write it and hand it to the handle."""
+        submission, frames = self.submission, None
+        if submission.decodes:
+            wanted = [submission.writes, submission.streams]
+            decoding = [made.latents, self.request.fps, *wanted]
+            decoded, frames = await self._work(Stage.DECODE, chunk, "decode", lambda: decoding, results=2)
+            made.spans["decode"] = decoded.value.span
+        if chunk_before is not None:
+            await chunk_before
+        if submission.writes:
+            saved = [None, None] if submission.folder is None else [made.latents, made.after]
+            is_last = chunk + 1 == self.chunks
+            writing = [self._target, self._written, chunk, is_last, decoded, *saved]
+            self._is_writing = True
+            (written,) = await self._work(Stage.WRITE, chunk, "write", lambda: writing)
+            self._written = written.value
+            made.spans["write"] = self._written.span
+        self.ready += 1
+        pixels = None if frames is None else frames.value
+        self.handle.deliver(VideoChunk(chunk, made.latents.value.values, pixels, made.spans))
+        if not submission.streams:
+            self.taken()
+        self._delivers()
+
+    async def _work(self, stage: Stage, chunk: int, *call: Any, results: int = 1) -> list[Payload]:
+        return await self._crew.work(Unit(self.key, stage, chunk), *call, results=results)
+
+    @property
+    def _is_full(self) -> bool:
+        return self.denoised - self.delivered >= self._crew.limits.undelivered
+
+    async def _room(self) -> None:
+        """Wait for a delivery."""
+        self._has_room.clear()
+        await self._has_room.wait()
+
+
+def _denoised(state: ChunkState) -> Denoised:
+    return Denoised(StateArrays.of(state), Span(0, 0, {}))

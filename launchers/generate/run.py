@@ -25,7 +25,7 @@ from launchers.driver.recipes import Resources
 from launchers.driver.timeline import draw
 from launchers.generate import checks
 from launchers.generate.automatic_layout import take_best_layout
-from launchers.schedule.schedule import Limits
+from launchers.schedule.terms import Limits
 
 POLL = 0.2
 """Seconds between two looks for a stop signal."""

@@ -1,4 +1,4 @@
-"""The terms of a schedule: stages of work, the course of a video through them, tasks, limits."""
+"""The stages of work, one unit of it, and limits."""
 
 from __future__ import annotations
 
@@ -16,54 +16,20 @@ class Stage(enum.Enum):
     WRITE = "write"
 
 
-class Status(enum.Enum):
-    """What became of a video."""
+@dataclass(frozen=True)
+class Unit:
+    """One stage of one chunk of a video. `chunk` is 0 for stages of the whole video."""
 
-    WAITING = "waiting"
-    RUNNING = "running"
-    FINISHED = "finished"
-    FAILED = "failed"
-    CANCELLED = "cancelled"
-
-    @property
-    def has_ended(self) -> bool:
-        return self not in (Status.WAITING, Status.RUNNING)
+    video: int
+    stage: Stage
+    chunk: int = 0
 
 
 @dataclass(frozen=True)
 class Limits:
     """`undelivered` chunks of a video between denoising and delivery, those in hand included; `active` videos under
-    way; `attempts` at one task before its video fails, for a chunk may be what kills its workers."""
+    way; `attempts` at one unit before its video fails, because a chunk may be what kills its workers."""
 
     undelivered: int = 3
     active: int = 4
     attempts: int = 10
-
-
-@dataclass(frozen=True)
-class Course:
-    """The way of one video: chunks `first` to `chunks` − 1, and which stages they go through.
-
-    The first `denoised` of them are denoised already, by an earlier run. `starts`: a picture or clip is encoded first.
-    `streams`: a chunk counts as delivered when it has been `taken`.
-    """
-
-    chunks: int
-    first: int = 0
-    denoised: int = 0
-    starts: bool = False
-    decodes: bool = True
-    writes: bool = True
-    streams: bool = False
-
-
-@dataclass(frozen=True)
-class Task:
-    """One call of one worker. `prompt` is the version of the video's prompt that it is for."""
-
-    number: int
-    video: int
-    stage: Stage
-    chunk: int
-    prompt: int
-    worker: str

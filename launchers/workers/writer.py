@@ -61,8 +61,9 @@ class VideoWriter(Watched):
         clock.part("write")
         return Written(positions, clock.span())
 
-    def close(self, target: Target, written: Written | None) -> None:
+    def close(self, target: Target, written: Written | None) -> Written:
         """Finish the files of a video with what they have, up to `written` if a lost writer left them open."""
+        clock = Clock()
         writers = self._open.pop(target.video, None)
         if writers is None:
             writers = _left_open(target, written)
@@ -70,6 +71,8 @@ class VideoWriter(Watched):
             for writer in writers:
                 if writer is not None:
                     stack.callback(writer.close)
+        clock.part("close")
+        return Written((None,) * len(target.paths), clock.span())
 
     def _writers(self, target: Target, before: Written | None, chunk: int, is_last: bool) -> Sequence[Mp4Writer | None]:
         """A writer for each file, with all chunks before this one in it; `None` where a lost one had just closed it."""

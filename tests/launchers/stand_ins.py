@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,15 +13,14 @@ import torch
 
 from helios_cp.config.request import Request
 from helios_cp.files.mp4 import encode_segment
-from helios_cp.pipeline.start import Inputs
-from launchers.cluster.calls import Payload
 from launchers.cluster.faults import WorkerLostError
+from launchers.cluster.payload import Payload
 from launchers.cluster.worker import Standing
 from launchers.driver.conductor import Conductor
 from launchers.driver.handle import VideoHandle
-from launchers.driver.video import Video
-from launchers.messages.messages import Decoded, Denoised, Span, Target, Text
-from launchers.schedule.terms import Course, Limits, Stage
+from launchers.driver.submission import Submission
+from launchers.messages.messages import Decoded, Denoised, Span, Text
+from launchers.schedule.terms import Limits, Stage
 from launchers.workers.writer import VideoWriter
 
 SPAN = Span(0.0, 1.0, {})
@@ -39,7 +40,7 @@ class Numbers:
 
 @dataclass
 class StandIn:
-    """A worker that answers in the calling thread, but for methods in `held`: those wait in `waiting`."""
+    """A worker that answers at once, but for methods in `held`: those wait in `waiting`."""
 
     name: str
     capacity: dict
@@ -52,6 +53,7 @@ class StandIn:
         self.places, self.standing = [], Standing.STARTING
         self.deaths = self.failed_starts = self.life = self.starts = 0
         self.waiting: list = []
+        self.under_way: list = []
         self.calls: list[str] = []
         self.writer = VideoWriter()
 
@@ -60,47 +62,57 @@ class StandIn:
         return self.standing is Standing.READY
 
     def start(self) -> None:
-        self.life += 1
         self.starts += 1
-        self.standing = Standing.STARTING
         self.writer = VideoWriter()
+        self._end_life(Standing.STARTING)
 
     def stop(self) -> None:
-        self.life += 1
-        self.standing = Standing.STARTING
+        self._end_life(Standing.STARTING)
 
     def restart(self) -> None:
         self.start()  # `life` goes up once: whoever sees that it did knows the new one
 
     def give_up(self) -> None:
-        self.stop()
-        self.standing = Standing.GIVEN_UP
+        self._end_life(Standing.GIVEN_UP)
+
+    def _end_life(self, standing: Standing) -> None:
+        self.life += 1
+        self.standing = standing
+        self.waiting = []
+        lost, self.under_way = self.under_way, []
+        for answer in lost:
+            if not answer.done():
+                answer.set_exception(WorkerLostError(f"{self.name} was stopped"))
 
     def says(self, event: str, value: object = ()) -> None:
         self.tell(self, self.life, event, value)
 
-    def call(self, method, arguments, answered, results=1, thread=None, gang=False) -> None:
+    def call(self, method, arguments, results=1, thread=None, gang=False) -> asyncio.Future:
+        answer = asyncio.get_running_loop().create_future()
+        plain = [argument.value if isinstance(argument, Payload) else argument for argument in arguments]
         is_held = method in self.held
         if is_held:
-            self.waiting.append((method, arguments, answered))
+            self.waiting.append((method, plain, answer))
+            self.under_way.append(answer)
         self.calls.append(method)  # after that, so that whoever sees a held call can release it
         if not is_held:
-            self.answer(method, arguments, answered)
+            self.answer(method, plain, answer)
+        return answer
 
-    def answer(self, method, arguments, answered) -> None:
-        if not self.is_ready:
-            answered(WorkerLostError(f"{self.name} is not there"))
+    def answer(self, method, arguments, answer) -> None:
+        if answer.done():  # of an earlier life
             return
         try:
-            answered([Payload(value, value) for value in getattr(self, "_" + method)(*arguments)])
+            answer.set_result([Payload(value, value) for value in getattr(self, "_" + method)(*arguments)])
         except Exception as error:
-            answered(error)
+            answer.set_exception(error)
 
     def release(self) -> None:
-        """Answer what was held."""
+        """Answer what was held; for any thread."""
         self.held.clear()
         while self.waiting:
-            self.answer(*self.waiting.pop(0))
+            method, arguments, answer = self.waiting.pop(0)
+            answer.get_loop().call_soon_threadsafe(self.answer, method, arguments, answer)
 
     def _encode(self, request, is_guided):
         return [Text(None, None, SPAN)]
@@ -145,7 +157,7 @@ class Studio:
             for name, capacity in names.items()
         }
         self.workers = workers
-        self.handles = 0
+        self.keys = itertools.count()
         self.conductor.start(workers)
         if is_ready:
             for worker in workers.values():
@@ -158,19 +170,14 @@ class Studio:
     def __exit__(self, *_: object) -> None:
         self.conductor.close()
 
-    def video(self, chunks: int, output: Path | None = None, streams: bool = False, on_chunk=None) -> Video:
+    def submit(self, chunks: int, output: Path | None = None, streams: bool = False, on_chunk=None) -> VideoHandle:
         handle = VideoHandle(
-            self.conductor, self.handles, streams=streams, keep_latents=True, saved_in=None, on_chunk=on_chunk
+            self.conductor, next(self.keys), streams=streams, keep_latents=True, saved_in=None, on_chunk=on_chunk
         )
-        self.handles += 1
-        target = None if output is None else Target(handle.key, (output,), 24, None)
-        course = Course(chunks, decodes=output is not None, writes=output is not None, streams=streams)
-        return Video(handle, Request(prompt=("a fox",)), Inputs(), course, target, False)
-
-    def submit(self, *arguments, **keywords) -> VideoHandle:
-        video = self.video(*arguments, **keywords)
-        self.conductor.add(video)
-        return video.handle
+        request = Request(prompt=("a fox",), num_frames=33 * chunks)
+        paths = () if output is None else (output,)
+        self.conductor.add(handle, Submission(request, paths, streams=streams, decodes=output is not None))
+        return handle
 
     def until(self, is_so) -> None:
         """Wait until the thread sees that it is so."""

@@ -11,12 +11,9 @@ from helios_cp.generate.run_folder import Run, RunFolder
 from helios_cp.pipeline.chunk import Chunk
 from helios_cp.sampling.state import ChunkState
 from helios_cp.weights.load import resolve
-from launchers.cluster.calls import Payload
-from launchers.driver.handle import VideoHandle
 from launchers.driver.submission import Submission
 from launchers.messages.arrays import Array, StateArrays
 from launchers.messages.messages import Denoised, Span
-from launchers.schedule.terms import Course
 from launchers.workers import ahead
 from launchers.workers.writer import VideoWriter
 
@@ -61,29 +58,25 @@ def finish(folder: RunFolder, chunk: int) -> None:
     ahead.forget(folder, chunk + 1)
 
 
-def submitted(folder: RunFolder, request: Request, checkpoint) -> object:
+def submitted(folder: RunFolder, request: Request, checkpoint) -> Submission:
     """The video that would run."""
-    submission = Submission.of(request, checkpoint, ["a.mp4"], folder, None, True)
-    handle = VideoHandle(None, 0, streams=False, keep_latents=False, saved_in=None, on_chunk=None)
-    return submission.video(handle, put=lambda value: Payload(None, value))
+    return Submission.of(request, checkpoint, ["a.mp4"], folder)
 
 
 def test_kept_chunks_are_gone_on_with(folder, request_of_run, checkpoint):
     finish(folder, 0)
     keep(folder, 1, 2)
-    video = submitted(folder, request_of_run, checkpoint)
-    assert video.course == Course(CHUNKS, first=1, denoised=2) and video.ready == 1
-    assert sorted(video.made) == [1, 2]
-    for chunk, made in video.made.items():
-        assert made.latents.value.tensor().equal(latents(chunk))
-        assert made.after.value.state.index == chunk + 1
-    assert video.before.value.state.state(torch.device("cpu")).history.equal(state(2).history)
+    found = submitted(folder, request_of_run, checkpoint)
+    assert (found.first, found.chunks, len(found.denoised)) == (1, CHUNKS, 2)
+    for chunk, (kept, following) in enumerate(found.denoised, 1):
+        assert kept.equal(latents(chunk))
+        assert following.index == chunk + 1 and following.history.equal(state(chunk).history)
 
 
 def test_without_any_finished_chunk(folder, request_of_run, checkpoint):
     keep(folder, 0)
-    video = submitted(folder, request_of_run, checkpoint)
-    assert video.course == Course(CHUNKS, denoised=1) and video.before.value.state.index == 1
+    found = submitted(folder, request_of_run, checkpoint)
+    assert found.first == 0 and [following.index for _, following in found.denoised] == [1]
 
 
 def test_finished_chunks_need_not_be_kept(folder):

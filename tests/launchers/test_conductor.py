@@ -11,7 +11,7 @@ import pytest
 from launchers.cluster.faults import StartError, WorkerLostError
 from launchers.cluster.worker import Standing
 from launchers.driver import conductor as conductor_module
-from launchers.driver.conductor import PipelineError
+from launchers.driver.crew import PipelineError
 from launchers.schedule.terms import Limits
 from tests.launchers.conftest import frames_in
 from tests.launchers.stand_ins import FRAMES, PATIENCE, Studio
@@ -34,7 +34,7 @@ def test_close_ends_every_handle(tmp_path):
     handles = [studio.submit(3, tmp_path / f"{number}.mp4") for number in range(4)]
     studio.until(lambda: "denoise" in studio.workers["group-0"].calls)
     is_blocked, go_on = threading.Event(), threading.Event()
-    studio.conductor._mailbox.post(lambda: (is_blocked.set(), go_on.wait(PATIENCE)))
+    studio.conductor._post(lambda: (is_blocked.set(), go_on.wait(PATIENCE)))
     assert is_blocked.wait(PATIENCE)
     handles.append(studio.submit(3, tmp_path / "5.mp4"))
     closing = threading.Thread(target=studio.conductor.close)
@@ -151,7 +151,7 @@ def test_a_fatal_error_finishes_the_files(tmp_path, is_lost):
 
 def test_a_writer_that_hangs_in_the_end(tmp_path, monkeypatch):
     """It is killed, and the files are finished by the driver."""
-    monkeypatch.setattr("launchers.driver.video_files.PATIENCE", 0.1)
+    monkeypatch.setattr("launchers.driver.conductor.CLOSING_SECONDS", 0.1)
     studio = Studio()
     studio.workers["writer"].held.add("close")
     handle = hold_the_second_write(studio, tmp_path / "a.mp4")
@@ -207,7 +207,7 @@ def test_the_first_fatal_error_stays(tmp_path):
         handle.cancel(), handle.update_prompt("an owl")
         group.says("lost", WorkerLostError("second"))
         group.says("broken", ValueError("third"))
-        studio.conductor._mailbox.post(lambda: 1 / 0)
+        studio.conductor._post(lambda: 1 / 0)
         studio.conductor.status()  # all that is heard now
         with pytest.raises(PipelineError, match="first"):
             studio.submit(2).result(timeout=PATIENCE)

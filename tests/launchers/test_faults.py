@@ -17,7 +17,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 
 from helios_cp.config.layout import Layout
 from launchers.driver.pipeline import ChunkPipeline, PipelineError
-from launchers.schedule.schedule import Limits, Stage
+from launchers.schedule.terms import Limits, Stage
 from parallel.mesh import Degrees
 from tests.launchers.conftest import PATIENCE, frames_in, small
 
@@ -123,7 +123,7 @@ def test_thirty_kills(cluster, model, alone, tmp_path):
             reference = alone(request)
             assert np.abs(undisturbed[request] - reference).max() <= 1e-4 * (reference.max() - reference.min())
 
-        before = pipeline.schedule.handed_out.copy()
+        before = pipeline.pool.handed_out.copy()
         videos = Videos(pipeline, undisturbed.__getitem__, tmp_path)
         left, killer, progress = dict(KILLS), Killer(), Progress(pipeline)
         while sum(left.values()):
@@ -136,7 +136,7 @@ def test_thirty_kills(cluster, model, alone, tmp_path):
                 progress.moved()
         videos.check_all(progress)
 
-        handed_out = pipeline.schedule.handed_out - before
+        handed_out = pipeline.pool.handed_out - before
         chunks = 5 * len(videos.handles)
         assert chunks <= handed_out[Stage.DENOISE] <= chunks + KILLS["rank"] + KILLS["group"], "only what was in hand"
         assert chunks <= handed_out[Stage.DECODE] <= chunks + KILLS["decoder"]
@@ -166,7 +166,7 @@ def test_a_node_goes(cluster, model, alone, tmp_path):
         assert len(denoised) == chunks and set(denoised.values()) == {1}, "finished work is not redone"
         in_flight = sum(name.startswith("group") for name in gone)
         # A video's next chunk is handed out once more where what it starts from went with the node before it began.
-        assert pipeline.schedule.handed_out[Stage.DENOISE] <= chunks + in_flight + len(videos.handles)
+        assert pipeline.pool.handed_out[Stage.DENOISE] <= chunks + in_flight + len(videos.handles)
         while any(place.node == node.node_id for w in pipeline.workers.values() for place in w.places if w.is_ready):
             progress.check()  # one that had nothing left to do is missed last
             time.sleep(0.1)

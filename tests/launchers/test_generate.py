@@ -34,8 +34,8 @@ HELD = """
 import sys, threading
 import ray
 from launchers.driver import conductor
-from launchers.generate.__main__ import main
 from launchers.driver.pipeline import ChunkPipeline
+from launchers.generate.__main__ import main
 
 def show(pipeline, picture):
     ray.get(pipeline._board.show.remote(picture))

@@ -24,10 +24,12 @@ from helios_cp.config.layout import Layout
 from helios_cp.config.request import ScheduledPrompt
 from helios_cp.generate.run_folder import Run, RunFolder
 from launchers import status
+from launchers.cluster.payload import Payload
 from launchers.cluster.worker import Worker
-from launchers.driver.pipeline import NAMESPACE, ChunkPipeline, PipelineError
+from launchers.driver.pipeline import ChunkPipeline, PipelineError
+from launchers.driver.status import NAMESPACE
 from launchers.messages.arrays import Array
-from launchers.schedule.schedule import Limits
+from launchers.schedule.terms import Limits
 from launchers.workers import ahead
 from parallel.mesh import Degrees
 from tests.launchers.conftest import PATIENCE, frames_in, inside, runs_actor, small
@@ -169,13 +171,16 @@ def test_payloads_hold_no_torch_objects(pipeline, astronaut, model, tmp_path, mo
     """Whatever goes to a worker and comes from it, over all stages and with a run folder."""
     seen, call = {}, Worker.call
 
-    def looking(worker, method, arguments, answered, **options) -> None:
-        def look(answer) -> None:
-            seen[method] = arguments, [payload.value for payload in answer] if isinstance(answer, list) else answer
-            answered(answer)
+    def looking(worker, method, arguments, **options):
+        sent = [argument.value if isinstance(argument, Payload) else argument for argument in arguments]
 
-        seen[method] = arguments, None
-        call(worker, method, arguments, look, **options)
+        async def look():
+            found = await answer
+            seen[method] = sent, [payload.value for payload in found]
+            return found
+
+        answer = call(worker, method, arguments, **options)
+        return look()
 
     monkeypatch.setattr(Worker, "call", looking)
     astronaut.save(tmp_path / "a.png")
@@ -185,8 +190,8 @@ def test_payloads_hold_no_torch_objects(pipeline, astronaut, model, tmp_path, mo
     handle = pipeline.submit(request, output=[tmp_path / "a.mp4"], folder=folder, stream=True)
     (chunk,) = handle
     assert seen.keys() >= {"encode", "start", "denoise", "decode", "keep", "write"}
-    for arguments, values in list(seen.values()):
-        WithoutTorch().dump((list(arguments), values))
+    for sent, values in list(seen.values()):
+        WithoutTorch().dump((sent, values))
     with pytest.raises(AssertionError):
         WithoutTorch().dump([torch.zeros(1)])
     assert not chunk.latents.flags.writeable and not chunk.latents.flags.owndata, "a view of shared memory"

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import re
 import threading
 import time
+from concurrent.futures import Future
 from types import SimpleNamespace
 
 import pytest
 from ray.exceptions import (
     ActorDiedError,
     ActorUnavailableError,
+    GetTimeoutError,
     ObjectLostError,
     RayTaskError,
     RuntimeEnvSetupError,
@@ -54,6 +58,7 @@ class Ray:
         self.actors: list = []
         self.removed: list = []
         self.killed: list = []
+        self.hangs = False
         self.after = lambda kind: None
         self.versions = own_versions() if versions is None else versions
         monkeypatch.setattr(module, "placement_group", self.placement_group)
@@ -76,12 +81,15 @@ class Ray:
     def create(self):
         never = SimpleNamespace(future=lambda: SimpleNamespace(add_done_callback=lambda _: None))
         watch = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda: never))
-        actor = SimpleNamespace(load=SimpleNamespace(remote=lambda: None), watch=watch)
+        load = SimpleNamespace(remote=lambda: None)
+        actor = SimpleNamespace(load=load, rendezvous=load, watch=watch)
         self.actors.append(actor)
         self.after("actor")
         return actor
 
-    def get(self, references):
+    def get(self, references, timeout):
+        if self.hangs:
+            raise GetTimeoutError
         return [Place("far", "node", 1, self.versions) for _ in references]
 
     def kill(self, actor) -> None:
@@ -95,8 +103,7 @@ def news():
 
 @pytest.fixture
 def worker(news):
-    recipe = Recipe("group-0", ((Rank, (), 0),), Needs(({"CPU": 1},)), {Stage.DENOISE: 1})
-    return Worker(recipe, lambda worker, life, event, value: news.append((life, event, value)), patience=15.0)
+    return gang(1, news)
 
 
 def until(is_so) -> None:
@@ -177,10 +184,105 @@ def test_builds_of_one_version_are_the_same():
         check_versions([Place("far", "node", 1, {**own_versions(), "ray": None})], own_versions())
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_start_that_hangs_is_told(monkeypatch, news, ranks):
+    """An actor that never loads, and a gang whose first rank never says where to meet."""
+    ray = Ray(monkeypatch)
+    ray.hangs = True
+    worker = gang(ranks, news)
+    worker.start()
+    until(lambda: news)
+    (_, event, error) = news[0]
+    assert event == "lost" and isinstance(error, StartError) and error.attempts == 2
+    assert re.fullmatch(r"group-0 did not .* within \d+ s", str(error))
+
+
+def gang(ranks: int, news: list) -> Worker:
+    recipe = Recipe("group-0", ((Rank, (), 0),) * ranks, Needs(({"CPU": 1},)), {Stage.DENOISE: 1})
+    return Worker(recipe, lambda worker, life, event, value: news.append((life, event, value)), patience=15.0)
+
+
+class Reference:
+    """Stands for `ObjectRef`."""
+
+    def __init__(self) -> None:
+        self._future = Future()
+
+    def future(self) -> Future:
+        return self._future
+
+
+class Actor:
+    """Takes a call by `denoise`, or refuses to be sent one."""
+
+    def __init__(self, refusal: Exception | None = None) -> None:
+        self.sent: list[Reference] = []
+        self.refusal = refusal
+        self.denoise = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=self.remote))
+
+    def remote(self) -> Reference:
+        if self.refusal is not None:
+            raise self.refusal
+        self.sent.append(Reference())
+        return self.sent[-1]
+
+
 def test_a_call_of_a_worker_that_is_not_there(worker):
-    answers = []
-    worker.call("denoise", [], answers.append, gang=True)
-    assert isinstance(answers[0], WorkerLostError) and "group-0 is not there" in str(answers[0])
+    with pytest.raises(WorkerLostError, match="group-0 is not there"):
+        worker.call("denoise", [], gang=True)
+
+
+def test_a_call_that_reached_some_ranks_is_a_lost_gang(worker):
+    """They wait for the others, so they must not count as free. What no rank got is an error of the call."""
+    worker._actors = [Actor(), Actor(ConnectionError("no way\nthere"))]
+    with pytest.raises(WorkerLostError, match="group-0: denoise reached 1 of 2 ranks: no way there"):
+        worker.call("denoise", [], gang=True)
+    worker._actors.reverse()
+    with pytest.raises(ConnectionError, match="no way"):
+        worker.call("denoise", [], gang=True)
+
+
+def test_a_gang_has_answered_once_all_ranks_have(monkeypatch, worker):
+    ray = Ray(monkeypatch)
+    worker._actors = [Actor(), Actor()]
+
+    async def play() -> list:
+        answer = asyncio.ensure_future(worker.call("denoise", [], gang=True))
+        worker._actors[0].sent[0].future().set_result(None)
+        await asyncio.sleep(0.01)
+        assert not answer.done()
+        worker._actors[1].sent[0].future().set_result(None)
+        return await answer
+
+    ray.get = lambda references, timeout: ["a result"] * len(references)
+    (payload,) = asyncio.run(play())
+    assert payload.value == "a result" and payload.reference is worker._actors[0].sent[0]
+
+
+def test_the_first_error_of_a_gang_is_told_at_once(worker):
+    worker._actors = [Actor(), Actor()]
+
+    async def play() -> None:
+        answer = asyncio.ensure_future(worker.call("denoise", [], gang=True))
+        worker._actors[1].sent[0].future().set_exception(raised(ArithmeticError("not a number")))
+        await answer
+
+    with pytest.raises(ArithmeticError, match="not a number"):
+        asyncio.run(play())
+
+
+def test_a_stop_fails_the_calls_under_way(monkeypatch, worker):
+    Ray(monkeypatch)
+    worker._actors = [Actor()]
+
+    async def play() -> None:
+        answer = asyncio.ensure_future(worker.call("denoise", []))
+        await asyncio.sleep(0)
+        worker.stop()
+        await answer
+
+    with pytest.raises(WorkerLostError, match="group-0 was stopped"):
+        asyncio.run(play())
 
 
 def raised(error: Exception) -> Exception:
