@@ -21,7 +21,7 @@ class Event:
 
 
 def union(spans: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The same time as spans that do not overlap, in order."""
+    """The spans in order, with those that overlap joined."""
     merged: list[tuple[float, float]] = []
     for begin, end in sorted(spans):
         if merged and begin <= merged[-1][1]:
@@ -32,21 +32,12 @@ def union(spans: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def overlap(events: Sequence[Event]) -> float | None:
-    """Which part of the time of decoding and writing passed beside denoising: 1 if it cost nothing, `None` if none."""
+    """The share of decoding and writing that ran beside denoising: 1 if all of it did. `None` before any of it ran."""
     denoising = union((event.begin, event.end) for event in events if event.stage == "denoise")
     rest = union((event.begin, event.end) for event in events if event.stage in ("decode", "write"))
     whole = sum(end - begin for begin, end in rest)
     both = sum(max(0.0, min(end, stop) - max(begin, start)) for begin, end in rest for start, stop in denoising)
     return both / whole if whole else None
-
-
-def busy(events: Sequence[Event]) -> dict[str, float]:
-    """Seconds in which each worker had something in hand."""
-    workers = dict.fromkeys(event.worker for event in events)
-    return {
-        worker: sum(end - begin for begin, end in union((e.begin, e.end) for e in events if e.worker == worker))
-        for worker in workers
-    }
 
 
 def draw(events: Sequence[Event], path: Path, places: dict[str, str] | None = None) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from helios_cp.files.mp4 import Mp4Writer, encode_segment
-from launchers.driver.timeline import Event, busy, draw, overlap, union
+from launchers.driver.timeline import Event, draw, overlap, union
 from launchers.messages.messages import Decoded, Span, Target
 from launchers.workers.writer import VideoWriter
 from tests.launchers.conftest import frames_in
@@ -117,10 +117,9 @@ def test_union():
     assert union([(3, 5), (0, 2), (1, 2.5), (5, 6)]) == [(0, 2.5), (3, 6)]
 
 
-def test_overlap_and_busy():
+def test_overlap():
     assert overlap(EVENTS) == pytest.approx(1 / 3)  # one of three seconds
     assert overlap(EVENTS[:2]) is None
-    assert busy(EVENTS) == {"group": 4.0, "decoder": 2.0, "writer": 1.0}
 
 
 def test_draw(tmp_path):
