@@ -12,8 +12,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from helios_cp.config.errors import RequestError
-from helios_cp.weights.load import CheckpointError
+from helios_cp.config.errors import CheckpointError, RequestError
 from launchers.cluster.faults import PayloadLostError, StartError, WorkerLostError, one_line
 from launchers.cluster.payload import Payload
 from launchers.cluster.worker import Standing, Worker, look_at
