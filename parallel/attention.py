@@ -10,13 +10,13 @@ Tensors are `[B, S, H, D]`; scores are scaled by `D ** -0.5` and nothing is mask
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import inspect
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 ENGINES = ("native", "cudnn", "flash")
 
@@ -53,12 +53,9 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, engine: 
     """
     if query.numel() == 0 or key.shape[1] == 0:
         return torch.zeros_like(query)
-    if engine == "flash":
-        return _flash_attn(query, key, value)[0]
+    if engine != "native":
+        return attend_with_lse(query, key, value, engine)[0]
     query, key, value = (t.transpose(1, 2) for t in (query, key, value))
-    if engine == "cudnn":
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
     return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
 
 
@@ -105,13 +102,13 @@ def _torch_with_lse(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`[B, H, S, D]` in and out, by the ATen operators behind scaled dot product attention."""
     aten = torch.ops.aten
-    if not query.is_cuda:
-        return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)
     if engine == "cudnn":
         # cuDNN gives wrong results for views that are not contiguous; some torch versions give lse a trailing 1.
         query, key, value = (t.contiguous() for t in (query, key, value))
         out, lse = aten._scaled_dot_product_cudnn_attention(query, key, value, None, True)[:2]
         return out, lse.view(query.shape[:3])
+    if not query.is_cuda:
+        return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)
     if query.dtype in (torch.float16, torch.bfloat16):
         return aten._scaled_dot_product_flash_attention(query, key, value)[:2]
     out, lse = aten._scaled_dot_product_efficient_attention(query, key, value, None, True)[:2]
@@ -123,13 +120,18 @@ def _installed(package: str) -> bool:
 
 
 def _flash_attn(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    if _installed("flash_attn_interface") and torch.cuda.get_device_capability(query.device)[0] == 9:
+    out, lse, *_ = _flash_attn_function(query.device)(query, key, value)
+    return out, lse
+
+
+@functools.cache
+def _flash_attn_function(device: torch.device) -> Callable:
+    """flash-attn's function for a card, asked for the log-sum-exp. Looked up once: a forward calls it in each block."""
+    if _installed("flash_attn_interface") and torch.cuda.get_device_capability(device)[0] == 9:
         from flash_attn_interface import flash_attn_func
     else:
         from flash_attn import flash_attn_func
     # flash-attn 3 had versions that always return the log-sum-exp and know no such argument
-    options = (
-        {"return_attn_probs": True} if "return_attn_probs" in inspect.signature(flash_attn_func).parameters else {}
-    )
-    out, lse, *_ = flash_attn_func(query, key, value, **options)
-    return out, lse
+    if "return_attn_probs" not in inspect.signature(flash_attn_func).parameters:
+        return flash_attn_func
+    return functools.partial(flash_attn_func, return_attn_probs=True)

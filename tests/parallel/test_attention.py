@@ -4,9 +4,14 @@ The reference is softmax attention written out in fp64. Tolerances: fp64 leaves 
 about 1e-6; half precision outputs are rounded to 8 (bfloat16) or 11 (float16) bits.
 """
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from parallel import attention as module
 from parallel.attention import ENGINES, attend, attend_with_lse, merge, unavailable
 from tests.parallel.reference import random_qkv, reference_attention
 
@@ -43,6 +48,71 @@ def test_attention_and_log_sum_exp_on_cuda(engine, dtype):
         pytest.skip(reason)
     for shape in ((1, 33, 130, 2, 128), (2, 5, 7, 3, 64)):
         _check(shape, dtype, engine, "cuda")
+
+
+def _views(device, dtype):
+    """Query, key and value as one projection gives them, and as an exchange of heads may leave them."""
+    packed = torch.randn(2, 48, 3, 4, 64, device=device).to(dtype)
+    yield packed.unbind(2)
+    yield tuple(tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in packed.unbind(2))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("engine", ENGINES)
+def test_views_on_cuda(engine):
+    """With and without the log-sum-exp."""
+    dtype = torch.bfloat16
+    if reason := unavailable(engine, "cuda", dtype):
+        pytest.skip(reason)
+    for views in _views("cuda", dtype):
+        expected, expected_lse = reference_attention(*views)
+        out, lse = attend_with_lse(*views, engine)
+        for found in (out, attend(*views, engine)):
+            torch.testing.assert_close(found.double(), expected, rtol=0, atol=TOLERANCE[dtype])
+        torch.testing.assert_close(lse.double(), expected_lse, rtol=0, atol=TOLERANCE[dtype])
+
+
+class _Strides(TorchDispatchMode):
+    """Whether each tensor that cuDNN's attention was given is contiguous."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._scaled_dot_product_cudnn_attention.default:
+            self.found += [tensor.is_contiguous() for tensor in args[:3]]
+        return function(*args, **(kwargs or {}))
+
+
+def test_cudnn_never_gets_views():
+    """With and without the log-sum-exp, as it gives wrong results for them; on tensors without values."""
+    for views in _views("meta", torch.bfloat16):
+        with _Strides() as strides:
+            attend(*views, "cudnn")
+            attend_with_lse(*views, "cudnn")
+        assert strides.found == [True] * 6
+
+
+@pytest.mark.parametrize("always", [False, True])
+def test_flash_attn_is_looked_up_once(monkeypatch, always):
+    """Not in each of a forward's attention calls. Versions that always give the log-sum-exp know no argument for it."""
+    asked = []
+
+    def with_option(query, key, value, return_attn_probs=False):
+        return (query, "lse", None) if return_attn_probs else query
+
+    function = (lambda query, key, value: (query, "lse")) if always else with_option
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_func=function))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: asked.append(name))
+    module._flash_attn_function.cache_clear()
+    query = torch.ones(1, 2, 3, 4)
+    for _ in range(3):
+        assert attend_with_lse(query, query, query, "flash") == (query, "lse")
+        assert attend(query, query, query, "flash") is query
+    assert asked == ["flash_attn_interface"]
+    module._flash_attn_function.cache_clear()
 
 
 def test_strided_tensors():
