@@ -2,6 +2,7 @@
 # make demo-ray   the same on a Ray cluster of two nodes on this machine, two videos at once
 # make test   set up .venv, lint, and run the tests; those that start Ray clusters come last
 # make test-ray   only those that start Ray clusters
+# make tiny   train the embedded models on rendered clips, in outputs/tiny; hours, and a stop loses nothing
 # make bench  the benchmarks on this machine's CPU, short, and the report of them in outputs/bench
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 BENCH := outputs/bench
 
-.PHONY: demo demo-ray test test-ray bench lint format clean
+.PHONY: demo demo-ray tiny test test-ray bench lint format clean
 
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -26,6 +27,9 @@ demo: $(INSTALLED)
 
 demo-ray: $(INSTALLED)
 	$(BIN)/python -m launchers.demo --output outputs/demo-ray
+
+tiny: $(INSTALLED)
+	nice $(BIN)/python -m helios_cp.tiny.train all --output outputs/tiny
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

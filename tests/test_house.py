@@ -20,7 +20,7 @@ FLOORS = {
         {"device", "files"},
         {"model"},
         {"weights", "runtime", "sampling"},
-        {"pipeline", "plan"},
+        {"pipeline", "plan", "tiny"},
         {"generate"},
     ],
     "launchers": [{"messages", "schedule"}, {"workers", "cluster"}, {"driver"}, {"generate", "status"}, {"demo"}],

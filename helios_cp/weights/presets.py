@@ -18,6 +18,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from helios_cp.config.errors import RequestError
+
 LAYOUT = 1
 """Raise this when the code here writes other files than before. A changed preset needs no raise."""
 
@@ -140,7 +142,7 @@ def write_preset(name: str, folder: Path) -> None:
     Raises `KeyError` for an unknown name.
     """
     import diffusers
-    from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
+    from transformers import UMT5Config, UMT5EncoderModel
 
     preset = PRESETS[name]
     transformer = diffusers.HeliosTransformer3DModel(**TRANSFORMER)
@@ -148,6 +150,25 @@ def write_preset(name: str, folder: Path) -> None:
     text_encoder = UMT5EncoderModel(UMT5Config(**TEXT_ENCODER))
     for module in (transformer, vae, text_encoder):
         _fill(module, preset.seed)
+    _save(preset, transformer, vae, text_encoder, folder, random_weights=True)
+
+
+def write_trained(name: str, weights: Path, folder: Path) -> None:
+    """Write a checkpoint of the preset's kind with trained weights, from the files that `read_trained` reads.
+
+    Raises `KeyError` for an unknown name and `RequestError` for weights that do not fit.
+    """
+    from helios_cp.weights.trained import read_trained
+
+    transformer, vae, text_encoder = read_trained(weights, name.removeprefix("tiny-"))
+    _save(PRESETS[name], transformer, vae, text_encoder, folder, random_weights=False)
+
+
+def _save(preset: Preset, transformer: Any, vae: Any, text_encoder: Any, folder: Path, *, random_weights: bool) -> None:
+    """Write the parts as a checkpoint folder of diffusers."""
+    import diffusers
+    from transformers import ByT5Tokenizer
+
     pipeline = getattr(diffusers, preset.pipeline)(
         tokenizer=ByT5Tokenizer(),
         text_encoder=text_encoder,
@@ -156,7 +177,8 @@ def write_preset(name: str, folder: Path) -> None:
         scheduler=getattr(diffusers, preset.scheduler)(**preset.scheduler_config),
         **preset.flags,
     )
-    pipeline.register_to_config(random_weights=True)
+    if random_weights:
+        pipeline.register_to_config(random_weights=True)
     with _without_progress_bars():
         pipeline.save_pretrained(folder, safe_serialization=True, max_shard_size=SHARD_SIZE)
 
@@ -205,17 +227,27 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m helios_cp.weights.presets", description=main.__doc__)
     parser.add_argument("--write", metavar="DIR", type=Path, required=True, help="an empty or new folder")
     parser.add_argument("--preset", choices=sorted(PRESETS), default="tiny-distilled")
+    parser.add_argument(
+        "--weights", metavar="DIR", type=Path, help="trained weights, from helios_cp.tiny.train (default: random ones)"
+    )
     options = parser.parse_args(arguments)
     folder: Path = options.write
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         print(f"--write {folder}: the folder must be empty or new", file=sys.stderr)
         return 2
     try:
-        write_preset(options.preset, folder)
+        if options.weights is None:
+            write_preset(options.preset, folder)
+        else:
+            write_trained(options.preset, options.weights, folder)
+    except RequestError as error:
+        print(f"--weights {error}", file=sys.stderr)
+        return 2
     except OSError as error:
         print(f"--write {folder}: cannot be written: {error.strerror or error}", file=sys.stderr)
         return 2
-    print(f"{options.preset}: {PRESETS[options.preset].description}; random weights")
+    kind = "random weights" if options.weights is None else f"weights from {options.weights}"
+    print(f"{options.preset}: {PRESETS[options.preset].description}; {kind}")
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         print(f"{file.stat().st_size:>10,}  {file.relative_to(folder)}")
     return 0

@@ -1,0 +1,80 @@
+"""Base and Mid: flow matching on whole latents, and on the stages of a pyramid."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from helios_cp.model.transformer import HeliosTransformer
+from helios_cp.sampling.denoise import shift_mu
+from helios_cp.tiny.examples import Batch, draw_batch
+from helios_cp.tiny.forward import embed_text, velocity
+from helios_cp.tiny.latents import Clips
+from helios_cp.tiny.pyramid import Stages, halve
+
+STAGE_SHARES = (0.45, 0.35, 0.20)
+"""How often a stage of the pyramid is trained: the first decides what is where, and costs least."""
+BATCH = {"base": (6,), "mid": (20, 14, 6)}
+SUBJECT_WEIGHT = 4.0
+"""What an error on the subject counts, where one elsewhere counts 1."""
+
+Loss = Callable[[random.Random], tuple[Tensor, dict[str, float]]]
+
+
+def make_loss(variant: str, model: HeliosTransformer, clips: Clips, text_encoder, scale: float = 1.0) -> Loss:
+    """The loss of a batch for "base" or "mid"; `scale` multiplies the sizes of batches, for a faster device."""
+    stages = Stages()
+
+    def loss(generator: random.Random) -> tuple[Tensor, dict[str, float]]:
+        stage = generator.choices((0, 1, 2), STAGE_SHARES)[0] if variant == "mid" else 0
+        batch = draw_batch(clips, text_encoder, generator, max(1, round(BATCH[variant][stage] * scale)))
+        noisy, timestep, target = _flow_of_base(batch) if variant == "base" else _flow_of_stage(stages, batch, stage)
+        device = noisy.device
+        with torch.autocast(device.type, torch.bfloat16):
+            text = embed_text(model, batch.states, batch.mask)
+            errors = (velocity(model, noisy, timestep, text, batch.past) - target).square()
+        losses = weighted(errors, batch.subject) / target.square().mean()
+        starts = torch.tensor([kind == "text" for kind in batch.kinds], device=device)
+        figures = {
+            f"{stage}{name}": losses[chosen].mean().item()
+            for name, chosen in (("text", starts), ("past", ~starts))
+            if chosen.any()
+        }
+        return losses.mean(), figures
+
+    return loss
+
+
+def weighted(errors: Tensor, subject: Tensor) -> Tensor:
+    """The mean `[B]` of errors `[B, C, T, h, w]`, more weight where the subject is; `subject` may be larger."""
+    while subject.shape[-1] > errors.shape[-1]:
+        subject = halve(subject)
+    weight = 1 + (SUBJECT_WEIGHT - 1) * subject
+    return (errors * weight).mean((1, 2, 3, 4)) / weight.mean((1, 2, 3, 4))
+
+
+def _evenly(count: int, device: torch.device) -> Tensor:
+    """`count` numbers in 0 … 1, one from each of as many equal parts, in random order: less noise than free ones."""
+    return ((torch.randperm(count) + torch.rand(count)) / count).to(device)
+
+
+def _flow_of_base(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Noisy latents, timesteps and velocity; noise levels are logit-normal and shifted as the sampler shifts them."""
+    clean = batch.clean
+    sigma = torch.sigmoid(torch.special.ndtri(_evenly(len(clean), clean.device).clamp(1e-3, 1 - 1e-3)))
+    shift = math.exp(shift_mu(clean[0, 0].numel() // 4))
+    sigma = shift * sigma / (1 + (shift - 1) * sigma)
+    noise, level = torch.randn_like(clean), sigma.view(-1, 1, 1, 1, 1)
+    return level * noise + (1 - level) * clean, sigma * 1000, noise - clean
+
+
+def _flow_of_stage(stages: Stages, batch: Batch, stage: int) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_flow_of_base`, for a stage of the pyramid, whose noise levels are uniform."""
+    start, end = stages.points(batch.clean, stage)
+    sigma = _evenly(len(start), start.device) * 0.999
+    level = sigma.view(-1, 1, 1, 1, 1)
+    return level * start + (1 - level) * end, stages.timestep(stage, sigma), start - end
