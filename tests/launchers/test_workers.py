@@ -302,12 +302,15 @@ def test_a_lost_payload_is_no_death_unless_at_a_start():
 
 
 def test_only_ranks_of_a_gang_lose_each_other():
-    error = RuntimeError("Timed out while fetching the weights")
+    """An error of a rank's own that only sounds like that is no lost connection."""
+    error = RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:538] Connection closed by peer")
     assert fault_of(raised(error)) is error
     assert isinstance(fault_of(raised(error), in_gang=True), WorkerLostError)
     assert start_fault_of(raised(error)) is error
     fault = start_fault_of(raised(error), in_gang=True)
     assert isinstance(fault, StartError) and fault.attempts == 3
+    error = RuntimeError("Timed out while fetching the weights")
+    assert fault_of(raised(error), in_gang=True) is error is start_fault_of(raised(error), in_gang=True)
 
 
 def test_what_no_other_try_can_change_is_told_in_a_line():
