@@ -21,7 +21,8 @@ from benchmarks.measuring.device_rates import seconds_of, wait
 from benchmarks.models.repaired_diffusers import block_noise, same_dtype_attention
 from helios_cp.config.request import Request
 from helios_cp.config.sampling_plan import SamplingPlan
-from helios_cp.files.mp4 import Mp4Writer, encode_segment
+from helios_cp.files.chunk_files import ChunkFiles
+from helios_cp.files.mp4 import encode_segment
 from helios_cp.generate.background import BackgroundWriter
 from helios_cp.model.codec import latent_statistics, to_frames
 from helios_cp.pipeline.pipeline import Pipeline
@@ -65,7 +66,7 @@ class OurVideo:
     def __init__(self, pipeline: Pipeline, request: Request, inputs: Inputs, path: Path) -> None:
         self.pipeline = pipeline
         self.fps = request.fps
-        self.writer = Mp4Writer(path, request.fps)
+        self.path, self.files = path, ChunkFiles.beside([path])
         self.background = BackgroundWriter(self._encode)
         self.chunks = pipeline.stream(replace(request, prompt=()), inputs)  # the embeddings come in its place
         self.latents: Tensor | None = None
@@ -94,7 +95,7 @@ class OurVideo:
 
     def _encode(self, frames: Tensor) -> None:
         start = time.perf_counter()
-        self.writer.append(encode_segment(frames, self.fps))
+        self.files.save(self.files.count(), [encode_segment(frames, self.fps)])
         self._encode_seconds = time.perf_counter() - start
 
     def alone(self) -> dict[str, float]:
@@ -114,7 +115,8 @@ class OurVideo:
         wait(self.pipeline.device)
         with self.background:
             pass
-        self.writer.close()
+        self.files.join([self.path])
+        self.files.remove()
 
 
 class PeerVideo:
@@ -131,7 +133,7 @@ class PeerVideo:
         self.peer = peer
         self.device = peer.vae.device
         self.fps = request.fps
-        self.writer = Mp4Writer(path, request.fps)
+        self.path, self.files = path, ChunkFiles.beside([path])
         self.arguments = peer_arguments(request, inputs, plan, self.device)
         self._turns: queue.SimpleQueue[Clock | None] = queue.SimpleQueue()
         self._made: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -150,7 +152,7 @@ class PeerVideo:
         host = frames[0].cpu()
         transfer = clock.lap()
         made = clock.total
-        self.writer.append(encode_segment(host, self.fps))
+        self.files.save(self.files.count(), [encode_segment(host, self.fps)])
         stages = {"denoise": denoise, "decode": decode, "transfer": transfer, "encode": clock.lap()}
         mean, inverse_std = latent_statistics(self.peer.vae)
         return ChunkTimes(clock.total, made, stages), (latents - mean) * inverse_std
@@ -162,7 +164,8 @@ class PeerVideo:
         if self._thread.is_alive():
             self._turns.put(None)
             self._thread.join()
-        self.writer.close()
+        self.files.join([self.path])
+        self.files.remove()
 
     def _run(self) -> None:
         try:

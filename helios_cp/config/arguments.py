@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from helios_cp.config.checkpoint import DTYPES
+from helios_cp.config.console import typed
 from helios_cp.config.errors import RequestError
 from helios_cp.config.execution import OFFLOADS, QUANTIZATIONS
 from helios_cp.config.request import RESIZE_MODES, Request, ScheduledPrompt
@@ -305,6 +306,10 @@ def given_fields(arguments: argparse.Namespace) -> dict[str, Any]:
                 given = " ".join(f"{sigma:g}" for sigma in sigmas)
                 raise RequestError(f"--{kind}-noise-sigma {given}: two numbers are allowed, MIN MAX")
             values[f"{kind}_noise_sigma_min"], values[f"{kind}_noise_sigma_max"] = sigmas
+    if "prompt" in values:
+        values["prompt"] = [typed(text) for text in values["prompt"]]
+    if "negative_prompt" in values:
+        values["negative_prompt"] = typed(values["negative_prompt"])
     if "prompt_schedule" in values:
         values["prompt_schedule"] = [scheduled_prompt(*entry) for entry in values["prompt_schedule"]]
     fields = Request.__dataclass_fields__
@@ -313,7 +318,7 @@ def given_fields(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def scheduled_prompt(chunks: str, prompt: str) -> ScheduledPrompt:
     try:
-        return ScheduledPrompt(prompt, whole_number(chunks))
+        return ScheduledPrompt(typed(prompt), whole_number(chunks))
     except argparse.ArgumentTypeError as error:
         raise RequestError(f"--prompt-schedule {chunks} {prompt!r}: {error}; CHUNKS comes before TEXT") from None
 

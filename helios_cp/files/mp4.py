@@ -1,25 +1,24 @@
-"""MP4 files written chunk by chunk, so that a stopped run can go on and end with the same bytes.
+"""MP4 files made chunk by chunk, so that a stopped run can go on and end with the same bytes.
 
-Each chunk of frames becomes a *segment*: a small MP4 of its own, encoded by a fresh H.264 encoder. `Mp4Writer` appends
-the segments' packets to a fragmented MP4 beside the target, which is playable at any moment, and turns it into an
-ordinary MP4 at the end. Nothing is encoded twice, and no byte depends on the machine's number of cores, on the clock,
-or on whether the segments came in one run or in several.
+Each chunk of frames becomes a *segment*: a small MP4 of its own, encoded by a fresh H.264 encoder. In the end the
+segments are joined by copying their packets. Nothing is encoded twice, and no byte depends on the machine's number of
+cores, on the clock, or on whether the segments came in one run or in several.
 """
 
 from __future__ import annotations
 
-import contextlib
 import io
 import math
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import BinaryIO
 
 import av
 import torch
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
+
+from helios_cp.files.whole_files import replacing
 
 # libswscale's flags for full chroma interpolation, accurate rounding and the same bits on every CPU. With its fast
 # defaults the way from RGB to YUV and back darkens a picture by about one level out of 255.
@@ -88,176 +87,33 @@ def encode_segment(frames: torch.Tensor, fps: float | Fraction, *, crf: int = 18
     return buffer.getvalue()
 
 
-@dataclass(frozen=True)
-class Position:
-    """How far an unfinished MP4 is: bytes of its partial file and of the header in it, frames and segments."""
+def join_segments(segments: Sequence[Path], path: Path) -> None:
+    """Join MP4s of `encode_segment` to one, with its index at the front, where players that stream want it.
 
-    size: int
-    header_size: int
-    frames: int
-    segments: int
-
-
-class Mp4Writer:
-    """Write segments of `encode_segment` to an MP4 at `path`, as a context manager.
-
-    Until `close`, the chunks lie in `partial`, a fragmented MP4 beside the target that is flushed after every chunk:
-    even a killed process leaves a playable file. Leaving the `with` by an exception finishes the MP4 with the chunks so
-    far; without any chunk nothing is created. No chunk stays in memory once `append` has returned; `close` needs the
-    index of the MP4, about a hundred bytes a frame.
-
-    To continue a stopped run, append the earlier segments again, then the new ones: the finished file has the same
-    bytes as that of a run that never stopped.
-
-    path: the target, replaced only when the new file is complete; its folder is created with the first chunk.
-    fps: frames per second of all segments.
+    Packets are copied: nothing is decoded or encoded again, and the same segments give the same bytes. Raises
+    `ValueError` for segments of different sizes, rates or settings, and for such as hold B-frames.
     """
-
-    def __init__(self, path: str | os.PathLike[str], fps: float | Fraction) -> None:
-        self.path = Path(path)
-        self.partial = partial_path(path)
-        self.fps = frame_rate(fps)
-        self.frames = 0
-        self.segments = 0
-        self._file: BinaryIO | None = None
-        self._header = b""
-        self._closed = False
-
-    @classmethod
-    def resume(cls, path: str | os.PathLike[str], fps: float | Fraction, position: Position) -> Mp4Writer:
-        """Go on with the partial file of another writer, from a position that it had; what it wrote later is cut off.
-
-        Raises `FileNotFoundError` if there is no partial file, as after `close`.
-        """
-        writer = cls(path, fps)
-        writer.frames, writer.segments = position.frames, position.segments
-        writer._file = open(writer.partial, "r+b", buffering=0)  # noqa: SIM115
-        writer._header = writer._file.read(position.header_size)
-        writer._file.truncate(position.size)
-        writer._file.seek(position.size)
-        return writer
-
-    @property
-    def position(self) -> Position:
-        """Where `resume` could go on from now."""
-        size = 0 if self._file is None else self._file.tell()
-        return Position(size, len(self._header), self.frames, self.segments)
-
-    def append(self, segment: bytes) -> None:
-        """Add a segment and flush it. Raises `ValueError` when its size, rate or settings are not the first one's."""
-        if self._closed:
-            raise ValueError(f"{self.path}: the writer is closed; open a new one and append all segments again")
-        header, fragment, frames = _to_fragment(segment, self.fps, self.frames, self.segments)
-        if self._file is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            # Unbuffered: nothing of a failed write can linger and come back later.
-            self._file = open(self.partial, "wb", buffering=0)  # noqa: SIM115
-        if self.segments and header != self._header:
-            raise ValueError(
-                f"{self.path}: segment {self.segments} was encoded with another size or other settings than segment 0; "
-                "encode all segments alike"
-            )
-        _write_whole(self._file, fragment if self.segments else header + fragment)
-        self._header = header
-        self.frames += frames
-        self.segments += 1
-
-    def close(self) -> None:
-        """Finish the MP4 and remove the partial file. Closing again does nothing."""
-        self._closed = True
-        if self._file is None:
-            return
-        self._file.close()
-        self._file = None
-        if self.segments:
-            finished = self.path.with_name(f".{self.path.name}.finished")
-            try:
-                _to_ordinary_mp4(self.partial, finished)
-                os.replace(finished, self.path)
-            finally:
-                finished.unlink(missing_ok=True)
-        self.partial.unlink()
-
-    def __enter__(self) -> Mp4Writer:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
-        if error is None:
-            self.close()
-            return
-        # The error under way matters more than one of finishing, say a full disk; then the partial file stays.
-        with contextlib.suppress(Exception):
-            self.close()
-
-
-def partial_path(path: str | os.PathLike[str]) -> Path:
-    """Where the chunks of an unfinished `path` lie: `.NAME.mp4.partial` in the same folder."""
-    return Path(path).with_name(f".{Path(path).name}.partial")
-
-
-def _to_fragment(segment: bytes, fps: Fraction, first_frame: int, index: int) -> tuple[bytes, bytes, int]:
-    """The segment as (header, fragment, frames) of a fragmented MP4 in which it starts at `first_frame`.
-
-    A fresh muxer serves each segment, for a muxer that lives on writes a fragment only when the next one begins. All
-    segments of a video have the same header, so their fragments may follow one header in one file.
-    """
-    options = {
-        "fflags": "+bitexact",
-        # One fragment, positioned relative to itself, that starts at its own timestamp in place of zero.
-        "movflags": "frag_custom+empty_moov+default_base_moof+frag_discont+skip_trailer",
-        "avoid_negative_ts": "disabled",
-        "fragment_index": str(index + 1),
-        # The bit rate is the one part of a header that depends on the content.
-        "write_btrt": "0",
-    }
-    buffer, frames, tick = io.BytesIO(), 0, 1 / fps
-    with av.open(io.BytesIO(segment)) as source, av.open(buffer, "w", format="mp4", options=options) as container:
-        video = source.streams.video[0]
-        if video.average_rate != fps:
-            raise ValueError(
-                f"segment {index} has {video.average_rate} frames per second, the writer {fps}; use one rate"
-            )
-        stream = container.add_stream_from_template(video, time_base=tick)
-        container.start_encoding()
-        header_size = buffer.tell()
-        for packet in source.demux(video):
-            if packet.dts is None:  # the demuxer's end mark
-                continue
-            if packet.pts != packet.dts or not (frames or packet.is_keyframe):
-                raise ValueError(f"segment {index} has B-frames or no leading IDR frame; use encode_segment")
-            packet.stream, packet.time_base = stream, tick
-            packet.pts = packet.dts = first_frame + frames
-            packet.duration = 1
-            container.mux(packet)
-            frames += 1
-    data = buffer.getvalue()
-    return data[:header_size], data[header_size:], frames
-
-
-def _to_ordinary_mp4(partial: Path, target: Path) -> None:
-    """Copy the packets of a fragmented MP4 into one with its index at the front, where players that stream want it."""
     options = {"fflags": "+bitexact", "movflags": "faststart"}
-    # Absolute paths, for FFmpeg takes a name such as "a:b.mp4" for a protocol.
-    with (
-        av.open(os.path.abspath(partial), format="mp4") as source,
-        av.open(os.path.abspath(target), "w", format="mp4", options=options) as container,
-    ):
-        video = source.streams.video[0]
-        stream = container.add_stream_from_template(video)
-        for packet in source.demux(video):
-            if packet.dts is not None:
-                packet.stream = stream
-                container.mux(packet)
-
-
-def _write_whole(file: BinaryIO, data: bytes) -> None:
-    """Write all bytes or, on an error or an interrupt, none: a fragment cut in half would spoil the finished video."""
-    start = file.tell()
-    rest = memoryview(data)
-    try:
-        while rest:
-            rest = rest[file.write(rest) :]
-    except BaseException:
-        file.seek(start)
-        file.truncate()
-        raise
+    # Absolute paths, because FFmpeg takes a name such as "a:b.mp4" for a protocol.
+    with replacing(path) as partial, av.open(os.path.abspath(partial), "w", "mp4", options=options) as container:
+        stream, settings, position = None, None, 0
+        for segment in segments:
+            with av.open(os.path.abspath(segment), format="mp4") as source:
+                video = source.streams.video[0]
+                context = video.codec_context
+                found = video.average_rate, context.width, context.height, context.extradata
+                if stream is None:
+                    settings, tick = found, 1 / video.average_rate
+                    stream = container.add_stream_from_template(video, time_base=tick)
+                if found != settings:
+                    raise ValueError(f"{segment}: its size, rate or settings are not those of {segments[0]}")
+                for packet in source.demux(video):
+                    if packet.dts is None:  # the demuxer's end mark
+                        continue
+                    if packet.pts != packet.dts:
+                        raise ValueError(f"{segment}: it has B-frames; use encode_segment")
+                    packet.stream, packet.time_base = stream, tick
+                    packet.pts = packet.dts = position
+                    packet.duration = 1
+                    container.mux(packet)
+                    position += 1

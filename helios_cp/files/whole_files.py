@@ -6,6 +6,8 @@ import contextlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,9 @@ from helios_cp.config.errors import RequestError
 def check_file_target(flag: str, path: str | os.PathLike[str], suffix: str) -> None:
     """Raise `RequestError` unless a file can be written at `path`. Creates nothing, not even a missing folder.
 
+    A symbolic link is followed, as `replacing` does. A pipe or a device is refused: a file is written beside its name
+    and takes its place when it is whole.
+
     flag: what the message starts with, such as "--output".
     suffix: what the name must end in, such as ".mp4", in upper or lower case.
     """
@@ -26,7 +31,12 @@ def check_file_target(flag: str, path: str | os.PathLike[str], suffix: str) -> N
     found = Path(path).suffix
     if found.lower() != suffix:
         raise RequestError(f"{flag} {path}: the suffix is {found!r}; allowed is {suffix}")
-    _try_writing(flag, path, Path(path))
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise RequestError(f"{flag} {path}: this is a pipe, a socket or a device; give the name of a file")
+    target = os.path.realpath(path) if os.path.islink(path) else path
+    if os.path.islink(target):
+        raise RequestError(f"{flag} {path}: this link points to itself; give another path")
+    _try_writing(flag, path, Path(target))
 
 
 def check_folder_target(flag: str, path: str | os.PathLike[str]) -> None:
@@ -53,26 +63,42 @@ def _try_writing(flag: str, path: str | os.PathLike[str], target: Path) -> None:
         raise RequestError(f"{flag} {path}: {reason}; give another path") from None
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file so that a crash at any moment leaves the old one or the new one, on disk for good.
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write a file under; at the end of the `with` the file replaces `path`.
 
-    Its folder is made where it is missing.
+    A crash at any moment leaves the old file or the new one, on disk for good. Where `path` is a symbolic link, the
+    file it points to is replaced. Its folder is made where it is missing. An `OSError` names the file.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = _partial(path)
+    target = Path(os.path.realpath(path))
+    partial = _partial(target)
     try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        _sync(partial)
+        os.replace(partial, target)
+        _sync(target.parent)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         partial.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file or folder is on disk."""
+    file = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(file)
     finally:
-        os.close(folder)
+        os.close(file)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file as `replacing` does."""
+    with replacing(path) as partial:
+        partial.write_bytes(content)
 
 
 def write_json(path: Path, values: Any) -> None:

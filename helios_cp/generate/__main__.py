@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,11 @@ from helios_cp.config.arguments import (
     add_request_arguments,
     whole_number,
 )
+from helios_cp.config.console import say, unfailing_output
 from helios_cp.config.errors import RequestError
 from helios_cp.config.execution import Execution
 from helios_cp.generate.prompt_files import INTERPOLATE_TIME
+from helios_cp.generate.stopping import exit_late, handled, stop_at_once
 
 PROGRAM = "helios_cp.generate"
 
@@ -46,13 +48,18 @@ def build_parser() -> argparse.ArgumentParser:
     output.add_argument("--save-latents", type=Path, metavar="FILE", help="also write the latents, as safetensors")
     output.add_argument("--report", type=Path, metavar="FILE", help="also write times, FPS and memory, as JSON")
     output.add_argument(
-        "--checkpoint-dir", type=Path, metavar="DIR", help="save the state after every chunk, to go on after a stop"
+        "--checkpoint-dir",
+        type=Path,
+        metavar="DIR",
+        help="save every chunk there, and go on with the run that is there already: the same call may be made again "
+        "and again, as batch systems do",
     )
     output.add_argument(
         "--resume",
         type=Path,
         metavar="DIR",
-        help="go on from the last finished chunk saved there; the other flags need not be repeated",
+        help="go on with the run that is kept there; refuses a folder without one; the other flags need not be "
+        "repeated",
     )
     add_model_arguments(parser)
     add_request_arguments(parser)
@@ -79,29 +86,30 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit codes: 0, 1 for a failure, 2 for bad input, 130 and 143 for a stop by SIGINT and SIGTERM.
+    """Exit codes: 0, 1 for a failure, 2 for bad input, 128 + N for a stop by signal N, such as 130 for Ctrl-C.
 
     Under torchrun every rank calls it; rank 0 speaks, reads and writes for all.
     """
     parser = build_parser()
     parser.is_quiet = os.environ.get("RANK", "0") != "0"
-    arguments = parser.parse_args(argv)
-    cache = os.environ.get("HELIOS_CP_CACHE")
-    try:
-        return _run(parser, arguments, Path(cache) if cache else None)
-    except KeyboardInterrupt:
-        if not parser.is_quiet:
-            print("stopped before the first chunk; nothing was written", file=sys.stderr)
-        return 130
+    with unfailing_output(), handled(stop_at_once), ExitStack() as claims:
+        arguments = parser.parse_args(argv)
+        cache = os.environ.get("HELIOS_CP_CACHE")
+        try:
+            return _run(parser, arguments, Path(cache) if cache else None, claims)
+        except KeyboardInterrupt as reason:
+            if not parser.is_quiet:
+                say("stopped before the first chunk; nothing was written")
+            return getattr(reason, "exit_code", 130)
 
 
-def _run(parser: OneLineParser, arguments: argparse.Namespace, cache: Path | None) -> int:
+def _run(parser: OneLineParser, arguments: argparse.Namespace, cache: Path | None, claims: ExitStack) -> int:
     # Imported here so that --help and misspelt flags need not wait for torch.
     from helios_cp.config.errors import CheckpointError
     from helios_cp.device.device import pick_device
     from helios_cp.generate.check import Followed, Session, check
+    from helios_cp.generate.claims import claimed
     from helios_cp.generate.run import PATIENCE, follow, run
-    from helios_cp.generate.stopping import exit_late
     from helios_cp.pipeline.environment import prepare
     from helios_cp.pipeline.world import Ranks, World, device_of_rank, end_process
     from helios_cp.weights.load import resolve
@@ -112,6 +120,8 @@ def _run(parser: OneLineParser, arguments: argparse.Namespace, cache: Path | Non
         nonlocal session
         try:
             session = check(arguments, cache, ranks)
+            if not session.has_prompt_file:
+                claims.enter_context(claimed(session.jobs[0], session.run_folders[0]))
         except RequestError as error:
             return {"refused": str(error)}
         return session.for_followers()
@@ -131,8 +141,7 @@ def _run(parser: OneLineParser, arguments: argparse.Namespace, cache: Path | Non
     if session is not None:
         device = session.device
     else:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 stops for all
-        exit_late(PATIENCE)
+        exit_late(PATIENCE)  # rank 0 stops for all
         device = device_of_rank(pick_device(arguments.device), ranks)
     try:
         if decided["requests"]:
@@ -141,13 +150,14 @@ def _run(parser: OneLineParser, arguments: argparse.Namespace, cache: Path | Non
             if session is None:
                 follow(Followed.from_json(decided, device, cache), world)
                 return 0
-            code = run(session, world)
+            with claims:  # given up before this process ends, in whatever way
+                code = run(session, world)
             if code > 1 and ranks.size > 1:
                 end_process(code)  # the others are in the middle of a chunk and will not come to an end
             return code
     except (CheckpointError, RequestError, OSError) as error:
         if world.claim_end():
-            print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+            say(f"{PROGRAM}: error: {error}")
         return 1
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,15 @@ from helios_cp.config.arguments import absolute_media, as_typed, flag_of, given_
 from helios_cp.config.checkpoint import Checkpoint
 from helios_cp.config.errors import RequestError
 from helios_cp.config.execution import Execution, Target
-from helios_cp.config.layout import Layout
+from helios_cp.config.layout import DEGREES, Layout
 from helios_cp.config.request import Request
-from helios_cp.device.device import capability, dtype_name, pick_device, pick_dtype
+from helios_cp.device.device import capability, device_name, dtype_name, pick_device, pick_dtype
 from helios_cp.files.clips import check_video
 from helios_cp.files.pictures import check_image
 from helios_cp.files.whole_files import check_file_target, check_folder_target
 from helios_cp.generate.prompt_files import INTERPOLATE_TIME, Job, read_prompt_file, single_job
-from helios_cp.generate.run_folder import Run, RunFolder
+from helios_cp.generate.report import versions
+from helios_cp.generate.run_folder import MadeWith, Run, RunFolder
 from helios_cp.pipeline.world import Ranks, device_of_rank, pick_backend
 from helios_cp.plan.choose import choose_layout, planning_hardware
 from helios_cp.weights.load import resolve
@@ -55,12 +57,15 @@ class Session:
     save_latents: Path | None
     report: Path | None
     has_prompt_file: bool
+    made_with: MadeWith = field(default_factory=MadeWith)
     planned_for: str | None = None
+    changes: tuple[str, ...] = ()
 
     def remarks(self) -> list[str]:
         """What to tell before work starts.
 
-        That weights are random, what `--layout auto` took for which machine, and which flags are given without effect.
+        That weights are random, what `--layout auto` took for which machine, which flags are given without effect, and
+        what a run to go on with was made with before.
         """
         random = (
             f"{self.model}: the weights are random, so the video is noise; "
@@ -75,24 +80,24 @@ class Session:
                 f"{flag} {value}: Helios-Distilled has its guidance built in and does not read it"
                 for flag, value in ignored.items()
             ]
+            + list(self.changes)
         )
 
     def for_followers(self) -> dict[str, Any]:
         """What the ranks other than 0 need to know, as JSON: `Followed.from_json` reads it."""
-        unfinished = [
-            job.request.to_json()
-            for job, folder in zip(self.jobs, self.run_folders, strict=True)
-            if folder is None
+        is_needed = any(
+            folder is None
             or not RunFolder.is_run(folder)
             or RunFolder.open(folder).finished_chunks() < job.request.num_chunks
-        ]
+            for job, folder in zip(self.jobs, self.run_folders, strict=True)
+        )
         return {
             "model": self.model,
             "dtype": dtype_name(self.dtype),
             "layout": self.layout.to_json(),
             "backend": self.backend,
             "execution": self.execution.to_json(),
-            "requests": unfinished,
+            "requests": [job.request.to_json() for job in self.jobs] if is_needed else [],
         }
 
 
@@ -142,6 +147,7 @@ def check(
     dtype = pick_dtype(options.get("dtype", saved.dtype if saved else "auto"), device)
     execution = Execution.of(arguments, saved.execution if saved else None)
     if saved is not None:
+        model = _with_commit(model, [saved])
         asked = Run(replace(saved.request, **given), model, dtype_name(dtype), (), execution)
         check_same_run(saved, asked, resume)
 
@@ -161,21 +167,33 @@ def check(
     folder = resume or options.get("checkpoint_dir")
     folders = [folder / job.output[0].stem if folder and prompt_file else folder for job in waiting]
     for each in filter(None, folders):
-        _check_run_folder(each, resume is not None)
+        check_folder_target("--checkpoint-dir" if resume is None else "--resume", each)
 
+    runs = {each: RunFolder.open(each).run for each in folders if each is not None and RunFolder.is_run(each)}
+    model = _with_commit(model, runs.values())
+    for each, run in runs.items():
+        check_same_run(run, replace(run, model=model, dtype=dtype_name(dtype)), each)
     checkpoint = resolve(model, cache, weights=())
+    model = pinned(model, checkpoint.folder)
     execution = replace(execution, quantize=agreed_quantization(execution, checkpoint.folder))
     target = target or Target(device.type, capability(device))
     execution.check(device=target.kind, capability=target.capability, is_distilled=checkpoint.is_distilled)
     waiting = [Job(job.request.resolve(checkpoint), job.output) for job in waiting]
     skipped = [Job(job.request.resolve(checkpoint), job.output) for job in skipped]
     for job, each in zip(waiting, folders, strict=True):
-        if resume is not None and RunFolder.is_run(each):
-            check_same_run(RunFolder.open(each).run, Run(job.request, model, dtype_name(dtype), (), execution), each)
+        if each in runs:
+            check_same_run(runs[each], Run(job.request, model, dtype_name(dtype), (), execution), each)
     requests = [job.request for job in (*waiting, *skipped)]
     planned = planning_hardware(arguments, device.type, ranks.local_size)
     layout = choose_layout(
-        arguments, checkpoint, requests, ranks.size, device, dtype, execution, ranks_of_node=ranks.local_size
+        with_saved_layout(arguments, saved, ranks.size),
+        checkpoint,
+        requests,
+        ranks.size,
+        device,
+        dtype,
+        execution,
+        ranks_of_node=ranks.local_size,
     )
     execution.check_layout(layout.shard_weights)
     sends = backend if target.kind == device.type else options.get("backend", "nccl")
@@ -188,6 +206,7 @@ def check(
         ffn_tp=layout.degrees.ffn_tp,
     )
     check_adapters(execution.lora, checkpoint.transformer)
+    made_with = MadeWith(layout, device_name(device) if target.kind == device.type else None, versions())
     return Session(
         checkpoint=checkpoint,
         model=model,
@@ -203,7 +222,9 @@ def check(
         save_latents=options.get("save_latents"),
         report=options.get("report"),
         has_prompt_file=prompt_file is not None,
+        made_with=made_with,
         planned_for=planned and planned.name,
+        changes=tuple(_changes(runs, made_with)),
     )
 
 
@@ -211,6 +232,40 @@ def absolute_model(model: str) -> str:
     """A folder's path is made absolute, so that a run can be resumed from elsewhere; other names stay."""
     folder = os.path.expanduser(model)
     return os.path.abspath(folder) if model not in PRESETS and os.path.isdir(folder) else model
+
+
+def pinned(model: str, folder: Path) -> str:
+    """A model of the hub with its commit, so that all ranks and all calls of a run load the same; others stay."""
+    if os.path.isdir(model) or folder.parent.name != "snapshots":  # the hub's cache has a folder for each commit
+        return model
+    return f"{model.partition('@')[0]}@{folder.name}"
+
+
+def _with_commit(model: str, runs: Iterable[Run]) -> str:
+    """The commit that a run was started with, where the same model is asked for without one."""
+    return next((run.model for run in runs if run.model.startswith(f"{model}@")), model)
+
+
+def with_saved_layout(arguments: argparse.Namespace, saved: Run | None, ranks: int) -> argparse.Namespace:
+    """What `--resume` takes over of the layout: attention, and the degrees where none is given and the ranks are as
+    many as before."""
+    layout = saved and saved.made_with.layout
+    if layout is None:
+        return arguments
+    kept = {"attention": layout.attention}
+    if layout.degrees.world == ranks and not {*DEGREES, "layout"} & set(vars(arguments)):
+        kept |= {flag: getattr(layout.degrees, name) for flag, name in DEGREES.items()}
+        kept["shard_weights"] = layout.shard_weights
+    return argparse.Namespace(**{**kept, **vars(arguments)})
+
+
+def _changes(runs: Mapping[Path, Run], now: MadeWith) -> list[str]:
+    """A remark for each run that goes on with something else than it was begun with."""
+    return [
+        f"run folder {folder}: it was begun with {'; '.join(differences)}; what is made now can differ by rounding"
+        for folder, run in runs.items()
+        if (differences := run.made_with.differences(now))
+    ]
 
 
 def check_same_run(saved: Run, asked: Run, folder: Path) -> None:
@@ -223,8 +278,8 @@ def check_same_run(saved: Run, asked: Run, folder: Path) -> None:
     for flag, before, now in fields:
         if before != now:
             raise RequestError(
-                f"--resume {folder}: this run was started with {as_typed(flag, before)}, not with "
-                f"{as_typed(flag, now)}; leave {flag} out, or start another run with --checkpoint-dir"
+                f"run folder {folder}: this run was started with {as_typed(flag, before)}, not with "
+                f"{as_typed(flag, now)}; give it as it was, or give --checkpoint-dir another folder"
             )
 
 
@@ -298,9 +353,3 @@ def _check_outputs(jobs: list[Job]) -> None:
             for flag, source in (("--image", job.request.image), ("--video", job.request.video)):
                 if source is not None and output.exists() and output.samefile(source):
                     raise RequestError(f"--output {output}: that is the {flag} to start from; give another name")
-
-
-def _check_run_folder(folder: Path, resume: bool) -> None:
-    check_folder_target("--resume" if resume else "--checkpoint-dir", folder)
-    if not resume:
-        RunFolder.check_new(folder)

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
+import av
 import diffusers
 import torch
 import transformers
@@ -21,8 +22,17 @@ from helios_cp.device.memory import peak_memory
 from helios_cp.model.codec import vae_settings
 
 
+def versions() -> dict[str, str]:
+    """Of what can change a video by rounding: a run folder and a report keep them."""
+    modules = {"helios_cp": helios_cp, "torch": torch, "diffusers": diffusers, "transformers": transformers, "av": av}
+    return {name: str(module.__version__) for name, module in modules.items()}
+
+
 class Report:
-    """Collects the seconds of each chunk of one video and works out the FPS."""
+    """Collects the seconds of each chunk of one video and works out the FPS.
+
+    `error` is what ended it. `playable` is where its chunks can be played, if not in `output`.
+    """
 
     def __init__(
         self,
@@ -43,6 +53,7 @@ class Report:
         self.execution = execution or Execution()
         self.resumed_from_chunk = 0
         self.error: str | None = None
+        self.playable: str | None = None
         self.chunks: list[dict[str, Any]] = []
 
     def add(self, index: int, seconds: float, stages: dict[str, float], skipped: Sequence[int] = ()) -> None:
@@ -55,6 +66,10 @@ class Report:
         if self.execution.block_cache is not None:
             entry["skipped_steps"] = list(skipped)
         self.chunks.append(entry)
+
+    @property
+    def names(self) -> str:
+        return ", ".join(self.output)
 
     @property
     def frames(self) -> int:
@@ -85,12 +100,7 @@ class Report:
         """`frames`, times and FPS are of this call alone. Seconds of stages overlap, those of chunks do not."""
         return {
             "version": helios_cp.__version__,
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "diffusers": diffusers.__version__,
-                "transformers": transformers.__version__,
-            },
+            "versions": {"python": platform.python_version(), **versions()},
             "model": str(self.checkpoint.folder),
             "variant": self.checkpoint.variant,
             "random_weights": self.checkpoint.random_weights,

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import sys
+import gc
 import traceback
-from collections.abc import Callable
-from contextlib import ExitStack, closing
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
 from time import perf_counter
 
 import diffusers
 import torch
 import transformers
-from torch import Tensor
 
+from helios_cp.config.console import say
+from helios_cp.config.errors import CheckpointError, RequestError
 from helios_cp.device.device import dtype_name
-from helios_cp.files.mp4 import Mp4Writer, encode_segment
-from helios_cp.files.whole_files import write_json, write_tensors
+from helios_cp.files.chunk_files import ChunkFiles
+from helios_cp.files.mp4 import encode_segment
 from helios_cp.generate.background import BackgroundWriter, HostCopies
-from helios_cp.generate.check import Followed, Session
+from helios_cp.generate.check import Followed, Session, is_finished
+from helios_cp.generate.claims import turns
+from helios_cp.generate.outcome import raise_with_standing, report_of, standing, tell_failures, write_report
 from helios_cp.generate.progress import ProgressReporter
 from helios_cp.generate.prompt_files import Job
 from helios_cp.generate.report import Report
@@ -33,9 +35,15 @@ from parallel.mesh import Mesh
 PATIENCE = 5.0
 """Seconds that rank 0 has to finish its files when torchrun ends the job."""
 
+END = -1
+"""In place of a video's number: there is no other one."""
+
+TOLD = (RequestError, CheckpointError, OSError)
+"""Errors that say in a line what is wrong, and leave the device as it was."""
+
 
 def run(session: Session, world: World) -> int:
-    """Generate everything in a checked session; returns the exit code: 0, 1 if a video failed, 130 or 143 if stopped.
+    """Generate everything in a checked session; returns the exit code: 0, 1 if a video failed, 128 + N by signal N.
 
     On one rank a failing video of a prompt file is told and passed over. Any other error is raised: with several ranks
     it ends them all, since the others are in the middle of the same video.
@@ -44,44 +52,50 @@ def run(session: Session, world: World) -> int:
         say(f"{path} exists, skipped")
     for remark in session.remarks():
         say(remark)
-    pipeline = _load(session, world)
     reports: list[Report] = []
+    is_reported = True
+    try:
+        code = _make_all(session, world, reports)
+    finally:
+        is_reported = write_report(session, reports)
+    return code or int(not is_reported)
+
+
+def _make_all(session: Session, world: World, reports: list[Report]) -> int:
+    pipeline = _load(session, world)
+    is_usable = True
     try:
         with StopSignal(PATIENCE if world.ranks.size > 1 else None).installed() as stop:
-            for job, folder in zip(session.jobs, session.run_folders, strict=True):
-                output = [str(path) for path in job.output]
-                reports.append(
-                    Report(
-                        job.request,
-                        session.checkpoint,
-                        session.layout,
-                        session.dtype,
-                        session.device,
-                        output,
-                        session.execution,
-                    )
-                )
-                try:
-                    run_job(pipeline, session, job, folder, stop, reports[-1])
-                except Exception as error:
-                    reports[-1].error = " ".join(f"{type(error).__name__}: {error}".split())
-                    if not session.has_prompt_file or world.ranks.size > 1:
-                        raise
-                    traceback.print_exc()
-                else:
-                    print(f"{', '.join(output)}: {reports[-1].summary()}", flush=True)
+            for number, claim in turns_of(session):
+                with claim:
+                    if not is_usable:
+                        gc.collect()
+                        pipeline, is_usable = load_pipeline(session, world), True
+                    reports.append(report_of(session, session.jobs[number]))
+                    try:
+                        run_job(pipeline, session, number, stop, reports[-1])
+                    except Exception as error:
+                        reports[-1].error = " ".join(f"{type(error).__name__}: {error}".split())
+                        if not session.has_prompt_file or world.ranks.size > 1:
+                            raise_with_standing(error, session, reports[-1])
+                        if not isinstance(error, TOLD):
+                            traceback.print_exc()
+                            pipeline, is_usable = None, False  # an error of a card can break all that comes after it
+                    else:
+                        print(f"{reports[-1].names}: {reports[-1].summary()}", flush=True)
+            _announce(pipeline, END)
     except Stopped as reason:
         world.claim_end()  # the other ranks lose their connection to this one, which is no failure
-        say(_stop_message(session, reports[-1]))
+        say(f"stopped; {standing(session, reports[-1])}")
         return reason.exit_code
-    finally:
-        if session.report is not None:
-            values = [report.to_json() for report in reports]
-            write_json(session.report, values if session.has_prompt_file else values[0])
-    failed = [f"{', '.join(report.output)}: {report.error}" for report in reports if report.error is not None]
-    if failed:
-        say("\n  ".join([f"{len(failed)} of {len(session.jobs)} videos failed:", *failed]))
-    return 1 if failed else 0
+    return tell_failures(reports, len(session.jobs))
+
+
+def turns_of(session: Session) -> Iterator[tuple[int, ExitStack]]:
+    """The videos to make, by number, each with a claim to close; that on a single one is held by the caller."""
+    if not session.has_prompt_file:
+        return iter([(0, ExitStack())])
+    return turns(session.jobs, session.run_folders, is_finished)
 
 
 def follow(session: Followed, world: World) -> None:
@@ -90,43 +104,30 @@ def follow(session: Followed, world: World) -> None:
     if not session.requests:
         return
     pipeline = load_pipeline(session, world)
-    for request in session.requests:
+    while (number := _announce(pipeline, END)) != END:
+        request = session.requests[number]
         for _ in pipeline.stream(request, state=pipeline.share_state(request, None)):
             pass
 
 
-def run_job(
-    pipeline: ParallelPipeline | None,
-    session: Session,
-    job: Job,
-    folder: Path | None,
-    stop: StopSignal,
-    report: Report,
-) -> None:
-    """Generate one request into its MP4s; whatever happens, the finished chunks end in playable MP4s.
+def run_job(pipeline: ParallelPipeline | None, session: Session, number: int, stop: StopSignal, report: Report) -> None:
+    """Generate one video, or a batch, into its MP4s; whatever happens, the finished chunks end in playable MP4s.
 
     A chunk is encoded, saved and committed in the background while the next is made, in order, and is finished only
-    then. `pipeline` may be `None` if `folder` holds all chunks. `report` is filled as chunks are finished.
+    then. `pipeline` may be `None` if the run folder holds all chunks. `report` is filled as chunks are finished.
     """
     stop.check()
+    job = session.jobs[number]
     request = job.request
-    run_folder = run_folder_of(session, job, folder)
-    state = run_folder.state(session.device) if run_folder else None
+    chunks, state = files_of(session, number), None
+    if isinstance(chunks, RunFolder):
+        state = chunks.state(session.device)
     report.resumed_from_chunk = finished = state.index if state else 0
-    latents: list[Tensor] = []
-
     with ExitStack() as stack:
-        if session.save_latents is not None:
-            stack.callback(_write_latents, session.save_latents, latents)
-        writers = [stack.enter_context(Mp4Writer(path, request.fps)) for path in job.output]
-        for index in range(finished):
-            if session.save_latents is not None:
-                latents.append(run_folder.latents(index))
-            for writer, segment in zip(writers, run_folder.segments(index), strict=True):
-                writer.append(segment)
+        stack.enter_context(_finished_files(chunks, session, job, stop, report))
         if finished == request.num_chunks:
             return
-
+        _announce(pipeline, number)
         state = pipeline.share_state(request, state)
         progress = stack.enter_context(ProgressReporter(job.output[0].name, request.num_chunks, finished))
         last_finished = perf_counter()
@@ -135,12 +136,10 @@ def run_job(
             nonlocal last_finished
             start = perf_counter()
             segments = [encode_segment(frames, request.fps) for frames in chunk.frames]
-            if run_folder is not None:
-                run_folder.save(chunk, segments)
-            for writer, segment in zip(writers, segments, strict=True):
-                writer.append(segment)
-            if session.save_latents is not None:
-                latents.append(chunk.latents.clone())  # the pinned memory that they came by is for the next chunk
+            if isinstance(chunks, RunFolder):
+                chunks.commit(chunk, segments)
+            else:
+                chunks.save(chunk.index, segments, chunk.latents if session.save_latents is not None else None)
             now = perf_counter()
             chunk.seconds["write"] = now - start
             report.add(chunk.index, now - last_finished, chunk.seconds, chunk.skipped)
@@ -149,16 +148,40 @@ def run_job(
 
         background = stack.enter_context(BackgroundWriter(write))
         on_step, to_host = _on_step(progress, stop, background), HostCopies(session.device)
-        chunks = stack.enter_context(closing(pipeline.stream(request, state=state, on_step=on_step)))
-        for chunk in chunks:
+        stream = stack.enter_context(closing(pipeline.stream(request, state=state, on_step=on_step)))
+        for chunk in stream:
             background.put(to_host(chunk))
             if chunk.index + 1 < request.num_chunks:
                 stop.check()
 
 
-def say(line: str) -> None:
-    """A line for the user, apart from the results on stdout."""
-    print(line, file=sys.stderr, flush=True)
+@contextmanager
+def _finished_files(chunks: ChunkFiles, session: Session, job: Job, stop: StopSignal, report: Report) -> Iterator[None]:
+    """At the end, and where `stop` ends the process, the chunks are joined to what was asked for."""
+
+    def join() -> None:
+        report.playable = f"{chunks.path}/chunk-*.mp4"
+        chunks.join(job.output, session.save_latents)
+        report.playable = None
+        if not isinstance(chunks, RunFolder):
+            chunks.remove()
+
+    def last_words() -> None:
+        with suppress(Exception):
+            join()
+        say(f"stopped; {standing(session, report)}")
+
+    stop.last_words = last_words
+    try:
+        yield
+    except BaseException:
+        with suppress(Exception):  # the error under way matters more than one of joining, say on a full disk
+            join()
+        raise
+    else:
+        join()
+    finally:
+        stop.last_words = None
 
 
 def _load(session: Session, world: World) -> ParallelPipeline | None:
@@ -185,20 +208,30 @@ def load_pipeline(session: Session | Followed, world: World) -> ParallelPipeline
     )
 
 
+def _announce(pipeline: ParallelPipeline | None, number: int) -> int:
+    """The number of the next video, or `END`, as rank 0 gives it; every rank calls it."""
+    if pipeline is None or pipeline.mesh.world.size == 1:
+        return number
+    return int(pipeline.mesh.world.broadcast(torch.tensor([number], device=pipeline.device)))
+
+
 def quiet_libraries() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     diffusers.logging.set_verbosity_error()
 
 
-def run_folder_of(session: Session, job: Job, folder: Path | None) -> RunFolder | None:
-    """The run kept in `folder`, a new one where there is none."""
+def files_of(session: Session, number: int) -> ChunkFiles:
+    """Where a job's chunks go: its run folder, with what is in it; or a folder beside its MP4, emptied."""
+    job, folder = session.jobs[number], session.run_folders[number]
     if folder is None:
-        return None
+        chunks = ChunkFiles.beside(job.output)
+        chunks.remove()  # what a killed call left
+        return chunks
     if RunFolder.is_run(folder):
         return RunFolder.open(folder)
     output = tuple(str(path.absolute()) for path in job.output)
-    run = Run(job.request, session.model, dtype_name(session.dtype), output, session.execution)
+    run = Run(job.request, session.model, dtype_name(session.dtype), output, session.execution, session.made_with)
     return RunFolder.create(folder, run)
 
 
@@ -211,24 +244,3 @@ def _on_step(
         background.check()
 
     return on_step
-
-
-def _write_latents(path: Path, latents: list[Tensor]) -> None:
-    """All chunks as `latents` `[B, C, T, h, w]` fp32, T frames in time."""
-    if latents:
-        write_tensors(path, {"latents": torch.cat(latents, dim=2)})
-
-
-def _stop_message(session: Session, report: Report) -> str:
-    """Where the video stands and how to go on."""
-    names = ", ".join(report.output)
-    standing = f"{names}: {report.finished_chunks} of {report.request.num_chunks} chunks are finished"
-    if report.finished_chunks:
-        standing += f" and can be played, {report.finished_chunks * report.request.frames_per_chunk} frames"
-    again = "the same call starts over; with --checkpoint-dir DIR it could go on"
-    if session.checkpoint_dir is not None:
-        again = f"go on with --resume {session.checkpoint_dir}"
-        again += " in place of --checkpoint-dir" if session.has_prompt_file else ""
-    elif session.has_prompt_file:
-        again = "the same call makes it again, and those after it"
-    return f"stopped; {standing}; {again}"

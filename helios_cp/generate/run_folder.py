@@ -1,16 +1,17 @@
 """A folder that holds a run chunk by chunk, so that a stopped run goes on where it was.
 
-run.json                  the request, the model and the dtype; written once
+run.json                  the request, the model, the dtype, and what the run was made with; written once
 chunk-00002.safetensors   latents `[B, C, T, h, w]` of a finished chunk
 chunk-00002-0.mp4         its frames, one file a video of the batch
 state-00003.safetensors   what chunk 3 starts from
 state.json                how many chunks are finished: the commit, written last
+lock                      there while a call works in the folder
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,10 @@ from torch import Tensor
 from helios_cp.config.errors import RequestError
 from helios_cp.config.execution import Execution
 from helios_cp.config.json_types import check_types
+from helios_cp.config.layout import Layout
 from helios_cp.config.request import Request
-from helios_cp.files.whole_files import write_bytes, write_json, write_tensors
+from helios_cp.files.chunk_files import ChunkFiles
+from helios_cp.files.whole_files import write_json, write_tensors
 from helios_cp.pipeline.chunk import Chunk
 from helios_cp.sampling.state import ChunkState
 
@@ -32,21 +35,81 @@ FORMAT = 1
 
 
 @dataclass(frozen=True)
+class MadeWith:
+    """What changes a video by rounding alone: the layout of the ranks, the card, the versions of the libraries."""
+
+    layout: Layout | None = None
+    device: str | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def differences(self, now: MadeWith) -> list[str]:
+        """What is not as it was, such as "torch 2.12.0, now 2.13.0"; what either does not say is left out."""
+        pairs = [("", self.device, now.device)]
+        pairs += [(f"{name} ", version, now.versions.get(name)) for name, version in self.versions.items()]
+        if self.layout and now.layout:
+            pairs.insert(0, ("", _told(self.layout), _told(now.layout)))
+        return [f"{name}{was}, now {now}" for name, was, now in pairs if was and now and was != now]
+
+    def to_json(self) -> dict[str, Any]:
+        layout = None if self.layout is None else self.layout.to_json()
+        return {"layout": layout, "device": self.device, "versions": dict(self.versions)}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> MadeWith:
+        """Raises `KeyError` or `TypeError` for other values than those of `to_json`."""
+        layout = None if values["layout"] is None else Layout.from_json(values["layout"])
+        return cls(layout, values["device"], dict(values["versions"]))
+
+
+def _told(layout: Layout) -> str:
+    return f"{layout.degrees}, attention {layout.attention}" + ", weights sharded" * layout.shard_weights
+
+
+@dataclass(frozen=True)
 class Run:
-    """What decides every bit of a video: the resolved request, the checkpoint, dtype and execution; and its files."""
+    """What decides a video: the resolved request, the checkpoint, dtype and execution. And its files, and what made it.
+
+    The `model` of a hub names its commit, as in `owner/name@commit`.
+    """
 
     request: Request
     model: str
     dtype: str
     output: tuple[str, ...]
     execution: Execution = field(default_factory=Execution)
+    made_with: MadeWith = field(default_factory=MadeWith)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "dtype": self.dtype,
+            "output": self.output,
+            "execution": self.execution.to_json(),
+            "made_with": self.made_with.to_json(),
+            "request": self.request.to_json(),
+        }
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Run:
+        """Raises `KeyError`, `TypeError` or `ValueError` for values that are no run's."""
+        plain = {name: values[name] for name in ("model", "dtype")} | {"output": tuple(values["output"])}
+        check_types(cls, plain)
+        run = cls(
+            Request.from_json(values["request"]),
+            execution=Execution.from_json(values.get("execution", {})),
+            made_with=MadeWith.from_json(values["made_with"]) if "made_with" in values else MadeWith(),
+            **plain,
+        )
+        if len(run.output) != run.request.batch_size:
+            raise ValueError(f"{len(run.output)} outputs for {run.request.batch_size} video(s)")
+        return run
 
 
-class RunFolder:
+class RunFolder(ChunkFiles):
     """Reads and writes one run. A kill at any moment leaves the last committed chunk intact."""
 
     def __init__(self, path: Path, run: Run) -> None:
-        self.path = path
+        super().__init__(path, run.request.batch_size)
         self.run = run
 
     @staticmethod
@@ -55,25 +118,9 @@ class RunFolder:
         return any((path / name).exists() for name in ("run.json", "state.json"))
 
     @classmethod
-    def check_new(cls, path: Path) -> None:
-        """Raises `RequestError` if a new run cannot start in `path` because it holds one."""
-        if cls.is_run(path):
-            raise RequestError(
-                f"--checkpoint-dir {path}: it holds a run already; go on with --resume in place of --checkpoint-dir, "
-                "or give another folder"
-            )
-
-    @classmethod
     def create(cls, path: Path, run: Run) -> RunFolder:
-        """Start a new run. Raises `RequestError` as `check_new` does, or if the folder cannot be made."""
-        cls.check_new(path)
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RequestError(f"--checkpoint-dir {path}: the folder cannot be made: {error.strerror}") from None
-        values = {"format": FORMAT, "model": run.model, "dtype": run.dtype, "output": run.output}
-        values["execution"] = run.execution.to_json()
-        write_json(path / "run.json", {**values, "request": run.request.to_json()})
+        """Start a new run in a folder that holds none."""
+        write_json(path / "run.json", {"format": FORMAT, **run.to_json()})
         return cls(path, run)
 
     @classmethod
@@ -82,21 +129,16 @@ class RunFolder:
         try:
             values = json.loads((path / "run.json").read_text(encoding="utf-8"))
             if values["format"] != FORMAT:
-                raise RequestError(
-                    f"--resume {path}: written in format {values['format']}, this version reads {FORMAT}"
-                )
-            output = tuple(values["output"])
-            check_types(Run, {"model": values["model"], "dtype": values["dtype"], "output": output})
-            execution = Execution.from_json(values.get("execution", {}))
-            run = Run(Request.from_json(values["request"]), values["model"], values["dtype"], output, execution)
-            if len(output) != run.request.batch_size:
-                raise ValueError(f"{len(output)} outputs for {run.request.batch_size} video(s)")
+                raise RequestError(f"run folder {path}: it has format {values['format']}, this version reads {FORMAT}")
+            run = Run.from_json(values)
         except (FileNotFoundError, NotADirectoryError):
-            raise RequestError(f"--resume {path}: no run is kept there (run.json is missing)") from None
+            raise RequestError(
+                f"run folder {path}: no run is kept there (run.json is missing); --checkpoint-dir starts one"
+            ) from None
         except RequestError:
             raise
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise RequestError(f"--resume {path}: run.json cannot be read: {_reason(error)}") from None
+            raise RequestError(f"run folder {path}: run.json cannot be read: {_reason(error)}") from None
         folder = cls(path, run)
         folder._check_whole()
         return folder
@@ -105,12 +147,12 @@ class RunFolder:
         """How many chunks are committed."""
         return self._commit()["chunks"]
 
-    def save(self, chunk: Chunk, segments: Sequence[bytes]) -> None:
-        """Commit a chunk with its MP4 segments, one a video of the batch."""
-        stem = f"chunk-{chunk.index:05d}"
-        write_tensors(self.path / f"{stem}.safetensors", {"latents": chunk.latents.cpu().contiguous()})
-        for video, segment in enumerate(segments):
-            write_bytes(self.path / f"{stem}-{video}.mp4", segment)
+    def count(self) -> int:
+        return self.finished_chunks()
+
+    def commit(self, chunk: Chunk, segments: Sequence[bytes]) -> None:
+        """Save a chunk with its MP4 segments, one a video of the batch, and count it as finished."""
+        self.save(chunk.index, segments, chunk.latents)
         state = f"state-{chunk.state.index:05d}.safetensors"
         write_tensors(self.path / state, chunk.state.to_tensors())
         write_json(self.path / "state.json", {"chunks": chunk.state.index, "state": state})
@@ -126,27 +168,20 @@ class RunFolder:
         try:
             return ChunkState.from_tensors(commit["chunks"], self._load(commit["state"]), device)
         except KeyError as error:
-            raise RequestError(f"--resume {self.path}: {commit['state']} cannot be read: {error} is missing") from None
-
-    def segments(self, chunk: int) -> list[bytes]:
-        """The MP4 segments of a finished chunk."""
-        return [(self.path / name).read_bytes() for name in self._segment_names(chunk)]
+            raise RequestError(f"run folder {self.path}: {commit['state']} cannot be read: {_reason(error)}") from None
 
     def latents(self, chunk: int) -> Tensor:
         """`[B, C, T, h, w]` of a finished chunk, fp32, on the CPU."""
-        return self._load(f"chunk-{chunk:05d}.safetensors")["latents"]
-
-    def _segment_names(self, chunk: int) -> list[str]:
-        return [f"chunk-{chunk:05d}-{video}.mp4" for video in range(self.run.request.batch_size)]
+        return self._load(self._latents(chunk).name)["latents"]
 
     def _check_whole(self) -> None:
         """Raises `RequestError` if what the commit counts as finished is not there."""
         for chunk in range(self.finished_chunks()):
-            for name in (f"chunk-{chunk:05d}.safetensors", *self._segment_names(chunk)):
-                if not (self.path / name).is_file():
+            for path in (self._latents(chunk), *(self._segment(chunk, video) for video in range(self.videos))):
+                if not path.is_file():
                     raise RequestError(
-                        f"--resume {self.path}: {name} is missing, though state.json counts chunk {chunk} as finished; "
-                        "start another run with --checkpoint-dir"
+                        f"run folder {self.path}: {path.name} is missing, though state.json counts chunk {chunk} as "
+                        "finished; give --checkpoint-dir another folder"
                     )
         self.state(torch.device("cpu"))
 
@@ -160,13 +195,13 @@ class RunFolder:
         except FileNotFoundError:
             return {"chunks": 0, "state": None}
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise RequestError(f"--resume {self.path}: state.json cannot be read: {_reason(error)}") from None
+            raise RequestError(f"run folder {self.path}: state.json cannot be read: {_reason(error)}") from None
 
     def _load(self, name: str) -> dict[str, Tensor]:
         try:
             return load_file(self.path / name)
         except (OSError, SafetensorError) as error:
-            raise RequestError(f"--resume {self.path}: {name} cannot be read: {error}") from None
+            raise RequestError(f"run folder {self.path}: {name} cannot be read: {error}") from None
 
 
 def _reason(error: Exception) -> str:

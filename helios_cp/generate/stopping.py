@@ -6,10 +6,16 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 STDERR = 2
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+"""What a terminal sends to end a job, by Ctrl-C or as it closes; and batch systems, some a while before they kill."""
+
+TO_ALL = (signal.SIGTERM, signal.SIGHUP)
+"""What torchrun passes on to all ranks: they end together."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -19,34 +25,51 @@ class Stopped(KeyboardInterrupt):
         self.exit_code = 128 + signal_number
 
 
+@contextmanager
+def handled(handler: Callable[[int, object], None]) -> Iterator[None]:
+    """Inside the `with`, `handler` gets all `SIGNALS`; only in the main thread. What `nohup` ignores stays ignored."""
+    numbers = [each for each in SIGNALS if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, before in previous.items():
+            signal.signal(number, before or signal.SIG_DFL)
+
+
+def stop_at_once(number: int, _: object) -> None:
+    """A handler for `handled` while nothing is finished that could be lost."""
+    raise Stopped(number)
+
+
 class StopSignal:
-    """Turns SIGINT and SIGTERM into a `Stopped`: at the next `check`, or at once at the second SIGINT.
+    """Turns a signal into a `Stopped`: at the next `check`, or at once at the second SIGINT.
 
     Once `Stopped` is on its way further signals do nothing, so that closing the files is never interrupted. With
-    `patience`, a process that has not ended so many seconds after a SIGTERM is ended: it may be waiting for a rank that
-    is gone.
+    `patience`, a process that does not come to its next `check` for so many seconds after a signal that all ranks get
+    is ended, after its `last_words`: it may be waiting for a rank that is gone.
     """
 
     def __init__(self, patience: float | None = None) -> None:
         self.patience = patience
         self.number: int | None = None
         self.raised = False
+        self.last_words: Callable[[], None] | None = None
+        self._timer: threading.Timer | None = None
 
     def check(self) -> None:
         """Raises `Stopped` if a signal has come."""
         if self.number is not None and not self.raised:
             self.raised = True
+            if self._timer is not None:
+                self._timer.cancel()
             raise Stopped(self.number)
 
     @contextmanager
     def installed(self) -> Iterator[StopSignal]:
         """Handle signals inside the `with`; only in the main thread."""
-        previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
+        with handled(self._handle):
             yield self
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
     def _handle(self, number: int, _: object) -> None:
         if self.number is not None:
@@ -54,30 +77,39 @@ class StopSignal:
                 self.check()
             return
         self.number = number
-        if number == signal.SIGTERM and self.patience is not None:
-            timer = threading.Timer(self.patience, os._exit, (128 + number,))
-            timer.daemon = True
-            timer.start()
+        if number in TO_ALL and self.patience is not None:
+            self._timer = threading.Timer(self.patience, self._end)
+            self._timer.daemon = True
+            self._timer.start()
             return
-        # Not by print: a handler may run while the same buffer is being written.
-        os.write(STDERR, b"stopping after this step; Ctrl-C again stops at once\n")
+        with suppress(OSError):  # the terminal may be gone
+            # Not by print: a handler may run while the same buffer is being written.
+            os.write(STDERR, b"stopping after this step; Ctrl-C again stops at once\n")
+
+    def _end(self) -> None:
+        if self.last_words is not None:
+            self.last_words()
+        os._exit(128 + self.number)
 
 
 def exit_late(patience: float) -> None:
-    """From now on SIGTERM ends this process only after `patience` seconds, even if its main thread waits in a library.
+    """For a rank whose files another rank writes: it leaves the stopping to that one.
 
-    torchrun sends it to all ranks as soon as one is lost, and the one that notices needs a moment to say so.
+    From now on SIGTERM and SIGHUP end this process only after `patience` seconds, even if its main thread waits in a
+    library: torchrun sends them to all ranks as soon as one is lost, and the one that notices needs a moment to say so.
+    Other signals do nothing, as this rank ends with the others.
     """
     reads, writes = os.pipe()
     os.set_blocking(writes, False)
     # The number of a signal is written there at once; a handler in Python runs when the main thread comes back.
     signal.set_wakeup_fd(writes, warn_on_full_buffer=False)
-    signal.signal(signal.SIGTERM, lambda *_: None)
+    for number in SIGNALS:
+        signal.signal(number, (lambda *_: None) if number in TO_ALL else signal.SIG_IGN)
 
     def watch() -> None:
-        while os.read(reads, 1)[0] != signal.SIGTERM:
+        while (number := os.read(reads, 1)[0]) not in TO_ALL:
             pass
         time.sleep(patience)
-        os._exit(128 + signal.SIGTERM)
+        os._exit(128 + number)
 
     threading.Thread(target=watch, daemon=True).start()

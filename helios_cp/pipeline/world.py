@@ -218,7 +218,7 @@ class World:
         if not self.claim_end():
             return
         who = f"rank {self.ranks.rank}"
-        if isinstance(error, RequestError | CheckpointError):
+        if isinstance(error, RequestError | CheckpointError | OSError):
             lines = f"{who}: error: {error}"
         elif is_lost_connection(error):
             lines = (

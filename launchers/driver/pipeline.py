@@ -105,6 +105,7 @@ class ChunkPipeline:
         *,
         output: Sequence[Path] = (),
         folder: RunFolder | None = None,
+        latents: Path | None = None,
         stream: bool | None = None,
         decode: bool = True,
         keep_latents: bool = False,
@@ -113,12 +114,12 @@ class ChunkPipeline:
         """Queue a video.
 
         `output`: an MP4 for each video of the batch. `folder`: a run to save every chunk in, and to go on with where it
-        stands. `stream`: the handle gives the chunks, by default where there is no output; then the pipeline runs ahead
-        of whoever takes them by `Limits.undelivered` chunks at most. `decode=False` makes latents only. `on_chunk` is
-        called from the pipeline's thread; what it raises ends the video. Raises `RequestError` before anything is
-        queued.
+        stands. `latents`: a file for the latents of all chunks. `stream`: the handle gives the chunks, by default where
+        there is no output; then the pipeline runs ahead of whoever takes them by `Limits.undelivered` chunks at most.
+        `decode=False` makes latents only. `on_chunk` is called from the pipeline's thread; what it raises ends the
+        video. Raises `RequestError` before anything is queued.
         """
-        submission = Submission.of(request, self.checkpoint, output, folder, stream, decode)
+        submission = Submission.of(request, self.checkpoint, output, folder, latents, stream, decode)
         handle = VideoHandle(
             self._conductor,
             next(self._keys),

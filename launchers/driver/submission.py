@@ -13,9 +13,11 @@ from helios_cp.config.checkpoint import Checkpoint
 from helios_cp.config.errors import RequestError
 from helios_cp.config.request import Request
 from helios_cp.config.sampling_plan import SamplingPlan
+from helios_cp.files.chunk_files import ChunkFiles
 from helios_cp.generate.run_folder import RunFolder
 from helios_cp.pipeline.start import Inputs
 from helios_cp.sampling.state import ChunkState
+from launchers.messages.messages import Target
 from launchers.workers import ahead
 
 
@@ -30,6 +32,7 @@ class Submission:
     request: Request
     output: tuple[Path, ...] = ()
     folder: RunFolder | None = None
+    latents: Path | None = None
     streams: bool = False
     decodes: bool = True
     is_guided: bool = False
@@ -44,13 +47,14 @@ class Submission:
         checkpoint: Checkpoint,
         output: Sequence[Path] = (),
         folder: RunFolder | None = None,
+        latents: Path | None = None,
         stream: bool | None = None,
         decode: bool = True,
     ) -> Submission:
         """Raises `RequestError`."""
         request, inputs = Inputs().merged(request)
         request = request.resolve(checkpoint)
-        _check(request, output, folder, decode)
+        _check(request, output, folder, latents, decode)
         state, denoised = None, []
         if folder is not None:
             folder = RunFolder(folder.path.absolute(), folder.run)  # the writer works in another folder
@@ -62,6 +66,7 @@ class Submission:
             request,
             output=tuple(Path(path).absolute() for path in output),
             folder=folder,
+            latents=latents and latents.absolute(),
             streams=not output if stream is None else stream,
             decodes=decode,
             is_guided=SamplingPlan.of(request, checkpoint).is_guided,
@@ -83,11 +88,19 @@ class Submission:
     def writes(self) -> bool:
         return bool(self.output)
 
+    def target(self, video: int) -> Target:
+        """The files of a submission that writes."""
+        return Target(video, self.output, self.folder or ChunkFiles.beside(self.output), self.latents)
 
-def _check(request: Request, output: Sequence[Path], folder: RunFolder | None, decode: bool) -> None:
+
+def _check(
+    request: Request, output: Sequence[Path], folder: RunFolder | None, latents: Path | None, decode: bool
+) -> None:
     if output and len(output) != request.batch_size:
         raise RequestError(f"{len(output)} outputs for {request.batch_size} video(s); give one each")
     if output and not decode:
         raise RequestError("decode=False makes no frames for a file; leave out output")
     if folder is not None and not output:
         raise RequestError(f"{folder.path}: a run is saved beside its files; give output too")
+    if latents is not None and not output:
+        raise RequestError(f"{latents}: latents are saved beside a video's files; give output too, or keep_latents")

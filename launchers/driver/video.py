@@ -14,7 +14,7 @@ from launchers.driver.crew import Crew
 from launchers.driver.handle import VideoChunk, VideoHandle
 from launchers.driver.submission import Submission
 from launchers.messages.arrays import Array, StateArrays
-from launchers.messages.messages import ChunkJob, Denoised, Span, Target, Written
+from launchers.messages.messages import ChunkJob, Denoised, Span, Target
 from launchers.schedule.terms import Stage, Unit
 
 
@@ -51,11 +51,8 @@ class Video:
         self._has_room = asyncio.Event()
         self._prompt = 0
         self._text: tuple[int, Payload] | None = None
-        self._written: Written | None = None
         self._is_writing = submission.first > 0
-        self._target: Target | None = None
-        if submission.writes:
-            self._target = Target(self.key, submission.output, self.request.fps, submission.folder)
+        self._target = submission.target(self.key) if submission.writes else None
 
     @property
     def waits_for_reader(self) -> bool:
@@ -84,9 +81,9 @@ class Video:
         while self.delivered < self.chunks:
             await self._room()
 
-    def files_left_open(self) -> tuple[Target, Written | None] | None:
+    def files_left_open(self) -> tuple[Target] | None:
         """What `VideoWriter.close` needs for a video that ends early; `None` if it has no files yet."""
-        return (self._target, self._written) if self._target is not None and self._is_writing else None
+        return (self._target,) if self._target is not None and self._is_writing else None
 
     # Chunks
 
@@ -150,13 +147,15 @@ class Video:
         if chunk_before is not None:
             await chunk_before
         if submission.writes:
-            saved = [None, None] if submission.folder is None else [made.latents, made.after]
+            saved = [made.latents if submission.folder or submission.latents else None]
+            saved.append(made.after if submission.folder else None)
             is_last = chunk + 1 == self.chunks
-            writing = [self._target, self._written, chunk, is_last, decoded, *saved]
+            writing = [self._target, chunk, is_last, decoded, *saved]
+            if not self._is_writing and submission.folder is None:
+                self._target.chunks.remove()  # what a killed call left
             self._is_writing = True
             (written,) = await self._work(Stage.WRITE, chunk, "write", lambda: writing)
-            self._written = written.value
-            made.spans["write"] = self._written.span
+            made.spans["write"] = written.value.span
         self.ready += 1
         pixels = None if frames is None else frames.value
         self.handle.deliver(VideoChunk(chunk, made.latents.value.values, pixels, made.spans))

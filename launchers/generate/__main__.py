@@ -13,8 +13,10 @@ import sys
 from pathlib import Path
 
 from helios_cp.config.arguments import DEFAULT_TIMEOUT, LONGEST_TIMEOUT, OneLineParser, number, whole_number
+from helios_cp.config.console import unfailing_output
 from helios_cp.config.errors import RequestError
 from helios_cp.generate.__main__ import build_parser as build_single_parser
+from helios_cp.generate.stopping import handled, stop_at_once
 from launchers.cluster.address import address_of, check_address
 from launchers.schedule.limits import check_workers
 
@@ -95,7 +97,8 @@ def main(argv: list[str] | None = None) -> int:
     # Imported here so that --help and misspelt flags need not wait for torch.
     from launchers.generate.run import run
 
-    return run(parser, arguments, Path(cache) if cache else None)
+    with unfailing_output(), handled(stop_at_once):
+        return run(parser, arguments, Path(cache) if cache else None)
 
 
 def check_cluster_flags(arguments: argparse.Namespace) -> None:

@@ -12,9 +12,9 @@ from pathlib import Path
 import ray
 from ray.exceptions import GetTimeoutError
 
+from helios_cp.config.console import say
 from helios_cp.config.errors import RequestError
 from helios_cp.config.layout import DEGREES
-from helios_cp.generate.run import say
 from helios_cp.plan.detect import Hardware, detect_hardware, find_hardware
 from helios_cp.plan.search import best_prediction
 from launchers.cluster.cluster import nodes_free

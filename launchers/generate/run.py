@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections import deque
 from concurrent.futures import CancelledError
 from contextlib import ExitStack
 from pathlib import Path
 from time import perf_counter
 
 from helios_cp.config.arguments import DEFAULT_TIMEOUT, OneLineParser
+from helios_cp.config.console import say
 from helios_cp.config.errors import CheckpointError, RequestError
 from helios_cp.device.device import dtype_name
-from helios_cp.files.whole_files import write_json, write_tensors
 from helios_cp.generate.check import Session
-from helios_cp.generate.prompt_files import Job
-from helios_cp.generate.report import Report
-from helios_cp.generate.run import quiet_libraries, run_folder_of, run_job, say
+from helios_cp.generate.claims import claimed
+from helios_cp.generate.outcome import report_of, standing, tell_failures, write_report
+from helios_cp.generate.run import files_of, quiet_libraries, turns_of
+from helios_cp.generate.run_folder import RunFolder
 from helios_cp.generate.stopping import Stopped, StopSignal
 from launchers.cluster.cluster import ClusterError, connected
+from launchers.cluster.faults import one_line
 from launchers.driver.handle import VideoChunk, VideoHandle
 from launchers.driver.pipeline import ChunkPipeline, PipelineError
 from launchers.driver.recipes import Resources
@@ -29,6 +31,9 @@ from launchers.schedule.terms import Limits
 
 POLL = 0.2
 """Seconds between two looks for a stop signal."""
+
+QUEUE = 4
+"""Videos a group that are claimed and handed to the pipeline at once."""
 
 
 def run(parser: OneLineParser, arguments: argparse.Namespace, cache: Path | None) -> int:
@@ -51,6 +56,8 @@ def run(parser: OneLineParser, arguments: argparse.Namespace, cache: Path | None
                 )
                 if arguments.address == "local" and session.jobs:
                     checks.check_cards(arguments, shares)
+                if session.jobs and not session.has_prompt_file:
+                    stack.enter_context(claimed(session.jobs[0], session.run_folders[0]))
             except RequestError as error:
                 parser.error(str(error))
             if arguments.address == "local" and session.jobs:
@@ -59,9 +66,9 @@ def run(parser: OneLineParser, arguments: argparse.Namespace, cache: Path | None
     except (ClusterError, PipelineError, CheckpointError, RequestError, OSError) as error:
         say(f"{parser.prog}: error: {' '.join(str(error).split())}")
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as reason:
         say("stopped before the first chunk; nothing was written")
-        return 130
+        return getattr(reason, "exit_code", 130)
 
 
 def _generate(
@@ -78,8 +85,9 @@ def _generate(
     layout = f" of {session.layout.degrees}" if session.layout.degrees.world > 1 else ""
     workers = f"{arguments.groups} group(s){layout}, {arguments.decoders} decoder(s)"
     say(f"loading {session.model} on {device} in {dtype_name(session.dtype)}: {workers}")
+    videos: list[_Video] = []
     all_written = True
-    with StopSignal().installed() as stop:
+    with ExitStack() as claims, StopSignal().installed() as stop:
         pipeline = ChunkPipeline(
             session.model,
             groups=arguments.groups,
@@ -97,52 +105,45 @@ def _generate(
             patience=arguments.wait,
         )
         with pipeline:
-            videos = [
-                _Video(pipeline, session, job, folder, stop)
-                for job, folder in zip(session.jobs, session.run_folders, strict=True)
-            ]
             try:
-                for video in videos:
+                queue: deque[_Video] = deque()
+                for number, claim in turns_of(session):
+                    claims.enter_context(claim)
+                    videos.append(_Video(pipeline, session, number, claim))
+                    queue.append(videos[-1])
+                    if len(queue) == QUEUE * arguments.groups:  # other calls may share the prompt file
+                        queue.popleft().wait(stop)
+                for video in queue:
                     video.wait(stop)
             except Stopped as reason:
                 _cancel(videos)
-                again = f"; go on with --resume {session.checkpoint_dir}" if session.checkpoint_dir else ""
-                say(f"stopped; the finished chunks can be played{again}")
+                for video in videos:
+                    if not video.is_done:
+                        say(f"stopped; {standing(session, video.report)}")
                 return reason.exit_code
             finally:
                 all_written = _write_records(session, arguments, videos, pipeline)
-    failed = [f"{', '.join(video.report.output)}: {video.report.error}" for video in videos if video.report.error]
-    if failed:
-        say("\n  ".join([f"{len(failed)} of {len(videos)} videos failed:", *failed]))
-    return 1 if failed or not all_written else 0
+    return tell_failures([video.report for video in videos], len(session.jobs)) or int(not all_written)
 
 
 class _Video:
-    """One job under way."""
+    """One job under way. `claim` is given up when it is done."""
 
-    def __init__(
-        self, pipeline: ChunkPipeline, session: Session, job: Job, folder: Path | None, stop: StopSignal
-    ) -> None:
-        self.session = session
-        self.job = job
-        output = [str(path) for path in job.output]
-        self.report = Report(
-            job.request, session.checkpoint, session.layout, session.dtype, session.device, output, session.execution
-        )
-        self.folder = run_folder_of(session, job, folder)
+    def __init__(self, pipeline: ChunkPipeline, session: Session, number: int, claim: ExitStack) -> None:
+        job = session.jobs[number]
+        self.claim = claim
+        self.is_done = False
+        self.report = report_of(session, job)
+        files = files_of(session, number)
         self.begin = perf_counter()
-        finished = self.folder.finished_chunks() if self.folder else 0
-        self.report.resumed_from_chunk = finished
+        folder = files if isinstance(files, RunFolder) else None
+        self.report.resumed_from_chunk = finished = files.count()
         self.handle: VideoHandle | None = None
         if finished == job.request.num_chunks:
-            run_job(None, session, job, folder, stop, self.report)
+            files.join(job.output, session.save_latents)
             return
         self.handle = pipeline.submit(
-            job.request,
-            output=job.output,
-            folder=self.folder,
-            keep_latents=session.save_latents is not None,
-            on_chunk=self._chunk,
+            job.request, output=job.output, folder=folder, latents=session.save_latents, on_chunk=self._chunk
         )
 
     def _chunk(self, chunk: VideoChunk) -> None:
@@ -152,19 +153,22 @@ class _Video:
         self.report.add(chunk.index, now - self.begin, stages)
         self.begin = now
         parts = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in stages.items())
-        say(f"{self.job.output[0].name}: chunk {chunk.index + 1} of {self.job.request.num_chunks}: {parts}")
+        name = Path(self.report.output[0]).name
+        say(f"{name}: chunk {chunk.index + 1} of {self.report.request.num_chunks}: {parts}")
 
     def wait(self, stop: StopSignal) -> None:
         """Until the end, or until a signal comes. A failure of this video alone is kept for the report."""
-        if self.handle is not None and not self._result(stop):
-            return
-        print(f"{', '.join(self.report.output)}: {self.report.summary()}", flush=True)
+        is_made = self.handle is None or self._result(stop)
+        self.is_done = True
+        self.claim.close()
+        if is_made:
+            print(f"{self.report.names}: {self.report.summary()}", flush=True)
 
     def _result(self, stop: StopSignal) -> bool:
         while True:
             stop.check()
             try:
-                result = self.handle.result(timeout=POLL)
+                self.handle.result(timeout=POLL)
             except TimeoutError as error:
                 if self.handle.is_done:
                     self.report.error = str(error)
@@ -175,15 +179,7 @@ class _Video:
             except Exception as error:
                 self.report.error = " ".join(f"{type(error).__name__}: {error}".split())
                 return False
-            if self.session.save_latents is not None:
-                self._save_latents(result.latents)
             return True
-
-    def _save_latents(self, latents) -> None:
-        import torch
-
-        earlier = [self.folder.latents(index) for index in range(self.report.resumed_from_chunk)]
-        write_tensors(self.session.save_latents, {"latents": torch.cat([*earlier, torch.from_numpy(latents)], dim=2)})
 
 
 def _cancel(videos: list[_Video]) -> None:
@@ -204,23 +200,11 @@ def _write_records(
 ) -> bool:
     """Report and timeline. Returns whether both are there; what keeps one from it is told, and hides no other error."""
 
-    def write_report() -> None:
-        values = [video.report.to_json() for video in videos]
-        write_json(session.report, values if session.has_prompt_file else values[0])
-
-    def draw_timeline() -> None:
-        draw(list(pipeline.events), arguments.timeline, pipeline.nodes())
-
-    records: list[tuple[str, Callable[[], None]]] = []
-    if session.report is not None:
-        records.append((f"--report {session.report}", write_report))
+    all_written = write_report(session, [video.report for video in videos])
     if hasattr(arguments, "timeline") and pipeline.events:
-        records.append((f"--timeline {arguments.timeline}", draw_timeline))
-    all_written = True
-    for name, write in records:
         try:
-            write()
+            draw(list(pipeline.events), arguments.timeline, pipeline.nodes())
         except Exception as error:  # drawing can fail in ways of its own
             all_written = False
-            say(f"{name}: it could not be written ({type(error).__name__}: {' '.join(str(error).split())})")
+            say(f"--timeline {arguments.timeline}: it could not be written: {one_line(error)}")
     return all_written

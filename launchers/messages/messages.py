@@ -13,8 +13,7 @@ import numpy as np
 from helios_cp.config.request import Request
 
 if TYPE_CHECKING:
-    from helios_cp.files.mp4 import Position
-    from helios_cp.generate.run_folder import RunFolder
+    from helios_cp.files.chunk_files import ChunkFiles
     from launchers.messages.arrays import Array, StateArrays
 
 
@@ -90,17 +89,19 @@ class Decoded:
 
 @dataclass(frozen=True)
 class Target:
-    """The files of one video: an MP4 for each of its batch and, with `folder`, the run's own folder."""
+    """The files of one video: an MP4 for each of its batch, joined in the end from `chunks`, a run folder or another.
+
+    With `latents` a file of all latents is made of them too.
+    """
 
     video: int
     paths: tuple[Path, ...]
-    fps: int
-    folder: RunFolder | None
+    chunks: ChunkFiles
+    latents: Path | None = None
 
 
 @dataclass(frozen=True)
 class Written:
-    """How far the files are, for a new writer to go on from when this one is lost; `None` for one that is closed."""
+    """A chunk is on disk."""
 
-    positions: tuple[Position | None, ...]
     span: Span

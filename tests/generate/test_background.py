@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from helios_cp.files.mp4 import Mp4Writer
+from helios_cp.files.chunk_files import ChunkFiles
 from helios_cp.generate.__main__ import main
 from helios_cp.generate.background import BackgroundWriter
 from helios_cp.generate.progress import ProgressReporter
@@ -126,7 +126,7 @@ def folder(tmp_path, cache, presets, monkeypatch) -> Path:
 def test_chunks_are_committed_in_order_beside_the_next(folder, monkeypatch):
     """Each commit waits until the next chunk has begun; what is counted as finished has its files."""
     begun = [threading.Event() for _ in range(4)]
-    committed, step, save = [], ProgressReporter.step, RunFolder.save
+    committed, step, save = [], ProgressReporter.step, RunFolder.commit
     begun[3].set()
 
     def mark(self, now):
@@ -141,7 +141,7 @@ def test_chunks_are_committed_in_order_beside_the_next(folder, monkeypatch):
         assert RunFolder.open(folder / "run").finished_chunks() == chunk.index + 1
 
     monkeypatch.setattr(ProgressReporter, "step", mark)
-    monkeypatch.setattr(RunFolder, "save", commit)
+    monkeypatch.setattr(RunFolder, "commit", commit)
     assert main([*QUICK, "--prompt", "a", "--num-frames", "99", "--checkpoint-dir", "run"]) == 0
     assert committed == [0, 1, 2]
 
@@ -154,7 +154,7 @@ def test_a_full_disk_stops_the_run_soon(folder, monkeypatch, capfd):
         raise OSError(28, "No space left on device", "out.mp4")
 
     monkeypatch.setattr(ProgressReporter, "step", lambda self, now: (chunks.add(now.chunk), step(self, now)))
-    monkeypatch.setattr(Mp4Writer, "append", full)
+    monkeypatch.setattr(ChunkFiles, "save", full)
     assert main([*QUICK, "--prompt", "a", "--num-frames", "330"]) == 1
     assert chunks <= {0, 1}
     last = capfd.readouterr().err.splitlines()[-1]

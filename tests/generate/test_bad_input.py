@@ -19,7 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
-from helios_cp.files.mp4 import Mp4Writer, encode_segment
+from helios_cp.files.mp4 import encode_segment
 from helios_cp.generate.__main__ import main
 from helios_cp.weights.load import resolve
 from tests.conftest import WeightsReached
@@ -217,34 +217,39 @@ CASES: dict[str, tuple[str, ...]] = {
     "timeout NaN": ("--prompt fox --timeout nan", "--timeout nan: ", "above 0"),
     "timeout without end": ("--prompt fox --timeout 1e30", "--timeout 1e+30: ", "up to 1e+06"),
     # resuming
-    "other prompt": ("--resume run --prompt owl", "--resume run: ", "--prompt fox, not with --prompt owl"),
-    "other seed": ("--resume run --seed 7", "--resume run: ", "--seed 42, not with --seed 7"),
-    "other number of frames": ("--resume run --num-frames 99", "--resume run: ", "33, not with --num-frames 99"),
-    "other dtype": ("--resume run --dtype float16", "--resume run: ", "float32, not with --dtype float16"),
-    "other model": ("--resume run --model tiny-mid", "--resume run: ", "tiny-distilled, not with --model tiny-mid"),
-    "picture on resuming": ("--resume run --image picture.png", "--resume run: ", "no --image, not with --image"),
+    "other prompt": ("--resume run --prompt owl", "run folder run: ", "--prompt fox, not with --prompt owl"),
+    "other seed": ("--resume run --seed 7", "run folder run: ", "--seed 42, not with --seed 7"),
+    "other number of frames": ("--resume run --num-frames 99", "run folder run: ", "33, not with --num-frames 99"),
+    "other dtype": ("--resume run --dtype float16", "run folder run: ", "float32, not with --dtype float16"),
+    "other model": ("--resume run --model tiny-mid", "run folder run: ", "tiny-distilled, not with --model tiny-mid"),
+    "picture on resuming": ("--resume run --image picture.png", "run folder run: ", "no --image, not with --image"),
     "other switch": ("--resume run --skip-first-chunk", "--no-skip-first-chunk, not with --skip-first-chunk"),
-    "no run to resume": ("--resume folder", "--resume folder: ", "run.json is missing"),
-    "nothing to resume": ("--resume none", "--resume none: ", "run.json is missing"),
+    "no run to resume": ("--resume folder", "run folder folder: ", "run.json is missing"),
+    "nothing to resume": ("--resume none", "run folder none: ", "run.json is missing"),
     "no runs to resume with a prompt file": ("--resume none --prompt-file good.txt", "--resume none: ", "no such"),
-    "run.json torn": ("--resume run-torn", "--resume run-torn: ", "run.json cannot be read"),
-    "run.json of another version": ("--resume run-format", "--resume run-format: ", "format 99", "reads 1"),
-    "run.json of a wrong type": ("--resume run-typed", "--resume run-typed: ", "height is '64'", "int"),
-    "run.json with an unknown field": ("--resume run-unknown", "--resume run-unknown: ", "colour is unknown"),
-    "state.json torn": ("--resume run-state-torn", "--resume run-state-torn: ", "state.json cannot be read"),
-    "state.json beyond the end": ("--resume run-beyond", "--resume run-beyond: ", "state.json", "9 chunks of 1"),
-    "state cut off": ("--resume run-state-cut", "--resume run-state-cut: ", "state-00001.safetensors"),
-    "finished chunk missing": ("--resume run-hole", "--resume run-hole: ", "chunk-00000-0.mp4 is missing"),
+    "run.json torn": ("--resume run-torn", "run folder run-torn: ", "run.json cannot be read"),
+    "run.json of another version": ("--resume run-format", "run folder run-format: ", "format 99", "reads 1"),
+    "run.json of a wrong type": ("--resume run-typed", "run folder run-typed: ", "height is '64'", "int"),
+    "run.json with an unknown field": ("--resume run-unknown", "run folder run-unknown: ", "colour is unknown"),
+    "state.json torn": ("--resume run-state-torn", "run folder run-state-torn: ", "state.json cannot be read"),
+    "state.json beyond the end": ("--resume run-beyond", "run folder run-beyond: ", "state.json", "9 chunks of 1"),
+    "state cut off": ("--resume run-state-cut", "run folder run-state-cut: ", "state-00001.safetensors"),
+    "finished chunk missing": ("--resume run-hole", "run folder run-hole: ", "chunk-00000-0.mp4 is missing"),
     "resume and checkpoint-dir": (
         "--prompt fox --resume run --checkpoint-dir new",
         "--resume run and --checkpoint-dir new: ",
         "one of the two",
     ),
-    "checkpoint-dir with a run": ("--prompt fox --checkpoint-dir run", "--checkpoint-dir run: ", "go on with --resume"),
+    "checkpoint-dir with another run": (
+        "--prompt owl --checkpoint-dir run",
+        "run folder run: ",
+        "--prompt fox, not with --prompt owl",
+        "another folder",
+    ),
     "checkpoint-dir with what is left of a run": (
         "--prompt fox --checkpoint-dir run-left",
-        "--checkpoint-dir run-left: ",
-        "--resume",
+        "run folder run-left: ",
+        "run.json is missing",
     ),
     "checkpoint-dir that is a file": (
         "--prompt fox --checkpoint-dir notes.png",
@@ -323,8 +328,7 @@ def _write_media(place: Path, astronaut: Image.Image) -> None:
     (place / "folder.txt").mkdir()
     frames = torch.from_numpy(np.array(astronaut.resize((64, 64)))).expand(33, 64, 64, 3)
     for name, count in (("clip", 33), ("short", 32)):
-        with Mp4Writer(place / f"{name}.mp4", 24) as writer:
-            writer.append(encode_segment(frames[:count], 24))
+        (place / f"{name}.mp4").write_bytes(encode_segment(frames[:count], 24))
     clip = (place / "clip.mp4").read_bytes()
     (place / "cut.mp4").write_bytes(clip[: len(clip) * 2 // 3])
 

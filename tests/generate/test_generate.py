@@ -25,7 +25,8 @@ from safetensors.torch import load_file
 
 import helios_cp
 from helios_cp.config.request import Request, ScheduledPrompt
-from helios_cp.files.mp4 import Mp4Writer, encode_segment
+from helios_cp.files.chunk_files import ChunkFiles
+from helios_cp.files.mp4 import encode_segment
 from helios_cp.generate import run as runner
 from helios_cp.generate.__main__ import build_parser, main
 from helios_cp.generate.progress import ProgressReporter
@@ -62,9 +63,11 @@ def whole(path: Path | str, frames: int) -> bool:
 
 def encoded(chunks: list[Chunk], video: int = 0, fps: int = 24) -> bytes:
     """The MP4 of one video of the batch."""
-    with Mp4Writer("expected.mp4", fps) as writer:
-        for chunk in chunks:
-            writer.append(encode_segment(chunk.frames[video], fps))
+    files = ChunkFiles(Path("expected"))
+    for index, chunk in enumerate(chunks):
+        files.save(index, [encode_segment(chunk.frames[video], fps)])
+    files.join([Path("expected.mp4")])
+    files.remove()
     content = Path("expected.mp4").read_bytes()
     Path("expected.mp4").unlink()
     return content
@@ -149,8 +152,7 @@ def test_from_a_picture(folder, distilled, astronaut):
 
 def test_from_a_clip(folder, distilled, clip):
     frames = torch.stack([torch.from_numpy(np.array(picture)) for picture in clip])
-    with Mp4Writer("clip.mp4", 24) as writer:
-        writer.append(encode_segment(frames, 24))
+    Path("clip.mp4").write_bytes(encode_segment(frames, 24))
     arguments = ["--prompt", "a", "--num-frames", "33", "--video", "clip.mp4", "--no-add-noise-to-video-latents"]
     assert generate(*arguments, "--save-latents", "l.safetensors") == 0
     request = Request(prompt=("a",), num_frames=33, video="clip.mp4", add_noise_to_video_latents=False, **FIELDS)
@@ -237,7 +239,8 @@ def test_a_signal_leaves_the_finished_chunks_and_a_way_on(folder, monkeypatch, c
     # Perhaps within a line about chunk 0, which the writer may be printing at that moment.
     assert "stopping after this step; Ctrl-C again stops at once\n" in err
     assert err.splitlines()[-1] == (
-        "stopped; out.mp4: 1 of 3 chunks are finished and can be played, 33 frames; go on with --resume run"
+        "stopped; out.mp4: 1 of 3 chunks are finished and can be played, 33 frames; go on with --resume run, "
+        "or with the same call"
     )
     report = json.loads(Path("r.json").read_text())
     assert (report["complete"], report["finished_chunks"]) == (False, 1)
@@ -250,7 +253,7 @@ def test_a_signal_leaves_the_finished_chunks_and_a_way_on(folder, monkeypatch, c
 def test_a_chunk_that_is_being_written_is_finished(folder, monkeypatch, capfd, times):
     """Ctrl-C in chunk 2 while chunk 1 is encoded, which waits for it here. More of them do not disturb the closing."""
     encoded_chunks, pressed = [], threading.Event()
-    step, close = ProgressReporter.step, Mp4Writer.close
+    step, join = ProgressReporter.step, ChunkFiles.join
 
     def encode(frames, fps):
         encoded_chunks.append(fps)
@@ -268,7 +271,8 @@ def test_a_chunk_that_is_being_written_is_finished(folder, monkeypatch, capfd, t
 
     monkeypatch.setattr(runner, "encode_segment", encode)
     monkeypatch.setattr(ProgressReporter, "step", interrupted)
-    monkeypatch.setattr(Mp4Writer, "close", lambda self: (signal.raise_signal(signal.SIGINT), close(self))[1])
+    interrupted_join = lambda *arguments: (signal.raise_signal(signal.SIGINT), join(*arguments))[1]  # noqa: E731
+    monkeypatch.setattr(ChunkFiles, "join", interrupted_join)
     assert generate("--prompt", "a", "--num-frames", "132") == 130
     assert names(folder) == ["out.mp4"] and whole("out.mp4", 66)
     last = capfd.readouterr().err.splitlines()[-1]
@@ -377,7 +381,7 @@ def test_stopping_a_prompt_file(folder, monkeypatch, capfd):
         raise_in_step(patch, 1, signal.SIGINT)
         assert generate(*arguments, "--checkpoint-dir", "runs") == 130
     assert names(folder / "outputs") == ["0.mp4"] and whole("outputs/0.mp4", 33)
-    assert capfd.readouterr().err.endswith("go on with --resume runs in place of --checkpoint-dir\n")
+    assert capfd.readouterr().err.endswith("the same call goes on\n")
     assert generate(*arguments, "--resume", "runs") == 0
     assert whole("outputs/0.mp4", 66) and whole("outputs/1.mp4", 66)
     assert "outputs/0.mp4: 33 frames at" in capfd.readouterr().out
@@ -398,7 +402,7 @@ def test_other_errors_are_one_line_and_exit_code_1(folder, presets, monkeypatch,
         def full(*_):
             raise OSError(28, "No space left on device", "out.mp4")
 
-        monkeypatch.setattr(Mp4Writer, "append", full)
+        monkeypatch.setattr(ChunkFiles, "save", full)
         expected = "No space left on device: 'out.mp4'"
     model = ["--model", "model"] if damage == "weights" else []
     assert generate("--prompt", "a", "--num-frames", "33", *model) == 1

@@ -50,7 +50,7 @@ def test_state_on_disk_is_all_that_the_next_chunk_needs(pipelines, astronaut, cl
     folder = RunFolder.create(tmp_path / "run", run)
     assert folder.state(pipeline.device) is None
     for chunk in unbroken[:3]:
-        folder.save(chunk, [b"0", b"1"])
+        folder.commit(chunk, [b"0", b"1"])
         opened = RunFolder.open(tmp_path / "run")
         assert opened.run == run and opened.finished_chunks() == chunk.index + 1
         state = opened.state(pipeline.device)
@@ -58,7 +58,7 @@ def test_state_on_disk_is_all_that_the_next_chunk_needs(pipelines, astronaut, cl
         for resumed, expected in zip(rest, unbroken[chunk.index + 1 :], strict=True):
             assert torch.equal(resumed.latents, expected.latents)
         assert torch.equal(opened.latents(chunk.index), chunk.latents)
-    assert opened.segments(2) == [b"0", b"1"]
+    assert [path.read_bytes() for path in sorted((tmp_path / "run").glob("chunk-00002-*.mp4"))] == [b"0", b"1"]
     assert [path.name for path in (tmp_path / "run").glob("state-*")] == ["state-00003.safetensors"]
 
 
@@ -86,9 +86,9 @@ def test_damaged_folders_are_refused(pipelines, tmp_path, name, content):
     request = Request(prompt=("a fox",), height=64, width=64, num_frames=33, **STEPS["tiny-distilled"])
     folder = RunFolder.create(tmp_path / "run", Run(request, "tiny-distilled", "float32", ("a.mp4",)))
     for chunk in pipeline.stream(request, output_type="latent"):
-        folder.save(chunk, [b"0"])
+        folder.commit(chunk, [b"0"])
     (tmp_path / "run" / name).write_bytes(content)
-    with pytest.raises(RequestError, match=r"--resume .*run"):
+    with pytest.raises(RequestError, match=r"run folder .*run: "):
         RunFolder.open(tmp_path / "run").state(pipeline.device)
 
 

@@ -54,7 +54,7 @@ def keep(folder: RunFolder, *chunks: int) -> None:
 
 
 def finish(folder: RunFolder, chunk: int) -> None:
-    folder.save(Chunk(chunk, latents(chunk), None, state(chunk), {}), [b"segment"])
+    folder.commit(Chunk(chunk, latents(chunk), None, state(chunk), {}), [b"segment"])
     ahead.forget(folder, chunk + 1)
 
 
@@ -109,7 +109,7 @@ def test_one_process_goes_on_with_the_folder_too(folder):
     keep(folder, 1, 2)
     opened = RunFolder.open(folder.path)
     assert opened.finished_chunks() == 1 and opened.state(torch.device("cpu")).index == 1
-    opened.save(Chunk(1, latents(1), None, state(1), {}), [b"segment"])
+    opened.commit(Chunk(1, latents(1), None, state(1), {}), [b"segment"])
     assert [following.index for _, following in ahead.load(opened, 2)] == [3]
 
 

@@ -8,6 +8,7 @@ from concurrent.futures import CancelledError
 
 import pytest
 
+from helios_cp.files.whole_files import write_bytes
 from launchers.cluster.faults import StartError, WorkerLostError
 from launchers.cluster.worker import Standing
 from launchers.driver import conductor as conductor_module
@@ -179,8 +180,8 @@ def test_a_file_that_cannot_be_finished_does_not_keep_its_video(tmp_path, monkey
 
 
 def test_a_video_that_never_began_touches_no_file(tmp_path):
-    partial = tmp_path / ".a.mp4.partial"
-    partial.write_bytes(b"of an earlier run")
+    chunk = tmp_path / ".a.mp4.chunks" / "chunk-00000-0.mp4"
+    write_bytes(chunk, b"of an earlier run")
     with Studio(group={"denoise"}) as studio:
         handle = studio.submit(2, tmp_path / "a.mp4")
         studio.until(lambda: studio.workers["group-0"].waiting)
@@ -188,7 +189,7 @@ def test_a_video_that_never_began_touches_no_file(tmp_path):
         studio.workers["group-0"].release()
         with pytest.raises(CancelledError):
             handle.result(timeout=PATIENCE)
-    assert partial.read_bytes() == b"of an earlier run"
+    assert chunk.read_bytes() == b"of an earlier run"
 
 
 # Errors

@@ -209,7 +209,7 @@ def test_a_run_goes_on_with_what_was_denoised(pipeline, alone, model, tmp_path):
     assert np.array_equal(whole.result(PATIENCE).latents, alone(request))
     assert not list(folder.path.glob("ahead-*"))
     part = RunFolder.create(tmp_path / "part", folder.run)
-    part.save(made[0], folder.segments(0))
+    part.commit(made[0], [(folder.path / "chunk-00000-0.mp4").read_bytes()])
     ahead.keep(part, 1, made[1].latents, made[1].state)
     handle = pipeline.submit(request, output=[tmp_path / "a.mp4"], folder=part, keep_latents=True)
     assert np.array_equal(handle.result(PATIENCE).latents, alone(request)[:, :, 9:])

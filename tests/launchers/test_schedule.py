@@ -89,13 +89,13 @@ class Player(StandIn):
     def _decode(self, latents, fps, segments, frames):
         return [Decoded((), SPAN), None]
 
-    def _write(self, target, before, chunk, *_):
+    def _write(self, target, chunk, *_):
         self.world.written[target.video].append(chunk)
-        return [Written((None,), SPAN)]
+        return [Written(SPAN)]
 
-    def _close(self, target, written):
+    def _close(self, target):
         self.world.closed[target.video] += 1
-        return [Written((None,), SPAN)]
+        return [Written(SPAN)]
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,17 @@ Files are compared byte for byte with those of a writer that was never lost.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from helios_cp.files.mp4 import Mp4Writer, encode_segment
+from helios_cp.files.chunk_files import ChunkFiles
+from helios_cp.files.mp4 import encode_segment
 from launchers.driver.timeline import Event, draw, overlap, union
+from launchers.messages.arrays import Array
 from launchers.messages.messages import Decoded, Span, Target
 from launchers.workers.writer import VideoWriter
 from tests.launchers.conftest import frames_in
@@ -28,81 +33,58 @@ def decoded():
 @pytest.fixture(scope="module")
 def whole(decoded, tmp_path_factory):
     path = tmp_path_factory.mktemp("whole") / "a.mp4"
-    with Mp4Writer(path, 24) as writer:
-        for chunk in decoded:
-            writer.append(chunk.segments[0].tobytes())
+    files = ChunkFiles(path.parent)
+    for index, chunk in enumerate(decoded):
+        files.save(index, [chunk.segments[0].tobytes()])
+    files.join([path])
     return path.read_bytes()
 
 
-def write(writer: VideoWriter, target: Target, before, chunk: int, decoded):
-    return writer.write(target, before, chunk, chunk + 1 == CHUNKS, decoded[chunk], None, None)
+def target_of(*paths: Path, latents: Path | None = None) -> Target:
+    return Target(0, paths, ChunkFiles.beside(paths), latents)
+
+
+def write(writer: VideoWriter, target: Target, chunk: int, decoded):
+    return writer.write(target, chunk, chunk + 1 == CHUNKS, decoded[chunk], None, None)
 
 
 @pytest.mark.parametrize("lost", range(CHUNKS))
 @pytest.mark.parametrize("heard", [True, False], ids=["after the answer", "before the answer"])
 def test_a_lost_writer_changes_no_byte(decoded, whole, tmp_path, lost, heard):
     """Lost once it has written chunk `lost`, for the last chunk once it has closed the file."""
-    target = Target(0, (tmp_path / "a.mp4",), 24, None)
-    writer, before = VideoWriter(), None
+    target = target_of(tmp_path / "a.mp4")
+    writer = VideoWriter()
     chunk = 0
     while chunk < CHUNKS:
-        answer = write(writer, target, before, chunk, decoded)
+        write(writer, target, chunk, decoded)
         if chunk == lost:
             writer, lost = VideoWriter(), None
             if not heard:
                 continue
-        before, chunk = answer, chunk + 1
+        chunk += 1
     assert target.paths[0].read_bytes() == whole
     assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
 
 
-def test_half_a_fragment_is_cut_off(decoded, whole, tmp_path):
-    """A writer that is lost in the middle of a write leaves a torn file."""
-    target = Target(0, (tmp_path / "a.mp4",), 24, None)
-    before = write(VideoWriter(), target, None, 0, decoded)
-    partial = next(tmp_path.glob(".*"))
-    with partial.open("ab") as file:
-        file.write(b"torn" * 100)
-    writer = VideoWriter()
-    for chunk in (1, 2):
-        before = write(writer, target, before, chunk, decoded)
-    assert target.paths[0].read_bytes() == whole
-
-
-def test_a_missing_file_in_the_middle_is_an_error(decoded, tmp_path):
-    target = Target(0, (tmp_path / "a.mp4",), 24, None)
-    before = write(VideoWriter(), target, None, 0, decoded)
-    next(tmp_path.glob(".*")).unlink()
-    with pytest.raises(FileNotFoundError):
-        write(VideoWriter(), target, before, 1, decoded)
-
-
-@pytest.mark.parametrize("finished", [0, 1, 2])
-@pytest.mark.parametrize("heard", [True, False], ids=["after the answer", "before the answer"])
-def test_a_video_that_ends_while_its_writer_is_lost(decoded, tmp_path, finished, heard):
-    """What was answered is in the finished file, what was not may be lost, and nothing hidden is left."""
-    target = Target(0, (tmp_path / "a.mp4",), 24, None)
-    writer, before = VideoWriter(), None
+@pytest.mark.parametrize("finished", range(CHUNKS + 1))
+def test_a_video_that_ends_early_has_what_was_written(decoded, tmp_path, finished):
+    """By a writer that never saw the chunks; and once more, of a file that is finished already."""
+    target = target_of(tmp_path / "a.mp4")
     for chunk in range(finished):
-        before = write(writer, target, before, chunk, decoded)
-    if not heard:
-        write(writer, target, before, finished, decoded)
-    VideoWriter().close(target, before)
-    assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"] * (finished > 0 or (not heard and finished == 2))
-    if finished:
-        assert frames_in(target.paths[0]) == 5 * (CHUNKS if finished == 2 and not heard else finished)
-    VideoWriter().close(target, before)  # of a file that is finished already
+        write(VideoWriter(), target, chunk, decoded)
+    for _ in range(2):
+        VideoWriter().close(target)
+        assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"] * (finished > 0)
+        assert not finished or frames_in(target.paths[0]) == 5 * finished
 
 
-def test_one_file_that_cannot_be_finished_leaves_no_other_open(decoded, tmp_path):
-    paths = tmp_path / "a.mp4", tmp_path / "b.mp4"
-    target, both = Target(0, paths, 24, None), Decoded(decoded[0].segments * 2, Span(0, 0, {}))
-    writer = VideoWriter()
-    writer.write(target, None, 0, False, both, None, None)
-    (tmp_path / ".b.mp4.partial").unlink()
-    with pytest.raises(FileNotFoundError):
-        writer.close(target, None)
-    assert frames_in(paths[0]) == 5 and not writer._open
+def test_latents_are_written_as_they_come(decoded, tmp_path):
+    target = target_of(tmp_path / "a.mp4", latents=tmp_path / "l.safetensors")
+    chunks = [torch.full((1, 2, 3, 4, 4), float(chunk)) for chunk in range(CHUNKS)]
+    for chunk, latents in enumerate(chunks):
+        VideoWriter().write(target, chunk, chunk + 1 == CHUNKS, decoded[chunk], Array.of(latents), None)
+    assert load_file(tmp_path / "l.safetensors")["latents"].equal(torch.cat(chunks, dim=2))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mp4", "l.safetensors"]
 
 
 EVENTS = [

@@ -1,0 +1,68 @@
+"""Which call makes which video: a video has one maker at a time, on all machines that share its folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from helios_cp.config.console import say
+from helios_cp.config.errors import RequestError
+from helios_cp.files.locks import LockedError, locked
+from helios_cp.generate.prompt_files import Job
+
+
+class InUseError(RequestError):
+    """Another call is writing these files."""
+
+
+@contextmanager
+def claimed(job: Job, folder: Path | None) -> Iterator[None]:
+    """Hold the locks on a job's MP4s and on its run folder inside the `with`. Raises `InUseError` at once."""
+    with ExitStack() as stack:
+        if folder is not None:
+            stack.enter_context(_locked(folder / "lock", f"run folder {folder}"))
+        for output in job.output:
+            target = Path(os.path.realpath(output))
+            stack.enter_context(_locked(target.with_name(f".{target.name}.lock"), f"--output {output}"))
+        yield
+
+
+@contextmanager
+def _locked(path: Path, what: str) -> Iterator[None]:
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(path))
+        except LockedError as holder:
+            reason = f"{what}: another call is writing there ({holder})"
+            raise InUseError(f"{reason}; wait until it ends, or give another name") from None
+        yield
+
+
+def turns(
+    jobs: Sequence[Job], folders: Sequence[Path | None], is_finished: Callable[[Job], bool]
+) -> Iterator[tuple[int, ExitStack]]:
+    """The videos of a prompt file that are this call's to make, by number, each with a claim for the caller to close.
+
+    What other calls have in hand comes last: by then it is finished, and skipped; or given up, and made; or it is left
+    to them.
+    """
+    left = list(range(len(jobs)))
+    for is_last in (False, True):
+        waiting, left = left, []
+        for number in waiting:
+            name = ", ".join(str(path) for path in jobs[number].output)
+            claim = ExitStack()
+            try:
+                claim.enter_context(claimed(jobs[number], folders[number]))
+            except InUseError:
+                left.append(number)
+                if is_last:
+                    say(f"{name}: another call is making it, skipped")
+                continue
+            if is_finished(jobs[number]):  # by another call, since this one began
+                claim.close()
+                say(f"{name} exists, skipped")
+                continue
+            yield number, claim
