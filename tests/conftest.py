@@ -61,7 +61,7 @@ def no_weights(monkeypatch):
         raise WeightsReached
 
     for module in [module for name, module in sys.modules.items() if name.startswith("helios_cp.")]:
-        for name in ("load_transformer", "load_vae", "load_text_encoder", "load_scheduler"):
+        for name in ("load_adaptable", "load_vae", "load_text_encoder", "load_scheduler"):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, reached)
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
-Part = tuple[slice, ...]
+Slices = tuple[slice, ...]
 """Which rows, and which columns, of a stored tensor; `()` is all of it."""
 
 
@@ -102,12 +102,12 @@ class Reader:
             with open_file(file) as shard:
                 self._shards[file] = shard
 
-    def __call__(self, name: str, part: Part = ()) -> torch.Tensor:
+    def __call__(self, name: str, part: Slices = ()) -> torch.Tensor:
         """A stored tensor on the CPU, or part of it. It must not be written to."""
         return read(self._shards[self.stored[name].file], name, part)
 
 
-def read(shard: Any, name: str, part: Part = ()) -> torch.Tensor:
+def read(shard: Any, name: str, part: Slices = ()) -> torch.Tensor:
     """A tensor of an open file, or part of it; no other part is read."""
     return shard.get_slice(name)[part] if part else shard.get_tensor(name)
 

@@ -126,7 +126,9 @@ class Pipeline:
         moved = {}
         if self.card is not None:
             self.card.rest()
-            moved = {(id(place.module), place.name): tensor for place, tensor in self.card.stored()}
+            paths = {module: path for path, module in self.transformer.named_modules()}
+            stored = [(place, tensor) for place, tensor in self.card.stored() if place.module in paths]
+            moved = {f"{paths[place.module]}.{place.name}": tensor for place, tensor in stored}
         self.adapters.exchange(adapters, moved)
 
     @torch.no_grad()

@@ -37,6 +37,8 @@ WORDS = {
     "alpha": "alpha",
     "diff": "diff",
     "diff_b": "diff_b",
+    "w_norm": "diff",
+    "b_norm": "diff_b",
 }
 """What a tensor is, by the word in its key; two words that mean the same become one."""
 

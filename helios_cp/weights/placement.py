@@ -9,15 +9,15 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from helios_cp.files.tensor_files import Part
+from helios_cp.files.tensor_files import Slices
 from helios_cp.model.layers import stored_names
 from helios_cp.model.transformer import HeliosTransformer
 from helios_cp.weights.quantize import Components, components, is_quantised
 from parallel.collectives import Group
 from parallel.tensor import shard_slice
 
-Moved = Mapping[tuple[int, str], Tensor]
-"""The memory of parameters that do not lie in the model just now, by the module's identity and the parameter's name."""
+Moved = Mapping[str, Tensor]
+"""The memory of parameters that do not lie in the model just now, by the parameter's name in it."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Destination:
     """Where `part` of the stored tensor `name` goes: rows of a parameter, or of the components of a quantised one."""
 
     name: str
-    part: Part
+    part: Slices
     memory: Tensor | Components
 
 
@@ -69,11 +69,11 @@ class FeedForwardSlices:
         return whole_destinations(model, moved, feed_forward_parts(model, self.group))
 
 
-def whole_destinations(model: HeliosTransformer, moved: Moved, parts: Mapping[str, Part]) -> Iterator[Destination]:
+def whole_destinations(model: HeliosTransformer, moved: Moved, parts: Mapping[str, Slices]) -> Iterator[Destination]:
     """Every parameter of a model; `parts` are of the stored tensors that it does not hold whole."""
     for path, module in model.named_modules():
         for kind, parameter in module.named_parameters(recurse=False):
-            tensor = moved.get((id(module), kind), parameter).detach()
+            tensor = moved.get(f"{path}.{kind}", parameter).detach()
             names = stored_names(path, module, kind)
             height = tensor.shape[0] // len(names)
             for index, name in enumerate(names):
@@ -96,13 +96,13 @@ def narrow_feed_forward(model: HeliosTransformer, group: Group) -> None:
         block.ffn.net[2] = nn.Linear(size, last.out_features, **options)
 
 
-def feed_forward_parts(model: HeliosTransformer, group: Group) -> dict[str, Part]:
+def feed_forward_parts(model: HeliosTransformer, group: Group) -> dict[str, Slices]:
     """Which part of a stored tensor a rank of `group` holds, by the names of those that it does not hold whole.
 
     The second layer's bias stays whole, because it is added once, to the sum.
     """
     own = shard_slice(model.config.ffn_dim, group.size, group.rank)
-    parts: dict[str, Part] = {}
+    parts: dict[str, Slices] = {}
     for index in range(len(model.blocks)):
         parts[f"blocks.{index}.ffn.net.0.proj.weight"] = (own,)
         parts[f"blocks.{index}.ffn.net.0.proj.bias"] = (own,)

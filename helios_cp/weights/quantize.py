@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from helios_cp.config.checkpoint import TransformerConfig
 from helios_cp.config.errors import CheckpointError, RequestError
-from helios_cp.files.tensor_files import Part, StoredTensor, read_json
+from helios_cp.files.tensor_files import Slices, StoredTensor, read_json
 from parallel.tensor import shard_sizes
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def empty_components(rows: int, columns: int, kind: str, device: torch.device) -
     }
 
 
-def part_of_component(part: Part, name: str, kind: str) -> Part:
+def part_of_component(part: Slices, name: str, kind: str) -> Slices:
     """Which part of a component belongs to part of a weight; int4 is cut at whole groups."""
     if len(part) < 2:
         return part  # rows are the same in both

@@ -18,8 +18,8 @@ from helios_cp.config.checkpoint import Checkpoint
 from helios_cp.config.errors import CheckpointError, RequestError
 from helios_cp.config.execution import Adapter, Execution
 from helios_cp.files.tensor_files import (
-    Part,
     Reader,
+    Slices,
     StoredTensor,
     check_fit,
     open_file,
@@ -46,7 +46,7 @@ from helios_cp.weights.updates import Update, merged
 STEM = "diffusion_pytorch_model"
 IGNORED_KEY = "norm_added_q"  # in some checkpoints, used by no Helios; diffusers leaves it out too
 
-Read = Callable[[str, Part], Tensor]
+Read = Callable[[str, Slices], Tensor]
 Updates = Mapping[str, Sequence[Update]]
 
 

@@ -161,6 +161,8 @@ def test_differences(checkpoint, shapes, tmp_path):
         "diffusion_model.blocks.0.norm3.diff_b": "blocks.0.norm2.bias",
         "diffusion_model.blocks.1.self_attn.norm_q.diff": "blocks.1.attn1.norm_q.weight",
         "diffusion_model.blocks.1.modulation.diff": "blocks.1.scale_shift_table",
+        "lycoris_blocks_2_norm3.w_norm": "blocks.2.norm2.weight",
+        "lycoris_blocks_2_norm3.b_norm": "blocks.2.norm2.bias",
         "diffusion_model.blocks.2.ffn.0.diff_b": "blocks.2.ffn.net.0.proj.bias",
         "diffusion_model.head.head.diff": "proj_out.weight",
         "diffusion_model.patch_embedding.diff": "patch_embedding.weight",
