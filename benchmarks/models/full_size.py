@@ -148,7 +148,7 @@ def random_transformer(
     dtype: torch.dtype,
     home: torch.device,
     device: torch.device,
-    placement: Placement = Whole(),  # noqa: B008 - it is frozen
+    placement: Placement = Whole(),
 ) -> HeliosTransformer:
     """Weights lie on `home`, and are drawn on `device`. The rest is as for `weights.transformer.load_transformer`."""
     with torch.device("meta"):

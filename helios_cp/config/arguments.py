@@ -279,7 +279,7 @@ def add_execution_arguments(parser: argparse.ArgumentParser) -> None:
         choices=OFFLOADS,
         help="keep weights in host memory: model, whole models while they rest; group, block by block (default: none)",
     )
-    add("--lora", action="append", metavar="PATH[:WEIGHT]", help="a LoRA of diffusers or PEFT; repeat it for several")
+    add("--lora", action="append", metavar="PATH[:WEIGHT]", help="a LoRA, DoRA, LoHa or LoKr; repeat it for several")
     add(
         "--block-cache",
         type=number,

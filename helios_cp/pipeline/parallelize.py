@@ -52,7 +52,7 @@ def load_parallel(
     shard_weights: bool = False,
     denoise_only: bool = False,
     execution: Execution | None = None,
-    parts: Loader = Loader(),  # noqa: B008 - it has no state
+    parts: Loader = Loader(),
 ) -> ParallelPipeline:
     """Load this rank's part of a checkpoint; every rank of the mesh calls it.
 

@@ -25,6 +25,8 @@ METADATA_KEY = "lora_adapter_metadata"
 PREFIXES = ("base_model.model.", "transformer.", "model.", "diffusion_model.", "lora_unet_", "lora_transformer_")
 PREFIXES += ("lycoris_",)
 
+MERGED_KINDS = "LoRA, DoRA, LoHa, LoKr and .diff"
+
 WORDS = {
     "lora_A": "lora_A",
     "lora_B": "lora_B",
@@ -44,32 +46,21 @@ WORDS = {
 
 OTHER_KINDS = {
     "lora_mid": "LoRA with a Tucker core",
-    "hada_t1": "LoHa with a Tucker core",
-    "hada_t2": "LoHa with a Tucker core",
-    "lokr_t2": "LoKr with a Tucker core",
-    "lora_embedding_A": "LoRA of an embedding",
-    "lora_embedding_B": "LoRA of an embedding",
-    "oft_R": "OFT",
-    "oft_blocks": "OFT",
-    "oft_diag": "OFT",
-    "boft_R": "BOFT",
-    "boft_s": "BOFT",
-    "ia3_l": "IA3",
-    "hra_u": "HRA",
-    "vera_lambda_b": "VeRA",
-    "vera_lambda_d": "VeRA",
-    "fourierft_spectrum": "FourierFT",
-    "bone_block": "Bone",
-    "miss_block": "MiSS",
-    "a1": "GLoRA",
-    "a2": "GLoRA",
-    "b1": "GLoRA",
-    "b2": "GLoRA",
-    "on_input": "IA3 of LyCORIS",
+    "lora_embedding_": "LoRA of an embedding",
+    "hada_t": "LoHa with a Tucker core",
+    "lokr_t": "LoKr with a Tucker core",
+    "oft_": "OFT",
+    "boft_": "BOFT",
+    "ia3_": "IA3",
+    "hra_": "HRA",
+    "vera_": "VeRA",
+    "fourierft_": "FourierFT",
+    "bone_": "Bone",
+    "miss_": "MiSS",
+    "diff_m": "a difference named .diff_m",
     "set_weight": "a weight that replaces the model's",
-    "diff_m": "a difference of the modulation (.diff_m)",
 }
-"""Kinds of adapter that are refused, by the word in their keys."""
+"""Kinds that are refused, by how the word in their keys begins."""
 
 WAN_IN_BLOCK = {
     **{
@@ -166,24 +157,23 @@ def _split(key: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, str]:
 
     PEFT may write the name of the adapter behind the word. The bias of `lora_B` is the word `lora_B.bias`.
     """
-    parts = key.split(".")
-    name = _without_prefix(key)
-    if name in shapes:
+    if _without_prefix(key) in shapes:
         raise CheckpointError(f"{key} is a whole parameter (modules_to_save or bias of PEFT); only updates are merged")
-    at = next((index for index, part in enumerate(parts) if part in WORDS or part in OTHER_KINDS), None)
+    parts = key.split(".")
+    for part in parts:
+        kind = next((kind for start, kind in OTHER_KINDS.items() if part.startswith(start)), None)
+        if kind is not None:
+            raise CheckpointError(f"{key}: the kind is {kind}; merged are {MERGED_KINDS}")
+    at = next((index for index, part in enumerate(parts) if part in WORDS), None)
     if at is None:
         raise CheckpointError(
-            f"{key} belongs to no layer of the model, or is of an unknown kind; known are LoRA, DoRA, LoHa, LoKr, .diff"
+            f"{key} belongs to no layer of the model, or is of an unknown kind; merged are {MERGED_KINDS}"
         )
-    word, rest = parts[at], parts[at + 1 :]
-    if word in OTHER_KINDS:
-        raise CheckpointError(
-            f"{key}: the kind is {OTHER_KINDS[word]}; only LoRA, DoRA, LoHa, LoKr and .diff are merged"
-        )
-    if len(rest) > 2 or (rest[-1:] == ["bias"] and WORDS[word] != "lora_B"):
+    word, rest = WORDS[parts[at]], parts[at + 1 :]
+    is_bias = rest[-1:] == ["bias"]
+    if len(rest) > 2 or (is_bias and word != "lora_B"):
         raise CheckpointError(f"{key} belongs to no layer of the model")
-    layer = _without_prefix(".".join(parts[:at]))
-    return layer, "lora_B.bias" if rest[-1:] == ["bias"] else WORDS[word]
+    return _without_prefix(".".join(parts[:at])), "lora_B.bias" if is_bias else word
 
 
 def _without_prefix(name: str) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from helios_cp.config.checkpoint import TransformerConfig
 from helios_cp.config.errors import CheckpointError, RequestError
 from helios_cp.config.execution import Adapter
-from helios_cp.weights.adapter_files import Entry, find_adapter_file, read_adapter_file
+from helios_cp.weights.adapter_files import MERGED_KINDS, Entry, find_adapter_file, read_adapter_file
 from helios_cp.weights.updates import Decomposed, Difference, Hadamard, Kronecker, LowRank, Update
 
 KINDS = ("LORA", "LOHA", "LOKR")
@@ -82,7 +82,7 @@ def check_config(config: Mapping[str, Any]) -> None:
         )
     for name in VARIANTS:
         if config.get(name):
-            raise CheckpointError(f"{name} is set; only plain LoRA, DoRA, LoHa and LoKr are merged")
+            raise CheckpointError(f"{name} is set; merged are {MERGED_KINDS}")
 
 
 def _layer_updates(

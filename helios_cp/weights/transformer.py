@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from helios_cp.config.checkpoint import Checkpoint
-from helios_cp.config.errors import CheckpointError, RequestError
+from helios_cp.config.errors import RequestError
 from helios_cp.config.execution import Adapter, Execution
 from helios_cp.files.tensor_files import (
     Reader,
@@ -31,6 +31,7 @@ from helios_cp.model.transformer import HeliosTransformer
 from helios_cp.weights.lora import read_updates, shapes_of
 from helios_cp.weights.placement import Destination, Moved, Placement, Whole
 from helios_cp.weights.quantize import (
+    agreed_quantization,
     assemble,
     check_quantization,
     check_stored,
@@ -54,8 +55,8 @@ def load_transformer(
     checkpoint: Checkpoint,
     dtype: torch.dtype,
     device: str | torch.device = "cpu",
-    execution: Execution = Execution(),  # noqa: B008 - it is frozen
-    placement: Placement = Whole(),  # noqa: B008
+    execution: Execution = Execution(),
+    placement: Placement = Whole(),
 ) -> HeliosTransformer:
     """The transformer in `dtype`, apart from what it keeps in fp32, ready for inference.
 
@@ -64,7 +65,8 @@ def load_transformer(
     once; then tensors come into place one at a time.
 
     Raises `CheckpointError`, before anything is allocated, if files or keys are missing, left over or of the wrong
-    shape, `RequestError` for adapters that do not fit, and `ValueError` for quantised weights that are to be sharded.
+    shape, `RequestError` for an `execution` that does not fit the checkpoint, and `ValueError` for quantised weights
+    that are to be sharded.
     """
     return load_adaptable(checkpoint, dtype, device, execution, placement)[0]
 
@@ -73,15 +75,15 @@ def load_adaptable(
     checkpoint: Checkpoint,
     dtype: torch.dtype,
     device: str | torch.device = "cpu",
-    execution: Execution = Execution(),  # noqa: B008
-    placement: Placement = Whole(),  # noqa: B008
+    execution: Execution = Execution(),
+    placement: Placement = Whole(),
 ) -> tuple[HeliosTransformer, AdapterState]:
     """As `load_transformer`, with what it takes to exchange the adapters later."""
     device = torch.device(device)
     home = torch.device(execution.home(device))
     stored = stored_transformer(checkpoint)
-    stored_kind = _stored_kind(checkpoint, execution)
-    kind = stored_kind or execution.quantize
+    stored_kind = stored_quantization(checkpoint.folder)
+    kind = agreed_quantization(execution, checkpoint.folder)
     if kind is not None and not placement.takes_quantised:
         raise ValueError("quantised and sharded weights: give one of the two; FSDP gathers no quantised weights")
     with torch.device("meta"):
@@ -173,16 +175,6 @@ class AdapterState:
         self.current, self._touched = adapters, frozenset(updates)
         if any(name.startswith("condition_embedder.") for name in touched):
             self._model.forget_zero_timestep()
-
-
-def _stored_kind(checkpoint: Checkpoint, execution: Execution) -> str | None:
-    """How the files are quantised. Raises `CheckpointError` where that does not go with `execution`."""
-    folder, kind = checkpoint.folder / "transformer", stored_quantization(checkpoint.folder)
-    if kind is not None and execution.quantize not in (None, kind):
-        raise CheckpointError(f"{folder}: the weights are {kind} already; they cannot become {execution.quantize}")
-    if kind is not None and execution.lora:
-        raise CheckpointError(f"{folder}: the weights are {kind} already; adapters cannot be merged into them")
-    return kind
 
 
 def stored_transformer(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
