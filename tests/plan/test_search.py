@@ -79,7 +79,7 @@ def test_sharded_weights_of_one_rank_are_whole(presets):
 BF16 = torch.bfloat16
 
 
-def chosen(ranks: int, hardware: Hardware, given=None, execution=Execution(), **fields) -> Layout:  # noqa: B008
+def chosen(ranks: int, hardware: Hardware, given=None, execution=Execution(), **fields) -> Layout:
     checkpoint = BuiltInCheckpoint.named("14b")
     requests = [Request(**{"prompt": ("a",), **fields}).resolve(checkpoint)]
     return choose(checkpoint, requests, BF16, ranks, "cuda", given, execution, hardware)
