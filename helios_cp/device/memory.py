@@ -83,3 +83,32 @@ def pin(memory: Tensor, device: torch.device) -> int:
     else:
         weakref.finalize(memory, runtime.cudaHostUnregister, memory.data_ptr()).atexit = False
     return failure
+
+
+class MemoryMeter:
+    """Bytes that work needs on a device beside those that are held when it begins, as PyTorch's allocator counts them.
+
+    One stretch of work at a time. Nothing of this is counted on a CPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._held = self._before = 0
+
+    def begin(self) -> None:
+        self._before = self.largest
+        reset_peak_memory(self.device)
+        self._held = allocated_memory(self.device)
+
+    def needed(self) -> int:
+        """Most bytes since `begin`, beside those held then."""
+        return peak_memory(self.device) - self._held
+
+    @property
+    def largest(self) -> int:
+        """Most bytes held at once so far, before any `begin` too, each of which starts PyTorch's own peak anew."""
+        return max(self._before, peak_memory(self.device))
+
+    def free(self) -> int | None:
+        """Bytes that PyTorch could still allocate; `None` where nobody can tell."""
+        return free_memory(self.device) if self.device.type == "cuda" else None

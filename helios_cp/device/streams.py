@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
 
@@ -62,30 +59,3 @@ class Pace:
         before, self._last = self._last, mark(self.device)
         if before is not None:
             before.synchronize()
-
-
-class SideStream:
-    """A stream beside the current one of a device. Its marks are of the stream that is current, which may be itself."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.stream = torch.Stream(device)
-
-    def mark(self) -> torch.Event:
-        return mark(self.device)
-
-    @contextmanager
-    def after(self, mark: torch.Event | None, *inputs: Tensor) -> Iterator[None]:
-        """What is launched inside runs on the side stream once `mark` is reached, at once without one.
-
-        `inputs` are tensors of the current stream that it reads: their memory is given to nobody else before it has.
-        """
-        if mark is not None:
-            self.stream.wait_event(mark)
-        for tensor in inputs:
-            tensor.record_stream(self.stream)
-        with self.stream:
-            yield
-
-    def to_host(self, tensor: Tensor) -> Tensor:
-        return to_host(tensor)

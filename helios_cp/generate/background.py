@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -11,9 +12,8 @@ import torch
 from torch import Tensor
 
 from helios_cp.device.device import has_streams
-from helios_cp.device.streams import SideStream
+from helios_cp.device.streams import to_host, wait_for
 from helios_cp.pipeline.chunk import Chunk
-from helios_cp.pipeline.decoding import Side
 
 T = TypeVar("T")
 
@@ -63,20 +63,18 @@ class HostCopies:
     """Copies of finished chunks with nothing on the device, so that other threads can write them without touching it.
 
     They are made on a stream of their own, through pinned memory: the host waits for these copies and not for the steps
-    of the next chunk, which the device has been given already. `side` stands for that stream.
+    of the next chunk, which the device has been given already.
     """
 
-    def __init__(self, device: torch.device, side: Side | None = None) -> None:
-        self.side = side or (SideStream(device) if has_streams(device) else None)
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.Stream(device) if has_streams(device) else contextlib.nullcontext()
 
     def __call__(self, chunk: Chunk) -> Chunk:
         """The same chunk on the host. The device must be past all of it, as it is when a pipeline yields it."""
-        if self.side is None:
-            return _with_tensors(chunk, Tensor.cpu)
-        with self.side.after(None):
-            copy = _with_tensors(chunk, self.side.to_host)
-            end = self.side.mark()
-        end.synchronize()
+        with self.stream:
+            copy = _with_tensors(chunk, to_host)
+            wait_for(self.device)
         return copy
 
 

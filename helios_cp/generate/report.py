@@ -52,6 +52,7 @@ class Report:
         self.output = output
         self.execution = execution or Execution()
         self.resumed_from_chunk = 0
+        self.peak_bytes = 0
         self.error: str | None = None
         self.playable: str | None = None
         self.chunks: list[dict[str, Any]] = []
@@ -121,7 +122,7 @@ class Report:
             "fps_without_first_chunk": self.fps(skip_first=True),
             "stage_seconds": self.stage_seconds(),
             "chunks": self.chunks,
-            "peak_memory_bytes": peak_memory(self.device),
+            "peak_memory_bytes": max(self.peak_bytes, peak_memory(self.device)),
         }
 
     def summary(self) -> str:

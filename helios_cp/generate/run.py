@@ -143,6 +143,7 @@ def run_job(pipeline: ParallelPipeline | None, session: Session, number: int, st
             now = perf_counter()
             chunk.seconds["write"] = now - start
             report.add(chunk.index, now - last_finished, chunk.seconds, chunk.skipped)
+            report.peak_bytes = pipeline.peak_bytes
             last_finished = now
             progress.chunk(chunk)
 

@@ -36,7 +36,7 @@ from helios_cp.weights.placement import FeedForwardSlices, Placement, Whole
 from helios_cp.weights.sharded import ShardedRows
 from parallel.collectives import Group
 from parallel.engines import sequence_attention
-from parallel.mesh import Degrees, Mesh
+from parallel.mesh import Mesh
 from parallel.segments import SegmentPlan
 from parallel.tensor import feed_forward
 
@@ -238,10 +238,6 @@ class ParallelPipeline(Pipeline):
     def __init__(self, *parts, mesh: Mesh, **options) -> None:
         super().__init__(*parts, **options)
         self.mesh = mesh
-
-    @property
-    def degrees(self) -> Degrees:
-        return self.mesh.degrees
 
     def encode_prompts(self, request: Request, inputs: Inputs | None = None) -> Prompts | OwnPrompts:
         prompts = super().encode_prompts(request, inputs)

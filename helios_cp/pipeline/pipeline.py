@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -17,26 +19,25 @@ from helios_cp.config.execution import Adapter, Execution, Target
 from helios_cp.config.request import Request
 from helios_cp.config.sampling_plan import SamplingPlan
 from helios_cp.device.device import capability, has_streams, make_current
-from helios_cp.device.memory import free_memory
-from helios_cp.device.streams import Pace, SideStream, to_device
-from helios_cp.device.timing import Stopwatch
+from helios_cp.device.memory import MemoryMeter
+from helios_cp.device.streams import Pace, to_device
+from helios_cp.device.timing import Stopwatch, make_mark
 from helios_cp.model.block_cache import BlockCache
 from helios_cp.model.codec import OUTPUT_TYPES, Codec
 from helios_cp.model.text import PromptEncoder
 from helios_cp.model.transformer import HeliosTransformer, History, TextCondition
 from helios_cp.pipeline.chunk import Chunk
-from helios_cp.pipeline.decoding import MARGIN, AtOnce, Beside, Decoding, Denoised, with_frames
+from helios_cp.pipeline.decoding import Decoder, Denoised, with_frames
 from helios_cp.pipeline.prepare import apply
 from helios_cp.pipeline.prompts import Branches, Prompts
+from helios_cp.pipeline.room import Room
 from helios_cp.pipeline.start import Inputs, initial_state, pixels_to_encode
-from helios_cp.plan.card_memory import expected_bytes
 from helios_cp.runtime.offload import Card
 from helios_cp.sampling.denoise import Step, denoise
 from helios_cp.sampling.noise import normal
 from helios_cp.sampling.state import ChunkState
 from helios_cp.weights.load import load_scheduler, load_text_encoder, load_vae, resolve
 from helios_cp.weights.transformer import AdapterState, load_adaptable
-from parallel.mesh import Degrees
 
 
 class Pipeline:
@@ -45,10 +46,10 @@ class Pipeline:
     `prompt_encoder`, `codec`, `branches` and the transformer's `sequence` are what `pipeline.parallelize` exchanges to
     spread the work over ranks; every rank then runs `stream` with the same request. `device` is where the work is done,
     by default where the transformer is. `decodes_beside` says whether a chunk is decoded beside the denoising of the
-    next, where the device has streams for it; the memory that decoding takes then comes on top of that of denoising.
-    `None` leaves it to what is free on a card when a video begins. `card` holds the weights that are offloaded, and
-    `block_cache` is the one in the transformer; see `pipeline.prepare`. `adapters` can exchange the
-    transformer's adapters, if its weights came from files.
+    next; the memory that decoding takes then comes on top of that of denoising. `None` leaves it to the device: one
+    without streams decodes in turn, and a card too while it is not measured that both fit. `card` holds the weights
+    that are offloaded, and `block_cache` is the one in the transformer; see `pipeline.prepare`. `adapters` can exchange
+    the transformer's adapters, if its weights came from files.
     """
 
     def __init__(
@@ -74,6 +75,8 @@ class Pipeline:
         self.device = device or transformer.device
         self.decodes_beside = decodes_beside
         self.card = card
+        self.room = Room(MemoryMeter(self.device))
+        self._offloaded: dict[Hashable, dict[str, int]] = {}
         self.block_cache = block_cache
         self.adapters = adapters
 
@@ -153,19 +156,31 @@ class Pipeline:
             raise RequestError(f"output_type {output_type!r}: allowed are {', '.join(OUTPUT_TYPES)}")
         request, inputs = (inputs or Inputs()).merged(request)
         request = request.resolve(self.checkpoint)
+        size = (request.batch_size, *request.latent_size, request.max_sequence_length)
         if self.card is not None:
-            self.card.expect(expected_bytes(self.checkpoint, request, self.transformer, self.codec.vae, self.degrees))
+            self.card.expect(self._offloaded.get(size, {}))
         watch = Stopwatch(self.device)
         with watch.measure("text"):
             prompts = self.encode_prompts(request, inputs)
         if state is None:
             with watch.measure("media"):
                 state = self.initial_state(request, inputs)
-        events = self._events(request, inputs, prompts, state, watch)
-        decoding = self._decoding(request, output_type, keep_on_device)
-        for chunk in with_frames(events, decoding, on_step):
-            with watch.paused():
-                yield chunk
+        may_be_beside = output_type != "latent" and not keep_on_device and self._decodes_alone
+        decoder = self._decoder(output_type, keep_on_device, self._side if may_be_beside else None)
+        measured = functools.partial(self.room.measured, size)
+        if not may_be_beside or self.decodes_beside is not None:
+            measured = contextlib.nullcontext  # of no use
+
+        def decode(denoised: Denoised) -> Chunk:
+            with measured("decode"):
+                chunk = decoder(denoised)
+            if self.card is not None and size not in self._offloaded:
+                self._offloaded[size] = self.card.measured()
+                self.card.expect(self._offloaded[size])
+            return chunk
+
+        events = self._events(request, inputs, prompts, state, watch, measured)
+        yield from with_frames(events, decode, lambda: may_be_beside and self._is_beside(size), on_step)
 
     @torch.no_grad()
     def denoise(
@@ -177,7 +192,8 @@ class Pipeline:
         """
         watch = Stopwatch(self.device)
         scheduler = copy.deepcopy(self.scheduler)
-        for event in self._denoise(request, inputs, prompts.at(state.index), state, scheduler, watch):
+        conditions = self._conditions(prompts, state.index)
+        for event in self._denoise(request, inputs, conditions, state, scheduler, watch):
             if not isinstance(event, Step):
                 latents, following = event
         return latents.float(), following
@@ -206,52 +222,66 @@ class Pipeline:
         return initial_state(request, inputs, self.codec, posteriors, hidden, channels, self.device)
 
     def _events(
-        self, request: Request, inputs: Inputs, prompts: Prompts, state: ChunkState, watch: Stopwatch
+        self,
+        request: Request,
+        inputs: Inputs,
+        prompts: Prompts,
+        state: ChunkState,
+        watch: Stopwatch,
+        measured: Callable[[str], AbstractContextManager],
     ) -> Iterator[Step | Denoised]:
         """The steps of each chunk, followed by the chunk without its frames."""
         scheduler, pace = copy.deepcopy(self.scheduler), Pace(self.device)
         for index in range(state.index, request.num_chunks):
+            conditions = None
             with watch.measure("conditions"):
-                conditions = prompts.at(index)
-            for event in self._denoise(request, inputs, conditions, state, scheduler, watch):
-                if isinstance(event, Step):
-                    pace.step()
-                    yield event
-                else:
-                    latents, state = event
+                conditions = self._conditions(prompts, index)
+            with measured("denoise"):
+                for event in self._denoise(request, inputs, conditions, state, scheduler, watch):
+                    if isinstance(event, Step):
+                        pace.step()
+                        yield event
+                    else:
+                        latents, state = event
             skipped = () if self.block_cache is None else tuple(self.block_cache.skipped)
-            yield Denoised(Chunk(index, latents.float(), None, state, {}, skipped), watch.take())
+            chunk = Chunk(index, latents.float(), None, state, {}, skipped)
+            yield Denoised(chunk, watch.take(), make_mark(self.device))
+
+    def _conditions(self, prompts: Prompts, chunk: int) -> list[TextCondition]:
+        """Keys and values of a chunk, one a branch. Nobody holds those of the chunk before while they are made."""
+        if self.block_cache is not None:
+            self.block_cache.start_chunk()
+        return prompts.at(chunk)
 
     @property
-    def degrees(self) -> Degrees:
-        """How the work is spread over ranks."""
-        return Degrees()
+    def peak_bytes(self) -> int:
+        """Most bytes on the device at once so far."""
+        meter = self.room.meter if self.card is None or self.card.meter is None else self.card.meter
+        return meter.largest
 
-    def _decoding(self, request: Request, output_type: str, keep_on_device: bool) -> Decoding:
-        if output_type == "latent":
-            return AtOnce(None, self.device)
-        decode = functools.partial(self.codec.decode, output_type=output_type)
-        has_nothing = self.codec.vae is None  # other ranks decode, and this one goes on with its steps
-        is_beside = has_streams(self.device) and not keep_on_device and (has_nothing or self.codec.is_local)
-        if is_beside and self._has_room_beside(request):
-            return Beside(decode, self._side)
-        return AtOnce(decode, self.device, keep_on_device=keep_on_device)
+    def _decoder(self, output_type: str, keep_on_device: bool, stream: torch.Stream | None) -> Decoder:
+        decode = None if output_type == "latent" else functools.partial(self.codec.decode, output_type=output_type)
+        return Decoder(decode, self.device, stream, keep_on_device=keep_on_device)
 
-    def _has_room_beside(self, request: Request) -> bool:
-        """Whether denoising and decoding are to be on the device together; asked when all weights are there."""
-        if self.card is not None:
-            return False  # transformer and VAE are not to be on the card together
+    @property
+    def _decodes_alone(self) -> bool:
+        """Whether this rank decodes without other ranks and with its weights in place, or other ranks decode for it."""
+        return self.card is None and (self.codec.vae is None or self.codec.is_local)
+
+    def _is_beside(self, size: Hashable) -> bool:
+        """Whether a chunk that may be decoded beside the denoising of the next is."""
         if self.decodes_beside is not None:
             return self.decodes_beside
-        if self.device.type != "cuda" or self.codec.vae is None:
-            return True  # nobody can tell, or there is nothing to decode
-        working = expected_bytes(self.checkpoint, request, self.transformer, self.codec.vae, self.degrees)
-        return free_memory(self.device) >= MARGIN * (working["transformer"] + working["decoder"])
+        return has_streams(self.device) and (self.codec.vae is None or self.room.has_both(size))
 
     @functools.cached_property
-    def _side(self) -> SideStream:
-        # One for all videos: torch keeps the memory that was freed on a stream for that stream alone.
-        return SideStream(self.device)
+    def _side(self) -> torch.Stream | None:
+        """The stream that decodes, where the device has streams.
+
+        One for all videos, and for chunks that are decoded at once too: torch keeps the memory that was freed on a
+        stream for that stream alone.
+        """
+        return torch.Stream(self.device) if has_streams(self.device) else None
 
     def _denoise(
         self,
@@ -263,8 +293,6 @@ class Pipeline:
         watch: Stopwatch,
     ) -> Iterator[Step | tuple[Tensor, ChunkState]]:
         plan = SamplingPlan.of(request, self.checkpoint)
-        if self.block_cache is not None:
-            self.block_cache.start_chunk()
         generators = state.make_generators()
         noise = self._initial_noise(request, inputs, state, generators)
         with watch.measure("conditions"):

@@ -14,14 +14,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from helios_cp.config.checkpoint import Checkpoint, TransformerConfig
+from helios_cp.config.checkpoint import TransformerConfig
 from helios_cp.config.execution import Execution
 from helios_cp.config.layout import PLAIN
-from helios_cp.config.request import Request
-from helios_cp.model.transformer import HeliosTransformer, empty_model
+from helios_cp.model.transformer import empty_model
 from helios_cp.plan import vae_cost, weight_cost
 from helios_cp.plan.rank_shares import shares
-from helios_cp.plan.vae_cost import VaeConfig
 from helios_cp.plan.weight_cost import TextEncoderConfig
 from helios_cp.plan.workload import Workload
 from helios_cp.runtime.device_weights import SLOTS
@@ -109,19 +107,6 @@ def working_bytes(workload: Workload, degrees: Degrees, vae_itemsize: int = 4) -
         "encoder": batch * decoding * vae_itemsize // vae_cost.FP32,
         "decoder": batch * decoding * vae_itemsize // vae_cost.FP32,
     }
-
-
-def expected_bytes(
-    checkpoint: Checkpoint, request: Request, transformer: HeliosTransformer, vae: nn.Module | None, degrees: Degrees
-) -> dict[str, int]:
-    """As `working_bytes`, of loaded parts and a resolved request."""
-    workload = Workload.of(checkpoint, request, transformer.dtype)
-    itemsize = vae_cost.FP32
-    if vae is not None:
-        sizes = {name: getattr(vae.config, name) for name in VaeConfig.__dataclass_fields__}
-        sizes = {name: tuple(size) if isinstance(size, list) else size for name, size in sizes.items()}
-        workload, itemsize = replace(workload, vae=VaeConfig(**sizes)), vae.dtype.itemsize
-    return working_bytes(workload, degrees, itemsize)
 
 
 @dataclass(frozen=True)

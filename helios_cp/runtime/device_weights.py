@@ -167,6 +167,7 @@ class Streamed:
     def _bring(self, layer: int) -> None:
         slot = layer % SLOTS
         if self._content[slot] is None or self._content[slot][0] != layer:
+            self._content[slot] = None  # should the copy fail
             source = self.weights[layer].memory[: self.weights[layer].nbytes]
             ticket = self.copies.start(self._slots[slot].tensor[: len(source)], source)
             self._content[slot] = layer, ticket

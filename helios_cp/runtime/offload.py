@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from helios_cp.device.device import has_streams
-from helios_cp.device.memory import free_memory, grow_segments
+from helios_cp.device.memory import MemoryMeter, grow_segments
 from helios_cp.device.streams import wait_for
-from helios_cp.model.transformer import BlockInputs, Body, HeliosTransformer
+from helios_cp.model.transformer import HeliosTransformer
 from helios_cp.runtime.device_weights import Copies, HostCopies, MemoryCounter, Resident, StreamCopies, Streamed
 from helios_cp.runtime.host_weights import HostWeights, Place, places, tensors_at
 
@@ -32,7 +32,7 @@ MARGIN = 1.1  # on what a part needs beside others, as free memory lies in piece
 
 class Part:
     """What is on the card together: a model, or half of the VAE. `working` is bytes that it needs beside its weights,
-    if they are known."""
+    if they were measured."""
 
     def __init__(self, name: str, *held: Resident | Streamed) -> None:
         self.name = name
@@ -45,8 +45,13 @@ class Part:
         return sum(each.device_bytes for each in self.held)
 
     def enter(self) -> None:
-        for each in self.held:
-            each.enter()
+        """Bring the weights; where that fails, all of them stay away."""
+        try:
+            for each in self.held:
+                each.enter()
+        except BaseException:
+            self.leave()
+            raise
         self.is_here = True
 
     def leave(self) -> None:
@@ -56,20 +61,20 @@ class Part:
 
 
 class Card:
-    """Says which parts have their weights on the device. `free` tells the bytes that a part may take beside others.
+    """Says which parts have their weights on the device.
 
-    Without `free` there is never more than one part there.
+    With a `meter` parts stay there beside the one at work if they fit, once it is measured what that needs beside its
+    weights. Without one there is never more than one part there.
     """
 
-    def __init__(
-        self, device: torch.device, copies: Copies | None = None, free: Callable[[], int] | None = None
-    ) -> None:
+    def __init__(self, device: torch.device, copies: Copies | None = None, meter: MemoryMeter | None = None) -> None:
         self.device = device
         self.counter = MemoryCounter()
         self.copies = copies or (StreamCopies(device) if has_streams(device) else HostCopies())
-        self.free = free
+        self.meter = meter
         self.parts: dict[str, Part] = {}
         self._at_work: Part | None = None
+        self._needed: dict[str, int] = {}
 
     def add(self, name: str, held: Sequence[Resident | Streamed], entrances: Sequence[nn.Module]) -> Part:
         """A part whose work begins with a call of one of `entrances`."""
@@ -83,6 +88,7 @@ class Card:
         """Have a part's weights on the device, and those of others away where there is no room for both."""
         if self._at_work is part:
             return
+        self._stop_work()
         others = [other for other in self.parts.values() if other.is_here and other is not part]
         if others and not self._fits_beside(part):
             for other in others:
@@ -91,18 +97,30 @@ class Card:
         if not part.is_here:
             part.enter()
         self._at_work = part
+        if self.meter is not None:
+            self.meter.begin()
 
     def expect(self, working: Mapping[str, int]) -> None:
-        """Bytes that parts need beside their weights from now on, by name."""
+        """Bytes that parts need beside their weights from now on, by name; of those left out nobody knows.
+
+        They are those that `measured` told after a video of this size. What it tells is counted anew from now on.
+        """
+        self._stop_work()
+        self._needed = {}
         for name, part in self.parts.items():
             part.working = working.get(name)
 
+    def measured(self) -> dict[str, int]:
+        """Bytes that parts have needed beside their weights since `expect`, by name; between chunks."""
+        self._stop_work()
+        return dict(self._needed)
+
     def rest(self) -> None:
         """Take everything off the device, as before weights on the host are changed."""
+        self._stop_work()
         for part in self.parts.values():
             if part.is_here:
                 part.leave()
-        self._at_work = None
 
     def stored(self) -> Iterator[tuple[Place, Tensor]]:
         """Where every parameter and buffer rests on the host. Call `rest` first to write there."""
@@ -118,6 +136,12 @@ class Card:
         weights = [HostWeights(found, self.device) for found in layers]
         return Streamed(weights, following, self.device, self.counter, self.copies)
 
+    def _stop_work(self) -> None:
+        """Nothing is taken to be in place from now on, so that a failure to bring weights leaves no part at work."""
+        part, self._at_work = self._at_work, None
+        if part is not None and self.meter is not None:
+            self._needed[part.name] = max(self._needed.get(part.name, 0), self.meter.needed())
+
     def _trim(self) -> None:
         """Have PyTorch's allocator give back to the driver what nobody holds.
 
@@ -129,9 +153,10 @@ class Card:
             torch.accelerator.empty_cache()
 
     def _fits_beside(self, part: Part) -> bool:
-        if self.free is None or part.working is None:
+        if self.meter is None or part.working is None:
             return False
-        return self.free() >= MARGIN * (part.working + (0 if part.is_here else part.device_bytes))
+        free = self.meter.free()
+        return free is not None and free >= MARGIN * (part.working + (0 if part.is_here else part.device_bytes))
 
 
 def offload(
@@ -149,7 +174,7 @@ def offload(
     """
     grow_segments(device)
     if card is None:
-        card = Card(device, free=None if how == "group" else lambda: free_memory(device))
+        card = Card(device, meter=MemoryMeter(device) if how == "model" else None)
     with torch.no_grad():
         if text_encoder is not None:
             _add_text_encoder(card, text_encoder, how)
@@ -172,7 +197,8 @@ def _add_transformer(card: Card, transformer: HeliosTransformer, how: str) -> No
     card.add("transformer", [card.resident(rest), streamed], entrances)
     for index, layer in enumerate([text_embedder, *(block.attn2.to_kv for block in blocks)]):
         layer.register_forward_pre_hook(_fetch(streamed, index))
-    transformer.body = _through(streamed, first_block, transformer.body)
+    for index, block in enumerate(blocks, first_block):
+        block.register_forward_pre_hook(_fetch(streamed, index))
 
 
 def transformer_layers(transformer: HeliosTransformer) -> tuple[list[list[Place]], list[Place], int]:
@@ -207,36 +233,5 @@ def _add_text_encoder(card: Card, text_encoder: nn.Module, how: str) -> None:
 
 
 def _fetch(streamed: Streamed, layer: int) -> Callable[..., None]:
+    """A hook before a layer's forward. It stays outside of compiled code, which knows nothing of offloading."""
     return lambda *_: streamed.fetch(layer)
-
-
-class StreamedBlocks(Sequence):
-    """Blocks whose weights are in place by the time that iteration comes to them.
-
-    Outside of the blocks, so that compiled ones know nothing of it.
-    """
-
-    def __init__(self, blocks: Sequence[nn.Module], streamed: Streamed, first: int) -> None:
-        self.blocks = list(blocks)
-        self.streamed = streamed
-        self.first = first
-
-    def __len__(self) -> int:
-        return len(self.blocks)
-
-    def __getitem__(self, index: slice) -> StreamedBlocks:
-        start, _, step = index.indices(len(self.blocks))
-        assert step == 1, "blocks run in their order"
-        return StreamedBlocks(self.blocks[index], self.streamed, self.first + start)
-
-    def __iter__(self) -> Iterator[nn.Module]:
-        for layer, block in enumerate(self.blocks, self.first):
-            self.streamed.fetch(layer)
-            yield block
-
-
-def _through(streamed: Streamed, first: int, body: Body) -> Body:
-    def run(blocks: nn.ModuleList, states: Tensor, inputs: BlockInputs) -> Tensor:
-        return body(StreamedBlocks(blocks, streamed, first), states, inputs)
-
-    return run

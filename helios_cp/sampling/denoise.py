@@ -48,7 +48,8 @@ def denoise(
     """Turn `noise` `[B, C, T, h, w]` at full resolution into the chunk's latents of that shape.
 
     Yields a `Step` after each step, and last the latents. `scheduler` is diffusers' `HeliosScheduler` or
-    `HeliosDMDScheduler`, whose state is changed; `dtype` is that of the model; `measure` times a named stage. The host
+    `HeliosDMDScheduler`, whose state is changed; `dtype` is that of the model; `measure` times a named stage, in
+    pieces between which the steps are yielded. The host
     does not wait for the device: the schedule stays on the host, and what goes over once a stage, timesteps and noise,
     is made and sent while the device is at the step before.
     """
@@ -58,7 +59,8 @@ def denoise(
         latents = halve_noise(latents)
     done, total = 0, plan.total_steps(chunk)
     for stage in range(stages):
-        with measure(f"denoise_{stage + 1}"):
+        name = f"denoise_{stage + 1}"
+        with measure(name):
             set_timesteps(scheduler, plan, stage, latents, first_chunk=chunk == 0)
             if stage > 0:
                 latents = double_nearest(latents)
@@ -70,14 +72,15 @@ def denoise(
             timesteps = scheduler.timesteps.to(torch.int64 if plan.is_pyramid else torch.float32)
             timesteps = to_device(timesteps, latents.device)
             solve = solver_on(latents.device, scheduler, latents)
-            for step, timestep in enumerate(timesteps.split(1)):
+        for step, timestep in enumerate(timesteps.split(1)):
+            with measure(name):
                 if plan.is_zeroed(stage, step):
                     velocity = torch.zeros_like(latents, dtype=dtype)
                 else:
                     velocity = guide(*predict(latents, timestep), plan)
                 latents = solve(velocity, latents)
-                done += 1
-                yield Step(chunk, stage, stages, done, total)
+            done += 1
+            yield Step(chunk, stage, stages, done, total)
     yield latents
 
 

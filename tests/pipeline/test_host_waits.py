@@ -1,12 +1,13 @@
 """Unit: how often the host waits for the device in whole chunks, with all that is between their steps. Counts, exact.
 
 The device is PyTorch's meta device, which here has streams and pinned memory like a card: it computes nothing, and what
-waits for it is written down. The first chunk does not count, in which tables are filled.
+waits for it is written down. The first chunk does not count, in which tables are filled. What the thread that decodes
+waits for stops nobody else.
 """
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -16,9 +17,10 @@ from torch import Tensor
 
 from helios_cp.config.checkpoint import Checkpoint
 from helios_cp.config.request import Request
-from helios_cp.device import device, timing
+from helios_cp.device import device, streams, timing
 from helios_cp.model.codec import Codec
 from helios_cp.model.transformer import HeliosTransformer
+from helios_cp.pipeline import decoding
 from helios_cp.pipeline.pipeline import Pipeline
 from helios_cp.pipeline.start import Inputs
 from helios_cp.sampling import denoise as sampling
@@ -32,7 +34,7 @@ SETTINGS = {
     "tiny-distilled": {"pyramid_num_inference_steps_list": (1, 1, 1)},
 }
 CHUNKS = 3
-STOP, STEP_BEFORE, FRAMES = "the host stops", "it waits for the step before", "it waits for frames"
+STOP, STEP_BEFORE, FRAMES = "the host stops", "it waits for the step before", "the decoder waits for frames"
 
 
 class Log(list):
@@ -44,37 +46,17 @@ class Log(list):
 
 
 class Mark:
-    """Is reached when it is asked for. `what` says whom it is for."""
+    """Is reached when it is waited for. `what` says whom it is for."""
 
     def __init__(self, log: Log, what: str) -> None:
         self.log = log
         self.what = what
 
-    def query(self) -> bool:
-        return True
-
     def synchronize(self) -> None:
-        self.log.append(self.what)
+        self.log.append(FRAMES if threading.current_thread().name.startswith("decoder") else self.what)
 
     def elapsed_time(self, end: Mark) -> float:
         return 1.0
-
-
-class Side:
-    """A side stream. What comes from the device is no number, so the host gets zeros."""
-
-    def __init__(self, log: Log) -> None:
-        self.log = log
-
-    def mark(self) -> Mark:
-        return Mark(self.log, FRAMES)
-
-    def after(self, *_):
-        return nullcontext()
-
-    def to_host(self, tensor: Tensor) -> Tensor:
-        assert tensor.is_meta and tensor.dtype == torch.uint8
-        return torch.zeros(tensor.shape, dtype=tensor.dtype)
 
 
 @pytest.fixture
@@ -86,8 +68,9 @@ def log(monkeypatch) -> Log:
     monkeypatch.setattr(torch.accelerator, "current_stream", lambda *_: stream)
     monkeypatch.setattr(torch.accelerator, "synchronize", lambda *_: log.append(STOP))
     monkeypatch.setattr(Tensor, "pin_memory", Tensor.clone)
-    monkeypatch.setattr(device, "mark", lambda _: Mark(log, STEP_BEFORE))
+    monkeypatch.setattr(streams, "mark", lambda _: Mark(log, STEP_BEFORE))
     monkeypatch.setattr(timing, "mark", lambda _: Mark(log, STOP))
+    monkeypatch.setattr(decoding, "to_host", lambda frames: torch.zeros(frames.shape, dtype=torch.uint8))
     return log
 
 
@@ -102,14 +85,15 @@ def make_video(folder, log: Log) -> list:
         vae = AutoencoderKLWan.from_config(AutoencoderKLWan.load_config(folder / "vae")).eval()
         embeds = torch.zeros(1, 8, checkpoint.transformer.text_dim)
     pipeline = Pipeline(checkpoint, transformer, None, Codec(vae), load_scheduler(checkpoint))
-    vars(pipeline)["_side"] = Side(log)
+    pipeline.decodes_beside = True
+    vars(pipeline)["_side"] = None
     inputs = Inputs(prompt_embeds=embeds, negative_prompt_embeds=embeds)
     with Crossings(log):
         return list(pipeline.stream(request, inputs, on_step=lambda step: log.append(f"step of chunk {step.chunk}")))
 
 
 @pytest.mark.parametrize("preset", SETTINGS)
-def test_the_host_waits_for_steps_before_and_the_last_frames_alone(presets, preset, log):
+def test_the_host_waits_for_steps_before_alone(presets, preset, log):
     chunks = make_video(presets[preset], log)
     (steps,) = SETTINGS[preset].values()
     steps = steps if isinstance(steps, int) else sum(steps)
@@ -117,9 +101,9 @@ def test_the_host_waits_for_steps_before_and_the_last_frames_alone(presets, pres
     stages = {f"denoise_{stage}" for stage in range(1, 2 if preset == "tiny-base" else 4)}
     assert stages | {"conditions", "decode"} <= chunks[-1].seconds.keys()
     rest = log.rest()
-    assert [each for each in rest if not each.startswith("step of")] == [STEP_BEFORE] * ((CHUNKS - 1) * steps - 1) + [
-        FRAMES
-    ]
+    waits = [each for each in rest if not each.startswith("step of")]
+    assert [each for each in waits if each != FRAMES] == [STEP_BEFORE] * ((CHUNKS - 1) * steps - 1)
+    assert log.count(FRAMES) == CHUNKS
     assert rest.count("step of chunk 1") == rest.count("step of chunk 2") == steps
 
 
@@ -134,6 +118,6 @@ def test_each_upload_that_stops_the_host_shows(presets, log, monkeypatch):
 
 def test_clocks_at_the_ends_of_stages_show(presets, log, monkeypatch):
     """Two stops for each of the three stages, and for both parts of the conditions, were the host's clock to time."""
-    monkeypatch.setattr(timing.Stopwatch, "_mark", lambda self: timing.HostMark(self.device))
+    monkeypatch.setattr(timing, "make_mark", timing.HostMark)
     make_video(presets["tiny-distilled"], log)
     assert log.rest().count(STOP) >= 2 * 5 + 4

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import gc
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -248,18 +249,106 @@ def test_everything_is_computed_on_the_device(folders):
     assert frames.shape == (1, 33, 64, 64, 3)
 
 
+class Meter:
+    """A card with `room` bytes, on which every part needs 10 beside its weights."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+
+    def begin(self) -> None:
+        pass
+
+    def needed(self) -> int:
+        return 10
+
+    def free(self) -> int:
+        return self.room
+
+
 def test_other_parts_stay_where_there_is_room(folders):
-    """The transformer is brought once for all chunks if all fit, and the text encoder has to go."""
-    room = 10**9
-    pipeline = load(folders["tiny-mid"], "model", card=Card(CPU, free=lambda: room))
-    video(pipeline, request_of("tiny-mid"))
+    """Once it is measured what they need, on the first chunk of a size; all of them then stay."""
+    meter = Meter(room=10**9)
+    pipeline = load(folders["tiny-mid"], "model", card=Card(CPU, meter=meter))
     parts, counter = pipeline.card.parts, pipeline.card.counter
-    assert [part.is_here for part in parts.values()] == [True, True, False, True]  # nothing was encoded
-    assert counter.bytes == counter.peak_bytes == sum(parts[name].device_bytes for name in PARTS if name != "encoder")
-    assert set(counter.brought.values()) == {1}
-    room = 0
+    brought = lambda: [counter.brought[id(parts[name].held[0].weights[0])] for name in PARTS]  # noqa: E731
+    here = lambda: [part.is_here for part in parts.values()]  # noqa: E731
+    video(pipeline, request_of("tiny-mid"))  # of two chunks
+    assert here() == [False, True, False, True]
+    assert brought() == [1, 2, 0, 1]
     video(pipeline, request_of("tiny-mid"))
-    assert [part.is_here for part in parts.values()] == [False, False, False, True]
+    assert here() == [True, True, False, True]  # nothing was encoded
+    assert brought() == [2, 2, 0, 1]
+    assert counter.bytes == counter.peak_bytes == sum(parts[name].device_bytes for name in PARTS if name != "encoder")
+    meter.room = 0
+    video(pipeline, request_of("tiny-mid"))
+    assert here() == [False, False, False, True]
+
+
+def test_a_part_stays_only_beside_what_was_measured(folders):
+    """Its weights and what it needs have to fit, with a margin; a larger video is measured anew."""
+    pipeline = load(folders["tiny-mid"], "model", card=Card(CPU, meter=Meter(0)))
+    card, parts = pipeline.card, pipeline.card.parts
+    video(pipeline, request_of("tiny-mid"))
+    assert [part.working for part in parts.values()] == [10, 10, None, 10]
+    for room, stays in ((parts["transformer"].device_bytes + 10, False), (2 * parts["transformer"].device_bytes, True)):
+        card.meter.room = room
+        card.rest()
+        card.use(parts["decoder"])
+        card.use(parts["transformer"])
+        assert parts["decoder"].is_here is stays
+    assert card.measured().keys() == {"transformer", "decoder"}
+    card.expect({})
+    assert [part.working for part in parts.values()] == [None] * 4
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_a_failure_to_bring_weights_is_no_video_of_others(folders, monkeypatch, how):
+    """As when the card is full: the next video, which begins with the transformer, has its weights in place."""
+    name = "tiny-distilled"
+    pipeline, request = load(folders[name], how), replace(request_of(name), prompt_schedule=())
+    inputs = Inputs(prompt_embeds=torch.ones(1, 8, 32))
+    expected = video(pipeline, request, inputs)
+    card, enter = pipeline.card, device_weights.Resident.enter
+
+    def full(self) -> None:
+        enter(self)
+        raise MemoryError
+
+    decoder = pipeline.card.parts["decoder"]
+    card.rest()
+    with monkeypatch.context() as patch:
+        patch.setattr(decoder.held[0], "enter", full.__get__(decoder.held[0]))
+        with pytest.raises(MemoryError):
+            video(pipeline, request, inputs)
+    assert card.counter.bytes == 0 and not decoder.is_here
+    assert all(map(torch.equal, video(pipeline, request, inputs), expected))
+
+
+def test_a_layer_whose_copy_failed_is_brought_again():
+    """What was in its buffer before is not taken to be there."""
+    layers = layers_of(4)
+
+    class Broken(HostCopies):
+        is_broken = False
+
+        def start(self, target, source):
+            target.zero_()
+            if self.is_broken:
+                raise MemoryError
+            super().start(target, source)
+
+    copies = Broken()
+    streamed = Streamed(
+        [HostWeights(places([layer]), CPU) for layer in layers], [1, 2, 3, 0], CPU, MemoryCounter(), copies
+    )
+    streamed.enter()
+    streamed.fetch(1)
+    copies.is_broken = True
+    with pytest.raises(MemoryError):
+        streamed.fetch(3)
+    copies.is_broken = False
+    streamed.fetch(1)
+    assert (layers[1].weight == 1).all()
 
 
 def test_quantised_layers(folders):
