@@ -40,31 +40,7 @@ PREPOSITIONS = {
     "car": ("through", "across", "over", "in"),
 }
 OPENINGS = ("", "", "", "", "a video of ", "a clip of ", "an animation of ", "a view of ", "a beautiful shot of ")
-FILLERS = [
-    "very",
-    "shiny",
-    "bright",
-    "big",
-    "tiny",
-    "slowly",
-    "gently",
-    "4k",
-    "cinematic",
-    "of",
-    "the",
-    "quietly",
-    "quality",
-    "beautiful",
-    "lonely",
-    "fast",
-    "far",
-    "wide",
-    "calm",
-    "clear",
-    "with",
-    "and",
-    "smooth",
-]
+FILLERS = ("very", "shiny", "bright", "big", "slowly", "gently", "4k", "cinematic", "the", "beautiful", "calm", "with")
 
 
 def caption(scene: Scene, generator: random.Random) -> tuple[str, dict[str, str | None]]:

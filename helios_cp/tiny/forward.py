@@ -6,17 +6,35 @@ need: all padding of the text is the zero vector, so it is one key, with the log
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from helios_cp.config.checkpoint import TransformerConfig
 from helios_cp.model.layers import MAX_HISTORY_KEY_SCALE
 from helios_cp.model.rope import pad_to_multiple
 from helios_cp.model.transformer import HeliosTransformer, sinusoids
 
+CONFIG = {
+    "num_attention_heads": 4,
+    "attention_head_dim": 32,
+    "rope_dim": [12, 10, 10],
+    "rope_theta": 100.0,
+    "ffn_dim": 512,
+    "num_layers": 4,
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_dim": 64,
+    "freq_dim": 256,
+    "cross_attn_norm": True,
+    "guidance_cross_attn": True,
+    "zero_history_timestep": True,
+    "has_multi_term_memory_patch": True,
+    "is_amplify_history": True,
+    "history_scale_mode": "per_head",
+}
 TEXT_LENGTH = 512
 LONG, MID, SHORT, CHUNK = 16, 2, 1, 9
 """Latent frames of a chunk's history and of a chunk."""
@@ -32,6 +50,28 @@ class Past:
 
     def to(self, device: torch.device) -> Past:
         return Past(self.history.to(device), self.anchor.to(device))
+
+
+def make_transformer() -> HeliosTransformer:
+    """Fresh weights that train well: outputs start at 0, gates at one half, and history keys are barely amplified.
+
+    The usual start of `history_key_scale` multiplies untrained history by 7.6.
+    """
+    model = HeliosTransformer(TransformerConfig.from_dict(CONFIG))
+    with torch.no_grad():
+        for parameter in (*model.proj_out.parameters(), model.condition_embedder.time_proj.bias):
+            parameter.zero_()
+        model.condition_embedder.time_proj.weight.normal_(std=0.01)
+        model.norm_out.scale_shift_table.zero_()
+        for block in model.blocks:
+            block.scale_shift_table.zero_()[:, 2::3] = 0.5
+            block.attn1.history_key_scale.fill_(-4.0)
+    return model
+
+
+def is_matrix(name: str) -> bool:
+    """Hidden matrices: the blocks' linear layers."""
+    return name.startswith("blocks.") and name.endswith("weight") and "norm" not in name
 
 
 def embed_text(model: HeliosTransformer, states: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,51 +185,3 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = Non
     query, key, value = (part.transpose(1, 2).to(value.dtype) for part in (query, key, value))
     mask = None if bias is None else bias.to(value.dtype)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(2)
-
-
-def make_transformer() -> HeliosTransformer:
-    """Fresh weights that train well: outputs start at 0, gates at one half, and history keys are barely amplified.
-
-    The usual start of `history_key_scale` multiplies untrained history by 7.6.
-    """
-    from helios_cp.config.checkpoint import TransformerConfig
-
-    model = HeliosTransformer(TransformerConfig.from_dict(CONFIG))
-    with torch.no_grad():
-        for parameter in (*model.proj_out.parameters(), model.condition_embedder.time_proj.bias):
-            parameter.zero_()
-        model.condition_embedder.time_proj.weight.normal_(std=0.01)
-        model.norm_out.scale_shift_table.zero_()
-        for block in model.blocks:
-            block.scale_shift_table.zero_()[:, 2::3] = 0.5
-            block.attn1.history_key_scale.fill_(-4.0)
-    return model
-
-
-CONFIG = {
-    "num_attention_heads": 4,
-    "attention_head_dim": 32,
-    "rope_dim": [12, 10, 10],
-    "rope_theta": 100.0,
-    "ffn_dim": 512,
-    "num_layers": 4,
-    "in_channels": 16,
-    "out_channels": 16,
-    "text_dim": 64,
-    "freq_dim": 256,
-    "cross_attn_norm": True,
-    "guidance_cross_attn": True,
-    "zero_history_timestep": True,
-    "has_multi_term_memory_patch": True,
-    "is_amplify_history": True,
-    "history_scale_mode": "per_head",
-}
-
-
-def is_matrix(name: str) -> bool:
-    """Hidden matrices: the blocks' linear layers."""
-    return name.startswith("blocks.") and name.endswith("weight") and "norm" not in name
-
-
-def parameter_count() -> int:
-    return sum(math.prod(p.shape) for p in make_transformer().parameters())
