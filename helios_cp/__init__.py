@@ -1,9 +1,21 @@
 """Exact, distributed inference for the Helios video diffusion transformer."""
 
-import logging
+from __future__ import annotations
+
+from typing import Any
 
 __version__ = "0.1.0"
+__all__ = ["Pipeline", "Request"]
 
-# diffusers imports torchao wherever it is installed, which then warns of its binaries for other cards than those here.
-for _name in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer"):
-    logging.getLogger(_name).setLevel(logging.ERROR)
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for only then (PEP 562): a command line answers `--help` without torch."""
+    if name == "Pipeline":
+        from helios_cp.pipeline.pipeline import Pipeline
+
+        return Pipeline
+    if name == "Request":
+        from helios_cp.config.request import Request
+
+        return Request
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from helios_cp.config.arguments import OneLineParser
 from helios_cp.config.errors import RequestError
+from helios_cp.config.paths import user_path
 
 PROMPTS = ("a red fox running through fresh snow", "a lighthouse in a storm at night")
 NODES = (3, 2)
@@ -20,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
     """Exit codes: those of `launchers.generate`. Of what is in DIR only its own files are replaced."""
     parser = OneLineParser(prog="launchers.demo", usage="python -m launchers.demo [--output DIR]", description=__doc__)
     parser.add_argument(
-        "--output", type=Path, default=Path("outputs/demo-ray"), metavar="DIR", help="default: outputs/demo-ray"
+        "--output", type=user_path, default=Path("outputs/demo-ray"), metavar="DIR", help="default: outputs/demo-ray"
     )
     output = parser.parse_args(argv).output
     from helios_cp.files.whole_files import check_folder_target

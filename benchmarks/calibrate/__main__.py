@@ -27,6 +27,7 @@ from benchmarks.measuring.machine import cpu_name, describe
 from benchmarks.ranks.pool import MAX_RANKS, RankPool
 from helios_cp.config.arguments import OneLineParser, whole_number
 from helios_cp.config.errors import RequestError
+from helios_cp.config.paths import user_path
 from helios_cp.files.whole_files import check_file_target, write_json
 from helios_cp.plan.detect import MEASUREMENTS, Hardware, detect_hardware
 
@@ -52,7 +53,7 @@ def build_parser() -> OneLineParser:
         description="Measure this machine for the planner: python -m helios_cp.plan --hardware FILE. It takes one or "
         "two minutes, on an otherwise idle machine.",
     )
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON to write")
+    parser.add_argument("--output", type=user_path, required=True, metavar="FILE", help="JSON to write")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a card, else cpu")
     parser.add_argument(
         "--ranks",

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -27,6 +26,7 @@ from benchmarks.ranks.pool import RankPool
 from helios_cp.config.arguments import OneLineParser
 from helios_cp.config.checkpoint import TransformerConfig
 from helios_cp.config.errors import RequestError
+from helios_cp.config.paths import user_path
 from helios_cp.device.device import dtype_name
 from helios_cp.files.whole_files import check_file_target
 from parallel.mesh import Degrees
@@ -74,7 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--output",
-        type=Path,
+        type=user_path,
         default=RESULTS / "communication.json",
         metavar="FILE",
         help="JSON to write (default: benchmarks/results/communication.json)",

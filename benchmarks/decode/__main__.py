@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import os
 import sys
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -24,6 +23,7 @@ from benchmarks.ranks.groups import default_ranks
 from benchmarks.ranks.pool import MAX_RANKS, RankPool
 from helios_cp.config.arguments import OneLineParser, whole_number
 from helios_cp.config.errors import RequestError
+from helios_cp.config.paths import user_path
 from helios_cp.device.device import pick_device
 from helios_cp.files.whole_files import check_file_target
 
@@ -57,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--output",
-        type=Path,
+        type=user_path,
         default=RESULTS / "decode.json",
         metavar="FILE",
         help="JSON to write (default: benchmarks/results/decode.json)",

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -24,6 +23,7 @@ from benchmarks.models.full_size import NAMES, named_checkpoint
 from helios_cp.config.arguments import OneLineParser, whole_number
 from helios_cp.config.checkpoint import DTYPES
 from helios_cp.config.errors import RequestError
+from helios_cp.config.paths import user_path
 from helios_cp.config.request import Request
 from helios_cp.device.device import pick_device, pick_dtype
 from helios_cp.files.whole_files import check_file_target
@@ -83,7 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--output",
-        type=Path,
+        type=user_path,
         default=RESULTS / "deviation.json",
         metavar="FILE",
         help="JSON to write (default: benchmarks/results/deviation.json)",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import gc
 import shlex
 import time
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.models.full_size import build_random, random_inputs
-from helios_cp.config.arguments import OneLineParser, add_execution_arguments
+from helios_cp.config.arguments import OneLineParser, add_flags, given
 from helios_cp.config.checkpoint import Checkpoint
 from helios_cp.config.errors import RequestError
 from helios_cp.config.execution import Execution
@@ -166,9 +165,9 @@ def _figures(pipeline: Pipeline, request: Request, video: Video, reference: Vide
 
 def parse_variant(text: str) -> Execution:
     """From flags as they are typed. Raises `RequestError`."""
-    parser = OneLineParser(prog="benchmarks.deviation --variant", argument_default=argparse.SUPPRESS, add_help=False)
-    add_execution_arguments(parser)
-    return Execution.of(parser.parse_args(shlex.split(text)))
+    parser = OneLineParser(prog="benchmarks.deviation --variant", add_help=False)
+    add_flags(parser, Execution)
+    return Execution(**given(Execution, parser.parse_args(shlex.split(text))))
 
 
 @dataclass(frozen=True)

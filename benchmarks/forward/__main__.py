@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -23,6 +22,7 @@ from benchmarks.models.forward_counts import COST_MODEL, SIZE, ForwardCounts, co
 from helios_cp.config.arguments import OneLineParser
 from helios_cp.config.checkpoint import TransformerConfig
 from helios_cp.config.errors import RequestError
+from helios_cp.config.paths import user_path
 from helios_cp.device.device import dtype_name, pick_device, pick_dtype
 from helios_cp.files.whole_files import check_file_target
 
@@ -45,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--counts-only", action="store_true", help="time nothing")
     parser.add_argument(
         "--output",
-        type=Path,
+        type=user_path,
         default=RESULTS / "forward.json",
         metavar="FILE",
         help="JSON to write (default: benchmarks/results/forward.json)",

@@ -37,18 +37,13 @@ from benchmarks.fps.measure import (
 from benchmarks.fps.videos import OurVideo, PeerVideo, Video, repaired
 from benchmarks.measuring.machine import RESULTS, write_result
 from benchmarks.models import full_size
-from helios_cp.config.arguments import (
-    DEFAULT_TIMEOUT,
-    LONGEST_TIMEOUT,
-    OneLineParser,
-    add_execution_arguments,
-    add_layout_arguments,
-    whole_number,
-)
+from helios_cp.config.arguments import OneLineParser, add_flags, check_bounds, given, whole_number
 from helios_cp.config.checkpoint import Checkpoint
 from helios_cp.config.errors import CheckpointError, RequestError
 from helios_cp.config.execution import Execution
-from helios_cp.config.layout import Layout
+from helios_cp.config.layout import AskedLayout, Layout
+from helios_cp.config.paths import cache_folder, user_path
+from helios_cp.config.ranks import Ranks, parse_on_rank
 from helios_cp.config.request import Request
 from helios_cp.config.sampling_plan import SamplingPlan
 from helios_cp.device.device import capability, pick_device, pick_dtype
@@ -56,7 +51,7 @@ from helios_cp.files.whole_files import check_file_target, check_folder_target
 from helios_cp.pipeline.environment import prepare
 from helios_cp.pipeline.parallelize import ParallelPipeline, load_parallel
 from helios_cp.pipeline.start import Inputs
-from helios_cp.pipeline.world import Ranks, World, device_of_rank, pick_backend
+from helios_cp.pipeline.world import World, device_of_rank, pick_backend
 from helios_cp.plan.choose import choose_layout
 from helios_cp.plan.configs import part_configs
 from helios_cp.plan.predict import Workload
@@ -136,28 +131,25 @@ def build_parser() -> argparse.ArgumentParser:
     add("--device", default="auto", metavar="NAME", help="cpu, cuda, … (default: auto, the best present)")
     add(
         "--output",
-        type=Path,
+        type=user_path,
         default=RESULTS / "fps.json",
         metavar="FILE",
         help="JSON to write (default: benchmarks/results/fps.json)",
     )
-    add_layout_arguments(parser)
-    add_execution_arguments(parser)
+    add_flags(parser, AskedLayout)
+    add_flags(parser, Execution)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0, 1 for a failure, 2 for bad input. Under torchrun every rank calls it; rank 0 speaks for all."""
     parser = build_parser()
-    parser.is_quiet = os.environ.get("RANK", "0") != "0"
-    arguments = parser.parse_args(argv)
-    timeout = getattr(arguments, "timeout", DEFAULT_TIMEOUT)
-    if not 0 < timeout <= LONGEST_TIMEOUT:
-        parser.error(f"--timeout {timeout:g}: a number of seconds above 0 and up to {LONGEST_TIMEOUT:g} is allowed")
+    arguments, ranks = parse_on_rank(parser, argv, os.environ)
     try:
-        ranks = Ranks.of(os.environ)
-        world = World(ranks, timeout)
-        job = check(arguments, ranks)
+        asked = AskedLayout(**given(AskedLayout, arguments))
+        check_bounds(asked)
+        world = World(ranks, asked.timeout)
+        job = check(arguments, asked, ranks)
     except RequestError as error:
         parser.error(str(error))
     try:
@@ -174,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def check(arguments: argparse.Namespace, ranks: Ranks) -> Job:
+def check(arguments: argparse.Namespace, asked: AskedLayout, ranks: Ranks) -> Job:
     """Raises `RequestError` before anything is loaded."""
     check_file_target("--output", arguments.output, ".json")
     for name, least in (("chunks", 2), ("warmup", 0)):
@@ -192,7 +184,7 @@ def check(arguments: argparse.Namespace, ranks: Ranks) -> Job:
     requests = {
         name: setting_request(name, checkpoint, **fields) for name in getattr(arguments, "settings", None) or own
     }
-    execution = Execution.of(arguments)
+    execution = Execution(**given(Execution, arguments))
     if model not in full_size.NAMES:
         execution = dataclasses.replace(execution, quantize=agreed_quantization(execution, checkpoint.folder))
         if arguments.compare and stored_quantization(checkpoint.folder) is not None:
@@ -210,7 +202,7 @@ def check(arguments: argparse.Namespace, ranks: Ranks) -> Job:
         )
     if "eager" in arguments.compare and execution == Execution():
         raise RequestError("--compare eager: no flag of speed or memory is given, so this is what runs anyway")
-    layout = choose_layout(arguments, checkpoint, list(requests.values()), ranks.size, device, dtype)
+    layout = choose_layout(asked, checkpoint, list(requests.values()), ranks.size, device, dtype)
     execution.check_layout(layout.shard_weights)
     ffn_tp = layout.degrees.ffn_tp
     check_quantization(execution.quantize, checkpoint.transformer, dtype=dtype, device=device, ffn_tp=ffn_tp)
@@ -220,7 +212,7 @@ def check(arguments: argparse.Namespace, ranks: Ranks) -> Job:
         device,
         dtype,
         layout,
-        pick_backend(getattr(arguments, "backend", None), device, ranks),
+        pick_backend(asked.backend, device, ranks),
         execution,
         requests,
         tuple(arguments.compare),
@@ -234,8 +226,7 @@ def find_model(arguments: argparse.Namespace, device: torch.device) -> tuple[Che
     if hasattr(arguments, "model"):
         if hasattr(arguments, "random_weights"):
             raise RequestError(f"--model {arguments.model} --random-weights {arguments.random_weights}: give one")
-        cache = os.environ.get("HELIOS_CP_CACHE")
-        return resolve(arguments.model, Path(cache) if cache else None), arguments.model
+        return resolve(arguments.model, cache_folder(os.environ)), arguments.model
     name = getattr(arguments, "random_weights", "small" if device.type == "cpu" else "14b")
     return full_size.named_checkpoint(name), name
 

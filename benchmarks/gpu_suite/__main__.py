@@ -23,6 +23,7 @@ from pathlib import Path
 
 from helios_cp.config.arguments import OneLineParser, number, whole_number
 from helios_cp.config.errors import RequestError
+from helios_cp.config.paths import user_path
 from helios_cp.files.whole_files import check_folder_target
 
 NEEDED = ("torch", "transformers", "accelerate", "diffusers", "av", "ftfy", "PIL", "numpy", "safetensors")
@@ -37,7 +38,13 @@ def build_parser() -> argparse.ArgumentParser:
         prog="benchmarks.gpu_suite", description="FPS, VAE, shares of ranks and memory at full size on one GPU."
     )
     add = parser.add_argument
-    add("--output", type=Path, default=Path("outputs/gpu_suite"), metavar="DIR", help="one gpu_*.json for each phase")
+    add(
+        "--output",
+        type=user_path,
+        default=Path("outputs/gpu_suite"),
+        metavar="DIR",
+        help="one gpu_*.json for each phase",
+    )
     add("--phases", nargs="+", metavar="NAME", help="only these, in the suite's order (default: all)")
     add("--seconds", type=number, metavar="S", help=f"in all (default: {SECONDS:g}; in a dry run as many as it takes)")
     add("--chunks", type=whole_number, default=4, metavar="N", help="timed, of each program (default: 4)")

@@ -27,7 +27,8 @@ from helios_cp.plan.configs import BuiltInCheckpoint
 from helios_cp.plan.forward_cost import forward_cost
 from helios_cp.plan.rank_shares import shares
 from parallel.collectives import Group
-from parallel.mesh import Degrees, Mesh, default_degrees
+from parallel.degrees import Degrees, default_degrees
+from parallel.mesh import Mesh
 
 RANKS = (1, 2, 4, 8)
 

@@ -21,6 +21,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks.measuring.machine import RESULTS, write_result
+from helios_cp.config.paths import user_path
 from helios_cp.config.request import Request
 from launchers.cluster.cluster import connected
 from launchers.driver.handle import VideoHandle
@@ -201,7 +202,7 @@ def growth(values: list[int]) -> float:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pipeline", description=__doc__)
     parser.add_argument("--requests", type=int, default=200, help="short requests for the memory figure")
-    parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR")
+    parser.add_argument("--output", type=user_path, default=RESULTS, metavar="DIR")
     arguments = parser.parse_args(argv)
     os.environ["OMP_NUM_THREADS"] = "1"
     with TemporaryDirectory() as temporary, connected("local", cpus=3):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from benchmarks.measuring.machine import RESULTS
 from benchmarks.report.data import Chunk, Result, read_chunks, read_projected, read_results
@@ -18,6 +17,7 @@ from benchmarks.report.plots import draw_bytes, draw_fps, draw_stages
 from benchmarks.report.sections import SECTIONS, any_section, chunks_section, fps_section, table
 from helios_cp.config.arguments import OneLineParser
 from helios_cp.config.errors import RequestError
+from helios_cp.config.paths import user_path
 from helios_cp.files.whole_files import check_folder_target, write_bytes
 
 PAGE = "REPORT.md"
@@ -36,7 +36,7 @@ told on the machine that is named, *counted* is exact and the same on any machin
 def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="benchmarks.report", description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--results", type=Path, default=RESULTS, metavar="DIR", help="where the JSON is, and the report goes"
+        "--results", type=user_path, default=RESULTS, metavar="DIR", help="where the JSON is, and the report goes"
     )
     return parser
 

@@ -37,6 +37,7 @@ from benchmarks.scaling.world import GOALS, WorldTimes, speedups_table, world_ta
 from helios_cp.config.arguments import OneLineParser, whole_number
 from helios_cp.config.checkpoint import TransformerConfig
 from helios_cp.config.errors import RequestError
+from helios_cp.config.paths import user_path
 from helios_cp.device.device import dtype_name, pick_device
 from helios_cp.files.whole_files import check_file_target
 from helios_cp.pipeline.world import Ranks, World, device_of_rank, pick_backend
@@ -77,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--width", type=whole_number, metavar="PIXELS", help="likewise (default: 256; on a GPU 640)")
     add(
         "--output",
-        type=Path,
+        type=user_path,
         default=RESULTS / "scaling.json",
         metavar="FILE",
         help="JSON to write (default: benchmarks/results/scaling.json)",

@@ -39,9 +39,10 @@ from helios_cp.config.arguments import OneLineParser, whole_number
 from helios_cp.config.checkpoint import Checkpoint, TransformerConfig
 from helios_cp.config.errors import RequestError
 from helios_cp.config.layout import Layout
+from helios_cp.config.paths import user_path
 from helios_cp.device.device import dtype_name
 from helios_cp.files.whole_files import check_file_target
-from helios_cp.plan.__main__ import part_configs
+from helios_cp.plan.configs import part_configs
 from helios_cp.plan.detect import Hardware, find_hardware
 from helios_cp.plan.predict import Candidate, predict
 from helios_cp.plan.vae_cost import VaeConfig
@@ -120,7 +121,7 @@ def build_parser() -> OneLineParser:
     parser.add_argument("--quick", action="store_true", help="one tiny model in two layouts: to try it out")
     parser.add_argument(
         "--output",
-        type=Path,
+        type=user_path,
         default=RESULTS / "validate_plan.json",
         metavar="FILE",
         help="JSON to write (default: benchmarks/results/validate_plan.json)",

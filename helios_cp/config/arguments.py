@@ -1,4 +1,4 @@
-"""The command-line flags of a request, shared by every program that takes one.
+"""Flags made from the fields of frozen dataclasses: name, default, help and bounds of a flag are stated once, there.
 
 Nothing here imports torch: a misspelt flag is answered at once.
 """
@@ -6,22 +6,15 @@ Nothing here imports torch: a misspelt flag is answered at once.
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import math
 import shlex
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from helios_cp.config.checkpoint import DTYPES
-from helios_cp.config.console import typed
 from helios_cp.config.errors import RequestError
-from helios_cp.config.execution import OFFLOADS, QUANTIZATIONS
-from helios_cp.config.request import RESIZE_MODES, Request, ScheduledPrompt
-
-DEFAULTS = Request()
-DEFAULT_TIMEOUT = 600.0
-LONGEST_TIMEOUT = 1e6
-"""Seconds that a rank waits for another."""
-
-ENGINES = ("native", "cudnn", "flash", "yunchang", "xfuser")
+from helios_cp.config.paths import user_path
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -58,289 +51,163 @@ def number(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
 
 
-def add_request_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of a request. Flags that the user leaves out are absent from the namespace."""
-    text = parser.add_argument_group("prompts")
-    text.add_argument(
-        "--prompt", action="append", metavar="TEXT", help="what to show; repeat it for a batch of videos in one call"
-    )
-    text.add_argument("--negative-prompt", metavar="TEXT", help="what to avoid; Base and Mid only (default: empty)")
-    text.add_argument(
-        "--prompt-schedule",
-        action="append",
-        nargs=2,
-        metavar=("CHUNKS", "TEXT"),
-        help="a prompt and for how many chunks it holds; repeat it to change the prompt while the video runs",
-    )
-    text.add_argument(
-        "--interpolation-steps",
-        type=whole_number,
-        metavar="N",
-        help=f"chunks over which a scheduled prompt blends into the next (default: {DEFAULTS.interpolation_steps})",
-    )
-    text.add_argument(
-        "--max-sequence-length",
-        type=whole_number,
-        metavar="N",
-        help=f"text tokens, longer prompts are cut (default: {DEFAULTS.max_sequence_length})",
-    )
-
-    media = parser.add_argument_group("picture or clip to start from")
-    media.add_argument("--image", metavar="FILE", help="image to video: a picture, which becomes the first frame")
-    media.add_argument("--video", metavar="FILE", help="video to video: the clip to go on from, 33 frames or more")
-    media.add_argument(
-        "--resize-mode",
-        metavar="MODE",
-        help=f"{', '.join(RESIZE_MODES)}: how a picture or clip of another shape is brought to --height and --width "
-        f"(default: {DEFAULTS.resize_mode}, as diffusers does)",
-    )
-    for kind in ("image", "video"):
-        low, high = getattr(DEFAULTS, f"{kind}_noise_sigma_min"), getattr(DEFAULTS, f"{kind}_noise_sigma_max")
-        media.add_argument(
-            f"--{kind}-noise-sigma",
-            type=number,
-            nargs="+",
-            metavar=("MIN", "MAX"),
-            help=f"two numbers, the range of the noise mixed into the {kind}'s latents (default: {low} {high})",
-        )
-        media.add_argument(
-            f"--add-noise-to-{kind}-latents",
-            action=argparse.BooleanOptionalAction,
-            help="mix noise into them (default: on)",
-        )
-
-    size = parser.add_argument_group("size and seed")
-    size.add_argument(
-        "--height",
-        type=whole_number,
-        metavar="PIXELS",
-        help=f"a multiple of 64, of 16 for Base (default: {DEFAULTS.height})",
-    )
-    size.add_argument("--width", type=whole_number, metavar="PIXELS", help=f"likewise (default: {DEFAULTS.width})")
-    size.add_argument(
-        "--num-frames",
-        type=whole_number,
-        metavar="N",
-        help=f"rounded up to chunks of 33 (default: {DEFAULTS.num_frames})",
-    )
-    size.add_argument("--fps", type=whole_number, metavar="N", help=f"of the MP4 (default: {DEFAULTS.fps})")
-    size.add_argument(
-        "--seed",
-        type=whole_number,
-        nargs="+",
-        metavar="N",
-        help=f"one, counted upwards for a batch, or one for each prompt (default: {DEFAULTS.seed[0]})",
-    )
-
-    sampling = parser.add_argument_group("sampling")
-    sampling.add_argument(
-        "--guidance-scale", type=number, metavar="X", help="Base and Mid; Distilled ignores it (default: 5.0)"
-    )
-    sampling.add_argument("--num-inference-steps", type=whole_number, metavar="N", help="Base only (default: 50)")
-    sampling.add_argument(
-        "--pyramid-steps",
-        type=whole_number,
-        nargs="+",
-        metavar="N",
-        help="steps of each stage (default: 20 20 20 for Mid, 2 2 2 for Distilled)",
-    )
-    sampling.add_argument(
-        "--amplify-first-chunk",
-        action=argparse.BooleanOptionalAction,
-        help="twice the steps for the first chunk; Distilled only (default: on there)",
-    )
-    sampling.add_argument(
-        "--skip-first-chunk",
-        action=argparse.BooleanOptionalAction,
-        help="anchor the video on its second chunk, for pictures that stay too still (default: off)",
-    )
-    sampling.add_argument(
-        "--keep-first-frame",
-        action=argparse.BooleanOptionalAction,
-        help="let every chunk see the first frame (default: on)",
-    )
-    sampling.add_argument(
-        "--use-zero-init",
-        action=argparse.BooleanOptionalAction,
-        help="start from a zero velocity; Mid only (default: on)",
-    )
-    sampling.add_argument(
-        "--zero-steps", type=whole_number, metavar="N", help="up to which step; Mid only (default: 1)"
-    )
-    sampling.add_argument(
-        "--history-sizes",
-        type=whole_number,
-        nargs="+",
-        metavar="N",
-        help="three numbers, the latent frames of the long, mid and short history (default: 16 2 1)",
-    )
-    sampling.add_argument(
-        "--num-latent-frames-per-chunk", type=whole_number, metavar="N", help="9 are 33 frames, as trained (default: 9)"
-    )
+PARSERS: dict[str, Callable[[str], Any]] = {"int": whole_number, "float": number, "Path": user_path, "str": str}
+"""By the type of a field, of which `None` and `tuple[…]` are left away."""
 
 
-def add_layout_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of a layout. Flags that the user leaves out are absent from the namespace."""
-    layout = parser.add_argument_group("layout of the ranks (cfg-parallel · ring · ulysses = number of ranks)")
-    layout.add_argument(
-        "--layout",
-        choices=("auto",),
-        help="auto: what is modelled as fastest here and fits in memory, see helios_cp.plan; flags given are kept",
-    )
-    layout.add_argument(
-        "--hardware",
-        metavar="NAME",
-        help="what --layout auto plans for: h100, h200, a100-80, rtx4090, cpu, or a JSON file of benchmarks.calibrate "
-        "(default: the cards here)",
-    )
-    layout.add_argument("--ulysses", type=whole_number, metavar="U", help="share the sequence, tokens against heads")
-    layout.add_argument("--ring", type=whole_number, metavar="R", help="share the sequence, keys and values passed on")
-    layout.add_argument(
-        "--cfg-parallel", type=whole_number, metavar="C", help="2: a branch of guidance each; Base, Mid"
-    )
-    layout.add_argument("--ffn-tp", type=whole_number, metavar="T", help="split the feed-forward weights; saves memory")
-    layout.add_argument("--vae-parallel", type=whole_number, metavar="V", help="split the VAE by rows of the picture")
-    layout.add_argument(
-        "--shard-weights",
-        action=argparse.BooleanOptionalAction,
-        help="spread the blocks' weights over all ranks, gathered one block ahead; saves most memory (default: off)",
-    )
-    layout.add_argument(
-        "--attention", choices=ENGINES, help="kernels of the attention (default: native, PyTorch's own)"
-    )
-    layout.add_argument(
-        "--backend", choices=("gloo", "nccl"), help="of the communication (default: nccl on CUDA, gloo elsewhere)"
-    )
-    layout.add_argument(
-        "--timeout",
-        type=number,
-        metavar="SECONDS",
-        help="how long a rank waits for another before the job ends with an error (default: 600)",
-    )
+@dataclass(frozen=True)
+class Flag:
+    """What is known of a flag beside the name, type and default of its field.
+
+    `sets` are the fields that the values of one flag set in turn. `convert` makes the value of a field, or each of a
+    flag that is repeated, from what was parsed. `group` is the heading in `--help` from this flag on.
+    """
+
+    help: str
+    metavar: str | tuple[str, ...] | None
+    name: str | None
+    group: str | None
+    choices: tuple[str, ...] | None
+    parse: Callable[[str], Any] | None
+    convert: Callable[[Any], Any] | None
+    nargs: int | str | None
+    repeat: bool
+    sets: tuple[str, ...]
+    least: float | None
+    most: float | None
+    above: float | None
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say which checkpoint runs where."""
-    model = parser.add_argument_group("model")
-    model.add_argument(
-        "--model",
-        metavar="MODEL",
-        help="tiny-base, tiny-mid or tiny-distilled (random weights), a folder in the diffusers layout, or a hub id "
-        "such as BestWishYsh/Helios-Distilled, also with @REVISION (default: tiny-distilled)",
-    )
-    model.add_argument(
-        "--dtype",
-        choices=(*DTYPES, "auto"),
-        help="of the transformer and text encoder (default: auto, float32 on a CPU and bfloat16 elsewhere)",
-    )
-    model.add_argument(
-        "--device",
-        default="auto",
-        metavar="NAME",
-        help="cpu, cuda, mps, xpu, npu, or one card such as cuda:1 (default: auto, the best present)",
-    )
+def flag(
+    default: Any,
+    help: str,
+    metavar: str | tuple[str, ...] | None = None,
+    *,
+    name: str | None = None,
+    group: str | None = None,
+    choices: tuple[str, ...] | None = None,
+    parse: Callable[[str], Any] | None = None,
+    convert: Callable[[Any], Any] | None = None,
+    nargs: int | str | None = None,
+    repeat: bool = False,
+    sets: tuple[str, ...] = (),
+    least: float | None = None,
+    most: float | None = None,
+    above: float | None = None,
+) -> Any:
+    """A field of a dataclass that a flag sets. See `Flag`; the name is that of the field unless given."""
+    about = Flag(help, metavar, name, group, choices, parse, convert, nargs, repeat, sets, least, most, above)
+    return dataclasses.field(default=default, metadata={"flag": about})
 
 
-def add_execution_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of an execution. Flags that the user leaves out are absent from the namespace."""
-    group = parser.add_argument_group("speed and memory of each card")
-    add = group.add_argument
-    add(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        help="torch.compile the blocks and the VAE decoder; the first chunk waits for it (default: off)",
-    )
-    add("--compile-cache", metavar="DIR", help="keep compiled code there, for the next start")
-    add(
-        "--cuda-graphs",
-        action=argparse.BooleanOptionalAction,
-        help="replay each forward as one CUDA graph; helps where launching kernels takes longer than they do "
-        "(default: off)",
-    )
-    add(
-        "--quantize",
-        choices=QUANTIZATIONS,
-        help="linear layers of the blocks: fp8 for speed, Hopper and newer; int8, int4 for memory (default: neither)",
-    )
-    add("--vae-dtype", choices=DTYPES, help="of the VAE (default: float32, as trained)")
-    add(
-        "--vae-channels-last",
-        action=argparse.BooleanOptionalAction,
-        help="lay the VAE's convolutions out channel by channel, as tensor cores read them (default: off)",
-    )
-    add(
-        "--tf32",
-        action=argparse.BooleanOptionalAction,
-        help="let the VAE's convolutions in float32 run on TF32 tensor cores, as diffusers does; matrix products never "
-        "do (default: on)",
-    )
-    add(
-        "--offload",
-        choices=OFFLOADS,
-        help="keep weights in host memory: model, whole models while they rest; group, block by block (default: none)",
-    )
-    add("--lora", action="append", metavar="PATH[:WEIGHT]", help="a LoRA, DoRA, LoHa or LoKr; repeat it for several")
-    add(
-        "--block-cache",
-        type=number,
-        metavar="THRESHOLD",
-        help="skip a step's other blocks while the first one's output changes by less than this share, such as 0.08; "
-        "Base and Mid; not exact (default: off)",
-    )
+def flags_of(cls: type) -> dict[str, Flag]:
+    """The flags of a dataclass by field."""
+    return {field.name: field.metadata["flag"] for field in dataclasses.fields(cls) if "flag" in field.metadata}
 
 
-RENAMED = {
-    "pyramid_steps": "pyramid_num_inference_steps_list",
-    "amplify_first_chunk": "is_amplify_first_chunk",
-    "skip_first_chunk": "is_skip_first_chunk",
-}
+def flag_name(cls: type, field: str) -> str:
+    """The flag that sets a field of a dataclass, such as `--pyramid-steps`."""
+    about = next((each for each in flags_of(cls).values() if field in each.sets), None) or flags_of(cls).get(field)
+    return (about and about.name) or "--" + field.replace("_", "-")
 
 
-def given_fields(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The fields of `Request` that the user gave, by the names of `Request`. Raises `RequestError`."""
-    values = {RENAMED.get(name, name): value for name, value in vars(arguments).items()}
-    for kind in ("image", "video"):
-        sigmas = values.pop(f"{kind}_noise_sigma", None)
-        if sigmas is not None:
-            if len(sigmas) != 2:
-                given = " ".join(f"{sigma:g}" for sigma in sigmas)
-                raise RequestError(f"--{kind}-noise-sigma {given}: two numbers are allowed, MIN MAX")
-            values[f"{kind}_noise_sigma_min"], values[f"{kind}_noise_sigma_max"] = sigmas
-    if "prompt" in values:
-        values["prompt"] = [typed(text) for text in values["prompt"]]
-    if "negative_prompt" in values:
-        values["negative_prompt"] = typed(values["negative_prompt"])
-    if "prompt_schedule" in values:
-        values["prompt_schedule"] = [scheduled_prompt(*entry) for entry in values["prompt_schedule"]]
-    fields = Request.__dataclass_fields__
-    return {name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if name in fields}
+def add_flags(parser: argparse.ArgumentParser, cls: type, only: tuple[str, ...] = ()) -> None:
+    """Add the flags of a dataclass, or of some fields of it. What a user leaves out is absent from the namespace."""
+    group: argparse._ActionsContainer = parser
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for name, about in flags_of(cls).items():
+        if only and name not in only:
+            continue
+        if about.group is not None and not only:
+            group = parser.add_argument_group(about.group)
+        kind = str(fields[name].type).removesuffix(" | None")
+        options: dict[str, Any] = {"dest": name, "help": _help(cls, name, about), "default": argparse.SUPPRESS}
+        if kind == "bool":
+            group.add_argument(flag_name(cls, name), action=argparse.BooleanOptionalAction, **options)
+            continue
+        item = kind.removeprefix("tuple[").split(",")[0].rstrip("]")
+        options |= {"type": about.parse or PARSERS.get(item, str), "metavar": about.metavar, "choices": about.choices}
+        options["nargs"] = about.nargs or ("+" if kind.startswith("tuple[") and not about.repeat else None)
+        if about.repeat:
+            options["action"] = "append"
+        group.add_argument(flag_name(cls, name), **options)
 
 
-def scheduled_prompt(chunks: str, prompt: str) -> ScheduledPrompt:
-    try:
-        return ScheduledPrompt(typed(prompt), whole_number(chunks))
-    except argparse.ArgumentTypeError as error:
-        raise RequestError(f"--prompt-schedule {chunks} {prompt!r}: {error}; CHUNKS comes before TEXT") from None
+def given(cls: type, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The fields of a dataclass that the user set, as the dataclass takes them. Raises `RequestError`."""
+    values = vars(arguments)
+    found: dict[str, Any] = {}
+    for name, about in flags_of(cls).items():
+        if name not in values:
+            continue
+        value = values[name]
+        if about.convert is not None:
+            value = [about.convert(each) for each in value] if about.repeat else about.convert(value)
+        if not about.sets:
+            found[name] = tuple(value) if isinstance(value, list) else value
+        elif len(value) == len(about.sets):
+            found |= zip(about.sets, value, strict=True)
+        else:
+            allowed = f"{len(about.sets)} numbers are allowed, {' '.join(about.metavar or ())}"
+            raise RequestError(f"{flag_name(cls, name)} {' '.join(map(_shown, value))}: {allowed}")
+    return found
 
 
-def flag_of(field: str) -> str:
-    """The flag that sets a field of `Request`."""
-    names = {new: old for old, new in RENAMED.items()}
-    name = names.get(field, field).removesuffix("_min").removesuffix("_max")
-    return "--" + name.replace("_", "-")
-
-
-def as_typed(flag: str, value: Any) -> str:
+def as_typed(name: str, value: Any) -> str:
     """How a user would have given the value, for messages: "--seed 1 2", or "no --image" for one left out."""
     if value is None or value == ():
-        return f"no {flag}"
+        return f"no {name}"
     if isinstance(value, bool):
-        return flag if value else f"--no-{flag[2:]}"
+        return name if value else f"--no-{name[2:]}"
     values = value if isinstance(value, tuple) else (value,)
-    words = [(str(v.chunks), v.prompt) if isinstance(v, ScheduledPrompt) else (str(v),) for v in values]
-    return f"{flag} {shlex.join(word for group in words for word in group)}"
+    return " ".join([name, *(shlex.quote(each) if isinstance(each, str) else str(each) for each in values)])
 
 
-def absolute_media(fields: dict[str, Any]) -> dict[str, Any]:
-    """Make the paths of media absolute, so that a run can be resumed from elsewhere."""
-    return {k: str(Path(v).absolute()) if k in ("image", "video") and v is not None else v for k, v in fields.items()}
+def check_bounds(values: Any) -> None:
+    """Raises `RequestError` for a field of a dataclass that is out of its flag's bounds."""
+    for name, about in flags_of(type(values)).items():
+        value = getattr(values, name)
+        if value is None or (about.least, about.most, about.above) == (None, None, None):
+            continue
+        numbers = value if isinstance(value, tuple) else (value,)
+        if not all(_fits(each, about) for each in numbers):
+            shown = " ".join(map(_shown, numbers))
+            raise RequestError(f"{flag_name(type(values), name)} {shown}: {_allowed(about)}")
+
+
+def _fits(value: float, about: Flag) -> bool:
+    return (
+        math.isfinite(value)
+        and (about.above is None or about.above < value)
+        and (about.least is None or about.least <= value)
+        and (about.most is None or value <= about.most)
+    )
+
+
+def _allowed(about: Flag) -> str:
+    if about.above is not None:
+        return f"a number above {_shown(about.above)} is allowed" + (
+            "" if about.most is None else f", up to {_shown(about.most)}"
+        )
+    if about.least is not None and about.most is not None:
+        return f"allowed is {_shown(about.least)} to {_shown(about.most)}"
+    if about.most is not None:
+        return f"at most {_shown(about.most)} is allowed"
+    number = "a finite number of " if isinstance(about.least, float) else ""
+    return f"{number}at least {_shown(about.least)} is allowed"
+
+
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _help(cls: type, name: str, about: Flag) -> str:
+    """With the default, where the text does not tell it already."""
+    defaults = [field.default for field in dataclasses.fields(cls) if field.name in (about.sets or (name,))]
+    default = defaults[0]
+    if "(default: " in about.help or default is None or default in ((), ""):
+        return about.help
+    if isinstance(default, bool):
+        return f"{about.help} (default: {'on' if default else 'off'})"
+    shown = " ".join(map(_shown, default if isinstance(default, tuple) else defaults))
+    return f"{about.help} (default: {shown})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -68,3 +69,13 @@ def _empty(stream: TextIO) -> None:
     except (OSError, ValueError):
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+NOISY = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
+"""diffusers imports torchao wherever it is installed, which then warns of its binaries for other cards."""
+
+
+def quiet_imports() -> None:
+    """For commands, before anything imports diffusers: a library leaves the loggers of others alone."""
+    for name in NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)

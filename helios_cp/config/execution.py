@@ -5,16 +5,18 @@ Nothing here imports torch: a wrong combination is refused before anything heavy
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from helios_cp.config.arguments import flag
 from helios_cp.config.checkpoint import DTYPES
 from helios_cp.config.errors import RequestError
 from helios_cp.config.json_types import check_types
+from helios_cp.config.paths import absolute_path_text, expand
 
 QUANTIZATIONS = ("fp8", "int8", "int4")
 OFFLOADS = ("none", "model", "group")
@@ -50,7 +52,10 @@ class Adapter:
             colon, value = "", 1.0  # it belongs to the path
         if not math.isfinite(value):
             raise RequestError(f"--lora {text}: a finite weight is allowed after the colon")
-        return cls(str(Path(path if colon else text).absolute()), value)
+        try:
+            return cls(os.path.abspath(expand(path if colon else text)), value)
+        except RequestError as error:
+            raise RequestError(f"--lora {error}") from None
 
     def __str__(self) -> str:
         """As `parse` reads it."""
@@ -66,39 +71,61 @@ class Execution:
     which a step reuses the other blocks' last one (`helios_cp.model.block_cache`).
     """
 
-    compile: bool = False
-    compile_cache: str | None = None
-    cuda_graphs: bool = False
-    quantize: str | None = None
-    vae_dtype: str = "float32"
-    vae_channels_last: bool = False
-    tf32: bool = True
-    offload: str = "none"
-    lora: tuple[Adapter, ...] = ()
-    block_cache: float | None = None
-
-    @classmethod
-    def of(cls, arguments: argparse.Namespace, saved: Execution | None = None) -> Execution:
-        """What the flags say, over what a saved run says. Raises `RequestError`."""
-        given = {name: value for name, value in vars(arguments).items() if name in cls.__dataclass_fields__}
-        if "lora" in given:
-            given["lora"] = tuple(Adapter.parse(text) for text in given["lora"])
-        if "compile_cache" in given:
-            given["compile_cache"] = str(Path(given["compile_cache"]).absolute())
-        return dataclasses.replace(saved or cls(), **given)
+    compile: bool = flag(
+        False,
+        "torch.compile the blocks and the VAE decoder; the first chunk waits for it",
+        group="speed and memory of each card",
+    )
+    compile_cache: str | None = flag(
+        None, "keep compiled code there, for the next start", "DIR", parse=absolute_path_text
+    )
+    cuda_graphs: bool = flag(
+        False, "replay each forward as one CUDA graph; helps where launching kernels takes longer than they do"
+    )
+    quantize: str | None = flag(
+        None,
+        "linear layers of the blocks: fp8 for speed, Hopper and newer; int8, int4 for memory (default: neither)",
+        choices=QUANTIZATIONS,
+    )
+    vae_dtype: str = flag("float32", "of the VAE (default: float32, as trained)", choices=DTYPES)
+    vae_channels_last: bool = flag(
+        False, "lay the VAE's convolutions out channel by channel, as tensor cores read them"
+    )
+    tf32: bool = flag(
+        True,
+        "let the VAE's convolutions in float32 run on TF32 tensor cores, as diffusers does; matrix products never do",
+    )
+    offload: str = flag(
+        "none",
+        "keep weights in host memory: model, whole models while they rest; group, block by block",
+        choices=OFFLOADS,
+    )
+    lora: tuple[Adapter, ...] = flag(
+        (),
+        "a LoRA, DoRA, LoHa or LoKr; repeat it for several",
+        "PATH[:WEIGHT]",
+        repeat=True,
+        convert=Adapter.parse,
+    )
+    block_cache: float | None = flag(
+        None,
+        "skip a step's other blocks while the first one's output changes by less than this share, such as 0.08; Base "
+        "and Mid; not exact (default: off)",
+        "THRESHOLD",
+    )
 
     def check(self, *, device: str, capability: tuple[int, int] | None, is_distilled: bool) -> None:
         """Raises `RequestError` for what does not go together, or not on this kind of device.
 
         `capability` is the CUDA compute capability of the card, where there is one.
         """
-        for flag, value, allowed in (
+        for name, value, allowed in (
             ("--quantize", self.quantize, (None, *QUANTIZATIONS)),
             ("--offload", self.offload, OFFLOADS),
             ("--vae-dtype", self.vae_dtype, DTYPES),
         ):
             if value not in allowed:
-                raise RequestError(f"{flag} {value}: allowed are {', '.join(filter(None, allowed))}")
+                raise RequestError(f"{name} {value}: allowed are {', '.join(filter(None, allowed))}")
         if self.compile_cache is not None and not self.compile:
             raise RequestError(f"--compile-cache {self.compile_cache}: only allowed beside --compile")
         if self.cuda_graphs:

@@ -1,4 +1,4 @@
-"""Which layout of ranks a call runs in: the flags, the defaults, and what is refused."""
+"""The layout of ranks that a call runs in: what is asked for, what it becomes, and the tokens to be shared out."""
 
 from __future__ import annotations
 
@@ -6,15 +6,68 @@ import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from helios_cp.config.arguments import flag, flag_name
 from helios_cp.config.checkpoint import Checkpoint
 from helios_cp.config.errors import RequestError
 from helios_cp.config.execution import Execution
+from helios_cp.config.paths import user_path_text
 from helios_cp.config.request import Request
-from parallel.mesh import Degrees, default_degrees
+from parallel.degrees import Degrees, default_degrees
 
 DEGREES = {"cfg_parallel": "cfg", "ring": "ring", "ulysses": "ulysses", "ffn_tp": "ffn_tp", "vae_parallel": "vae"}
+ENGINES = ("native", "cudnn", "flash", "yunchang", "xfuser")
+"""As in `parallel.engines`, which imports torch."""
+
+MACHINES = ("h100", "h200", "a100-80", "rtx4090", "cpu")
+"""As in `helios_cp.plan.machines`, which imports torch."""
+
 PLAIN = Execution()
 """Nothing compiled, quantised or offloaded."""
+
+
+@dataclass(frozen=True)
+class AskedLayout:
+    """What a user asks of the layout. `None` is left to `helios_cp.plan.choose.choose_layout`."""
+
+    layout: str | None = flag(
+        None,
+        "auto: what is modelled as fastest here and fits in memory, see helios_cp.plan; flags given are kept",
+        group="layout of the ranks (cfg-parallel · ring · ulysses = number of ranks)",
+        choices=("auto",),
+    )
+    hardware: str | None = flag(
+        None,
+        f"what --layout auto plans for: {', '.join(MACHINES)}, or a JSON file of benchmarks.calibrate (default: the "
+        "cards here)",
+        "NAME",
+        parse=user_path_text,
+    )
+    ulysses: int | None = flag(None, "share the sequence, tokens against heads", "U")
+    ring: int | None = flag(None, "share the sequence, keys and values passed on", "R")
+    cfg_parallel: int | None = flag(None, "2: a branch of guidance each; Base, Mid", "C")
+    ffn_tp: int | None = flag(None, "split the feed-forward weights; saves memory", "T")
+    vae_parallel: int | None = flag(None, "split the VAE by rows of the picture", "V")
+    shard_weights: bool | None = flag(
+        None,
+        "spread the blocks' weights over all ranks, gathered one block ahead; saves most memory (default: off)",
+    )
+    attention: str | None = flag(None, "kernels of the attention (default: native, PyTorch's own)", choices=ENGINES)
+    backend: str | None = flag(
+        None, "of the communication (default: nccl on CUDA, gloo elsewhere)", choices=("gloo", "nccl")
+    )
+    timeout: float = flag(
+        600.0, "how long a rank waits for another before the job ends with an error", "SECONDS", above=0.0, most=1e6
+    )
+
+    @property
+    def is_auto(self) -> bool:
+        return self.layout == "auto"
+
+    @property
+    def degrees(self) -> dict[str, int]:
+        """The degrees that are given, by the names of `Degrees`."""
+        values = {name: getattr(self, field) for field, name in DEGREES.items()}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -82,7 +135,7 @@ def fill_degrees(
 
 
 def flags_of(given: dict[str, int]) -> str:
-    names = {name: "--" + flag.replace("_", "-") for flag, name in DEGREES.items()}
+    names = {name: flag_name(AskedLayout, field) for field, name in DEGREES.items()}
     return " ".join(f"{names[name]} {value}" for name, value in given.items()) or "number of ranks"
 
 

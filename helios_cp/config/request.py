@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from helios_cp.config.arguments import check_bounds, flag
 from helios_cp.config.checkpoint import VAE_SPATIAL, VAE_TEMPORAL, Checkpoint
+from helios_cp.config.console import typed
 from helios_cp.config.errors import RequestError
 from helios_cp.config.json_types import check_types
+from helios_cp.config.paths import absolute_path_text
 
 MAX_SIDE = 16384
 """Pixels of a side that x264 takes."""
@@ -28,6 +32,25 @@ class ScheduledPrompt:
     prompt: str
     chunks: int
 
+    def __str__(self) -> str:
+        """As it is typed."""
+        return f"{self.chunks} {shlex.quote(self.prompt)}"
+
+    @classmethod
+    def parse(cls, words: Sequence[str]) -> ScheduledPrompt:
+        """From CHUNKS and TEXT. Raises `RequestError`."""
+        chunks, prompt = words
+        try:
+            return cls(typed(prompt), int(chunks))
+        except ValueError:
+            raise RequestError(
+                f"--prompt-schedule {chunks} {prompt!r}: {chunks!r} is no whole number; CHUNKS comes before TEXT"
+            ) from None
+
+
+def _noise(kind: str) -> str:
+    return f"two numbers, the range of the noise mixed into the {kind}'s latents"
+
 
 @dataclass(frozen=True)
 class Request:
@@ -37,36 +60,99 @@ class Request:
     also takes loaded pictures and tensors in their place.
     """
 
-    prompt: tuple[str, ...] = ()
-    negative_prompt: str = ""
-    prompt_schedule: tuple[ScheduledPrompt, ...] = ()
-    interpolation_steps: int = 3
-    image: str | None = None
-    video: str | None = None
-    height: int = 384
-    width: int = 640
-    num_frames: int = 132
-    fps: int = 24
-    seed: tuple[int, ...] = (42,)
-    guidance_scale: float | None = None
-    num_inference_steps: int | None = None
-    pyramid_num_inference_steps_list: tuple[int, ...] | None = None
-    sigmas: tuple[float, ...] | None = None
-    is_amplify_first_chunk: bool | None = None
-    is_skip_first_chunk: bool = False
-    keep_first_frame: bool = True
-    history_sizes: tuple[int, ...] = (16, 2, 1)
-    num_latent_frames_per_chunk: int = 9
-    use_zero_init: bool = True
-    zero_steps: int = 1
-    add_noise_to_image_latents: bool = True
-    image_noise_sigma_min: float = 0.111
+    prompt: tuple[str, ...] = flag(
+        (),
+        "what to show; repeat it for a batch of videos in one call",
+        "TEXT",
+        group="prompts",
+        parse=typed,
+        repeat=True,
+    )
+    negative_prompt: str = flag("", "what to avoid; Base and Mid only (default: empty)", "TEXT", parse=typed)
+    prompt_schedule: tuple[ScheduledPrompt, ...] = flag(
+        (),
+        "a prompt and for how many chunks it holds; repeat it to change the prompt while the video runs",
+        ("CHUNKS", "TEXT"),
+        nargs=2,
+        repeat=True,
+        convert=ScheduledPrompt.parse,
+    )
+    interpolation_steps: int = flag(3, "chunks over which a scheduled prompt blends into the next", "N", least=1)
+    max_sequence_length: int = flag(512, "text tokens, longer prompts are cut", "N", least=1)
+
+    image: str | None = flag(
+        None,
+        "image to video: a picture, which becomes the first frame",
+        "FILE",
+        group="picture or clip to start from",
+        parse=absolute_path_text,
+    )
+    video: str | None = flag(
+        None, "video to video: the clip to go on from, 33 frames or more", "FILE", parse=absolute_path_text
+    )
+    resize_mode: str = flag(
+        "stretch",
+        f"{', '.join(RESIZE_MODES)}: how a picture or clip of another shape is brought to --height and --width "
+        "(default: stretch, as diffusers does)",
+        "MODE",
+    )
+    image_noise_sigma_min: float = flag(
+        0.111,
+        _noise("image"),
+        ("MIN", "MAX"),
+        name="--image-noise-sigma",
+        nargs="+",
+        sets=("image_noise_sigma_min", "image_noise_sigma_max"),
+    )
     image_noise_sigma_max: float = 0.135
-    add_noise_to_video_latents: bool = True
-    video_noise_sigma_min: float = 0.111
+    add_noise_to_image_latents: bool = flag(True, "mix noise into them")
+    video_noise_sigma_min: float = flag(
+        0.111,
+        _noise("video"),
+        ("MIN", "MAX"),
+        name="--video-noise-sigma",
+        nargs="+",
+        sets=("video_noise_sigma_min", "video_noise_sigma_max"),
+    )
     video_noise_sigma_max: float = 0.135
-    max_sequence_length: int = 512
-    resize_mode: str = "stretch"
+    add_noise_to_video_latents: bool = flag(True, "mix noise into them")
+
+    height: int = flag(384, "a multiple of 64, of 16 for Base", "PIXELS", group="size and seed", most=MAX_SIDE)
+    width: int = flag(640, "likewise", "PIXELS", most=MAX_SIDE)
+    num_frames: int = flag(132, "rounded up to chunks of 33", "N", least=1)
+    fps: int = flag(24, "of the MP4", "N", least=1, most=MAX_FPS)
+    seed: tuple[int, ...] = flag(
+        (42,), "one, counted upwards for a batch, or one for each prompt", "N", least=0, most=2**63 - 1
+    )
+
+    guidance_scale: float | None = flag(
+        None, "Base and Mid; Distilled ignores it (default: 5.0)", "X", group="sampling", least=0.0
+    )
+    num_inference_steps: int | None = flag(None, "Base only (default: 50)", "N", least=1)
+    pyramid_num_inference_steps_list: tuple[int, ...] | None = flag(
+        None,
+        "steps of each stage (default: 20 20 20 for Mid, 2 2 2 for Distilled)",
+        "N",
+        name="--pyramid-steps",
+    )
+    sigmas: tuple[float, ...] | None = None
+    is_amplify_first_chunk: bool | None = flag(
+        None,
+        "twice the steps for the first chunk; Distilled only (default: on there)",
+        name="--amplify-first-chunk",
+    )
+    is_skip_first_chunk: bool = flag(
+        False,
+        "anchor the video on its second chunk, for pictures that stay too still",
+        name="--skip-first-chunk",
+    )
+    keep_first_frame: bool = flag(True, "let every chunk see the first frame")
+    use_zero_init: bool = flag(True, "start from a zero velocity; Mid only")
+    zero_steps: int = flag(1, "up to which step; Mid only", "N", least=0)
+    history_sizes: tuple[int, ...] = flag(
+        (16, 2, 1), "three numbers, the latent frames of the long, mid and short history", "N", least=1
+    )
+    num_latent_frames_per_chunk: int = flag(9, "9 are 33 frames, as trained", "N", least=1)
 
     @property
     def batch_size(self) -> int:
@@ -166,14 +252,14 @@ class Request:
                 raise RequestError(f"--prompt-schedule {entry.chunks}: a prompt holds for at least 1 chunk")
         texts = [("--prompt", prompt) for prompt in self.prompt]
         texts += [("--prompt-schedule", entry.prompt) for entry in self.prompt_schedule]
-        for flag, text in texts:
+        for name, text in texts:
             if not text.strip():
-                raise RequestError(f"{flag} {text!r}: a prompt must hold more than white space")
-        for flag, text in [*texts, ("--negative-prompt", self.negative_prompt)]:
+                raise RequestError(f"{name} {text!r}: a prompt must hold more than white space")
+        for name, text in [*texts, ("--negative-prompt", self.negative_prompt)]:
             try:
                 text.encode()
             except UnicodeEncodeError:
-                raise RequestError(f"{flag} {text!r}: this is not valid UTF-8 text") from None
+                raise RequestError(f"{name} {text!r}: this is not valid UTF-8 text") from None
 
     def _check_seeds(self) -> None:
         if self.batch_size != len(self.seed) and len(self.seed) != 1:
@@ -181,39 +267,16 @@ class Request:
                 f"--seed {' '.join(map(str, self.seed))}: {len(self.seed)} seeds for {self.batch_size} prompt(s); give "
                 "one, or one for each prompt"
             )
-        for seed in self.seed:
-            if not 0 <= seed < 2**63:
-                raise RequestError(f"--seed {seed}: allowed is 0 to 2^63 - 1")
 
     def _check_numbers(self) -> None:
-        at_least_one = {
-            "--num-frames": self.num_frames,
-            "--fps": self.fps,
-            "--num-latent-frames-per-chunk": self.num_latent_frames_per_chunk,
-            "--interpolation-steps": self.interpolation_steps,
-            "--max-sequence-length": self.max_sequence_length,
-        }
-        for flag, value in at_least_one.items():
-            if value < 1:
-                raise RequestError(f"{flag} {value}: at least 1 is allowed")
-        for flag, value, most in (
-            ("--height", self.height, MAX_SIDE),
-            ("--width", self.width, MAX_SIDE),
-            ("--fps", self.fps, MAX_FPS),
-        ):
-            if value > most:
-                raise RequestError(f"{flag} {value}: at most {most} is allowed")
+        check_bounds(self)
         if self.resize_mode not in RESIZE_MODES:
             raise RequestError(f"--resize-mode {self.resize_mode}: allowed are {', '.join(RESIZE_MODES)}")
-        if self.guidance_scale is not None and not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 0):
-            raise RequestError(f"--guidance-scale {self.guidance_scale}: a finite number of at least 0 is allowed")
-        if self.zero_steps < 0:
-            raise RequestError(f"--zero-steps {self.zero_steps}: at least 0 is allowed")
         for name in ("image", "video"):
             low, high = getattr(self, f"{name}_noise_sigma_min"), getattr(self, f"{name}_noise_sigma_max")
             if not 0 <= low <= high <= 1:  # false for NaN too
                 raise RequestError(f"--{name}-noise-sigma {low} {high}: allowed is 0 <= MIN <= MAX <= 1")
-        if len(self.history_sizes) != 3 or min(self.history_sizes) < 1:
+        if len(self.history_sizes) != 3:
             raise RequestError(
                 f"--history-sizes {' '.join(map(str, self.history_sizes))}: three sizes of at least 1 are allowed"
             )
@@ -221,12 +284,12 @@ class Request:
     def _check_sizes(self, checkpoint: Checkpoint) -> None:
         stages = len(self.pyramid_num_inference_steps_list or ()) if checkpoint.is_pyramid else 1
         multiple = VAE_SPATIAL * checkpoint.transformer.patch_size[1] * 2 ** (stages - 1)
-        for flag, value in (("--height", self.height), ("--width", self.width)):
+        for name, value in (("--height", self.height), ("--width", self.width)):
             if value < multiple or value % multiple:
                 below = max(value, 0) // multiple * multiple
                 near = [size for size in (below, below + multiple) if 0 < size <= MAX_SIDE]
                 raise RequestError(
-                    f"{flag} {value}: Helios-{checkpoint.variant.capitalize()} takes multiples of {multiple}; "
+                    f"{name} {value}: Helios-{checkpoint.variant.capitalize()} takes multiples of {multiple}; "
                     f"the nearest are {' and '.join(map(str, near))}"
                 )
 
@@ -239,8 +302,6 @@ class Request:
                     f"--pyramid-steps {' '.join(map(str, steps))}: {stages} numbers of at least 1 are allowed, one a "
                     "stage of this checkpoint"
                 )
-        elif self.num_inference_steps is not None and self.num_inference_steps < 1:
-            raise RequestError(f"--num-inference-steps {self.num_inference_steps}: at least 1 is allowed")
         if self.sigmas is not None and len(self.sigmas) != self.num_inference_steps:
             raise RequestError(f"sigmas: {len(self.sigmas)} given for --num-inference-steps {self.num_inference_steps}")
 

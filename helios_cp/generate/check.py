@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -12,11 +11,13 @@ from typing import Any
 import av
 import torch
 
-from helios_cp.config.arguments import absolute_media, as_typed, flag_of, given_fields
+from helios_cp.config.arguments import as_typed, flag_name
+from helios_cp.config.call import Call
 from helios_cp.config.checkpoint import Checkpoint
 from helios_cp.config.errors import RequestError
 from helios_cp.config.execution import Execution, Target
-from helios_cp.config.layout import DEGREES, Layout
+from helios_cp.config.layout import DEGREES, AskedLayout, Layout
+from helios_cp.config.ranks import Ranks
 from helios_cp.config.request import Request
 from helios_cp.device.device import capability, device_name, dtype_name, pick_device, pick_dtype
 from helios_cp.files.clips import check_video
@@ -25,7 +26,7 @@ from helios_cp.files.whole_files import check_file_target, check_folder_target
 from helios_cp.generate.prompt_files import INTERPOLATE_TIME, Job, read_prompt_file, single_job
 from helios_cp.generate.report import versions
 from helios_cp.generate.run_folder import MadeWith, Run, RunFolder
-from helios_cp.pipeline.world import Ranks, device_of_rank, pick_backend
+from helios_cp.pipeline.world import device_of_rank, pick_backend
 from helios_cp.plan.choose import choose_layout, planning_hardware
 from helios_cp.weights.load import resolve
 from helios_cp.weights.lora import check_adapters
@@ -126,45 +127,44 @@ class Followed:
         )
 
 
-def check(
-    arguments: argparse.Namespace, cache: Path | None, ranks: Ranks | None = None, target: Target | None = None
-) -> Session:
+def check(call: Call, cache: Path | None, ranks: Ranks | None = None, target: Target | None = None) -> Session:
     """Everything that can be found wrong before weights are loaded. Raises `RequestError`; writes nothing.
 
     With several ranks it is called on rank 0. `cache` is where presets are kept. What needs no checkpoint is checked
     first, then what needs its configuration, which is all that is downloaded of a hub id. `target` is what the work is
     done on, where that is not the device given, as with a cluster's cards seen from a machine without one.
     """
-    options = vars(arguments)
     ranks = ranks or Ranks()
-    _check_combinations(options)
-    given = absolute_media(given_fields(arguments))
-    resume, prompt_file = options.get("resume"), options.get("prompt_file")
+    _check_combinations(call)
+    resume, prompt_file = call.resume, call.prompt_file
     saved = RunFolder.open(resume).run if resume is not None and prompt_file is None else None
-    model = absolute_model(options.get("model", saved.model if saved else DEFAULT_MODEL))
-    device = device_of_rank(pick_device(arguments.device), ranks)
-    backend = pick_backend(options.get("backend"), device, ranks)
-    dtype = pick_dtype(options.get("dtype", saved.dtype if saved else "auto"), device)
-    execution = Execution.of(arguments, saved.execution if saved else None)
+    model = absolute_model(call.model or (saved.model if saved else DEFAULT_MODEL))
+    device = device_of_rank(pick_device(call.device), ranks)
+    backend = pick_backend(call.layout.backend, device, ranks)
+    dtype = pick_dtype(call.dtype or (saved.dtype if saved else "auto"), device)
+    execution = replace(saved.execution if saved else Execution(), **call.execution)
     if saved is not None:
         model = _with_commit(model, [saved])
-        asked = Run(replace(saved.request, **given), model, dtype_name(dtype), (), execution)
+        asked = Run(replace(saved.request, **call.request), model, dtype_name(dtype), (), execution)
         check_same_run(saved, asked, resume)
 
-    jobs = _jobs(options, given, saved)
+    jobs = _jobs(call, saved)
     for job in jobs:
         job.request.check()
     finished = [prompt_file is not None and is_finished(job) for job in jobs]
     skipped = [job for job, is_done in zip(jobs, finished, strict=True) if is_done]
     waiting = [job for job, is_done in zip(jobs, finished, strict=True) if not is_done]
-    for name, suffix in (("save_latents", ".safetensors"), ("report", ".json")):
-        if name in options:
-            check_file_target(f"--{name.replace('_', '-')}", options[name], suffix)
+    for name, path, suffix in (
+        ("--save-latents", call.save_latents, ".safetensors"),
+        ("--report", call.report, ".json"),
+    ):
+        if path is not None:
+            check_file_target(name, path, suffix)
     if execution.compile_cache is not None:
         check_folder_target("--compile-cache", execution.compile_cache)
     _check_media(waiting)
     _check_outputs(waiting)
-    folder = resume or options.get("checkpoint_dir")
+    folder = resume or call.checkpoint_dir
     folders = [folder / job.output[0].stem if folder and prompt_file else folder for job in waiting]
     for each in filter(None, folders):
         check_folder_target("--checkpoint-dir" if resume is None else "--resume", each)
@@ -184,9 +184,9 @@ def check(
         if each in runs:
             check_same_run(runs[each], Run(job.request, model, dtype_name(dtype), (), execution), each)
     requests = [job.request for job in (*waiting, *skipped)]
-    planned = planning_hardware(arguments, device.type, ranks.local_size)
+    planned = planning_hardware(call.layout, device.type, ranks.local_size)
     layout = choose_layout(
-        with_saved_layout(arguments, saved, ranks.size),
+        with_saved_layout(call.layout, saved, ranks.size),
         checkpoint,
         requests,
         ranks.size,
@@ -196,7 +196,7 @@ def check(
         ranks_of_node=ranks.local_size,
     )
     execution.check_layout(layout.shard_weights)
-    sends = backend if target.kind == device.type else options.get("backend", "nccl")
+    sends = backend if target.kind == device.type else call.layout.backend or "nccl"
     execution.check_graphs(sends, ranks.size, layout.shard_weights, layout.attention)
     check_quantization(
         execution.quantize,
@@ -219,8 +219,8 @@ def check(
         skipped=tuple(job.output[0] for job in skipped),
         run_folders=tuple(folders),
         checkpoint_dir=folder,
-        save_latents=options.get("save_latents"),
-        report=options.get("report"),
+        save_latents=call.save_latents,
+        report=call.report,
         has_prompt_file=prompt_file is not None,
         made_with=made_with,
         planned_for=planned and planned.name,
@@ -246,17 +246,18 @@ def _with_commit(model: str, runs: Iterable[Run]) -> str:
     return next((run.model for run in runs if run.model.startswith(f"{model}@")), model)
 
 
-def with_saved_layout(arguments: argparse.Namespace, saved: Run | None, ranks: int) -> argparse.Namespace:
+def with_saved_layout(asked: AskedLayout, saved: Run | None, ranks: int) -> AskedLayout:
     """What `--resume` takes over of the layout: attention, and the degrees where none is given and the ranks are as
     many as before."""
     layout = saved and saved.made_with.layout
     if layout is None:
-        return arguments
-    kept = {"attention": layout.attention}
-    if layout.degrees.world == ranks and not {*DEGREES, "layout"} & set(vars(arguments)):
-        kept |= {flag: getattr(layout.degrees, name) for flag, name in DEGREES.items()}
-        kept["shard_weights"] = layout.shard_weights
-    return argparse.Namespace(**{**kept, **vars(arguments)})
+        return asked
+    asked = replace(asked, attention=asked.attention or layout.attention)
+    if layout.degrees.world != ranks or asked.degrees or asked.is_auto:
+        return asked
+    shard = layout.shard_weights if asked.shard_weights is None else asked.shard_weights
+    degrees = {field: getattr(layout.degrees, name) for field, name in DEGREES.items()}
+    return replace(asked, shard_weights=shard, **degrees)
 
 
 def _changes(runs: Mapping[Path, Run], now: MadeWith) -> list[str]:
@@ -272,7 +273,7 @@ def check_same_run(saved: Run, asked: Run, folder: Path) -> None:
     """Raises `RequestError` when a flag given now differs from the saved run's: the video could not be the same."""
     fields = [("--model", saved.model, asked.model), ("--dtype", saved.dtype, asked.dtype)]
     for name in Request.__dataclass_fields__:
-        fields.append((flag_of(name), getattr(saved.request, name), getattr(asked.request, name)))
+        fields.append((flag_name(Request, name), getattr(saved.request, name), getattr(asked.request, name)))
     before, now = saved.execution.bits(), asked.execution.bits()
     fields += [("--" + name.replace("_", "-"), before[name], now[name]) for name in before]
     for flag, before, now in fields:
@@ -300,41 +301,41 @@ def is_finished(job: Job) -> bool:
     return frames == 0 or frames >= job.request.num_chunks * job.request.frames_per_chunk
 
 
-def _check_combinations(options: dict[str, Any]) -> None:
-    if "resume" in options and "checkpoint_dir" in options:
+def _check_combinations(call: Call) -> None:
+    if call.resume is not None and call.checkpoint_dir is not None:
         raise RequestError(
-            f"--resume {options['resume']} and --checkpoint-dir {options['checkpoint_dir']}: give one of the two; "
-            "--resume goes on saving in its folder"
+            f"--resume {call.resume} and --checkpoint-dir {call.checkpoint_dir}: give one of the two; --resume goes on "
+            "saving in its folder"
         )
-    if "prompt_file" not in options:
-        for name in ("image_folder", "interpolate_time"):
-            if name in options:
-                raise RequestError(f"--{name.replace('_', '-')} {options[name]}: only allowed beside --prompt-file")
+    if call.prompt_file is None:
+        for name, value in (("--image-folder", call.image_folder), ("--interpolate-time", call.interpolate_time)):
+            if value is not None:
+                raise RequestError(f"{name} {value}: only allowed beside --prompt-file")
         return
-    if "save_latents" in options:
+    if call.save_latents is not None:
         raise RequestError(
-            f"--save-latents {options['save_latents']}: not with --prompt-file; --checkpoint-dir keeps the latents of "
-            "every video"
+            f"--save-latents {call.save_latents}: not with --prompt-file; --checkpoint-dir keeps the latents of every "
+            "video"
         )
-    if "output" in options and options["output"].suffix.lower() == ".mp4":
-        raise RequestError(f"--output {options['output']}: with --prompt-file this is a folder; leave out .mp4")
-    if "resume" in options and not options["resume"].is_dir():
-        raise RequestError(f"--resume {options['resume']}: there is no such folder; start with --checkpoint-dir")
+    if call.output is not None and call.output.suffix.lower() == ".mp4":
+        raise RequestError(f"--output {call.output}: with --prompt-file this is a folder; leave out .mp4")
+    if call.resume is not None and not call.resume.is_dir():
+        raise RequestError(f"--resume {call.resume}: there is no such folder; start with --checkpoint-dir")
 
 
-def _jobs(options: dict[str, Any], given: dict[str, Any], saved: Run | None) -> list[Job]:
-    if "prompt_file" in options:
+def _jobs(call: Call, saved: Run | None) -> list[Job]:
+    if call.prompt_file is not None:
         return read_prompt_file(
-            options["prompt_file"],
-            Request(**given),
-            options.get("output", Path("outputs")),
-            image_folder=options.get("image_folder"),
-            chunks=options.get("interpolate_time", INTERPOLATE_TIME),
+            call.prompt_file,
+            Request(**call.request),
+            call.output or Path("outputs"),
+            image_folder=call.image_folder,
+            chunks=call.interpolate_time or INTERPOLATE_TIME,
         )
     if saved is None:
-        return [single_job(Request(**given), options.get("output", Path("out.mp4")))]
-    if "output" in options:
-        return [single_job(saved.request, options["output"])]
+        return [single_job(Request(**call.request), call.output or Path("out.mp4"))]
+    if call.output is not None:
+        return [single_job(saved.request, call.output)]
     return [Job(saved.request, tuple(Path(path) for path in saved.output))]
 
 

@@ -11,9 +11,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -21,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from helios_cp.config.errors import CheckpointError, RequestError
+from helios_cp.config.ranks import Ranks
 from helios_cp.device.device import TESTED, card_count, card_of_rank, make_current
 
 POLL = 0.05
@@ -34,32 +34,6 @@ GLOO_LOST = re.compile(r"\[[^\]]*gloo/transport/[^\]]*\]|Application timeout cau
 """How the messages of gloo's transport begin. They come as a plain `RuntimeError`."""
 NCCL_LOST = re.compile(r"ncclRemoteError|Watchdog caught collective operation timeout|communicator was aborted")
 """What NCCL says of other ranks, in a `DistBackendError`, which it raises for faults of its own rank too."""
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """This process's place in a job."""
-
-    rank: int = 0
-    local_rank: int = 0
-    local_size: int = 1
-    size: int = 1
-
-    @classmethod
-    def of(cls, environment: Mapping[str, str]) -> Ranks:
-        """Read torchrun's environment; one rank without it. Raises `RequestError` for what torchrun does not set."""
-
-        def number(name: str, default: int) -> int:
-            text = environment.get(name, str(default))
-            if not text.isdecimal():
-                raise RequestError(f"{name} {text!r} in the environment: a whole number is allowed; torchrun sets it")
-            return int(text)
-
-        return cls(number("RANK", 0), number("LOCAL_RANK", 0), number("LOCAL_WORLD_SIZE", 1), number("WORLD_SIZE", 1))
-
-    @property
-    def is_first(self) -> bool:
-        return self.rank == 0
 
 
 def device_of_rank(device: torch.device, ranks: Ranks) -> torch.device:
@@ -109,14 +83,19 @@ class World:
             self._store = store
 
     def share(self, decide: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What `decide` returns on rank 0, as JSON, on every rank. It is called on rank 0 only."""
+        """What `decide` returns on rank 0, as JSON, on every rank. It is called on rank 0 only.
+
+        It may take long, say to look through a clip: rank 0 is waited for while it gives signs of life. Raises
+        `TimeoutError` where it gives none for longer than the timeout.
+        """
         if self._store is None:
             return decide()
         if self.ranks.is_first:
-            decided = decide()
-            self._store.set("helios_cp/decided", json.dumps(decided))
-            return decided
-        return json.loads(self._store.get("helios_cp/decided"))
+            with self._beating():
+                decided = decide()
+            self._store.set("helios_cp/decision", json.dumps(decided))
+        self._meet("decided")
+        return json.loads(self._store.get("helios_cp/decision"))
 
     def prepare(self, step: Callable[[], object]) -> None:
         """Call `step` once on every machine, and wait until it has come to its end on all.

@@ -198,7 +198,8 @@ def table(arguments: argparse.Namespace) -> str:
     """The Markdown for parsed flags. Raises `RequestError`."""
     import torch
 
-    from helios_cp.plan.__main__ import find_checkpoint, part_configs
+    from helios_cp.plan.configs import part_configs
+    from helios_cp.plan.run import find_checkpoint
     from helios_cp.plan.workload import Workload
 
     checkpoint = find_checkpoint(arguments.model)

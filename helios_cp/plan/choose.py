@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -14,6 +13,7 @@ from helios_cp.config.execution import Execution
 from helios_cp.config.layout import (
     DEGREES,
     PLAIN,
+    AskedLayout,
     Layout,
     check_shard,
     fill_degrees,
@@ -29,7 +29,7 @@ from parallel.engines import unavailable_engine
 
 
 def choose_layout(
-    arguments: argparse.Namespace,
+    asked: AskedLayout,
     checkpoint: Checkpoint,
     requests: Sequence[Request],
     world_size: int,
@@ -44,12 +44,12 @@ def choose_layout(
     the others follow from it. With `--layout auto` they are what `helios_cp.plan` models as fastest here, in memory's
     bounds, which depend on the execution and on how many of the ranks share a node: all, unless told otherwise.
     """
-    given = {name: getattr(arguments, flag) for flag, name in DEGREES.items() if hasattr(arguments, flag)}
-    attention = getattr(arguments, "attention", "native")
-    shard_weights = getattr(arguments, "shard_weights", False)
-    hardware = planning_hardware(arguments, device.type, ranks_of_node or world_size)
+    given = asked.degrees
+    attention = asked.attention or "native"
+    shard_weights = bool(asked.shard_weights)
+    hardware = planning_hardware(asked, device.type, ranks_of_node or world_size)
     if hardware is not None:
-        kept = {**given, **({"shard_weights": shard_weights} if hasattr(arguments, "shard_weights") else {})}
+        kept = given if asked.shard_weights is None else {**given, "shard_weights": asked.shard_weights}
         planned = choose(checkpoint, requests, dtype, world_size, device.type, kept, execution, hardware)
         given = {name: getattr(planned.degrees, name) for name in DEGREES.values()}
         shard_weights = planned.shard_weights
@@ -67,20 +67,18 @@ def choose_layout(
         raise RequestError(f"{flags_of(given)}: {error}") from None
     check_shard(shard_weights, degrees.ffn_tp)
     sequences = {lengths for request in requests for lengths in segment_lengths(request, checkpoint)}
-    backend = getattr(arguments, "backend", None)
-    reason = unavailable_engine(attention, device, dtype, degrees, sequences, limits["heads"], backend)
+    reason = unavailable_engine(attention, device, dtype, degrees, sequences, limits["heads"], asked.backend)
     if reason is not None:
         raise RequestError(f"--attention {attention}: {reason}")
     return Layout(degrees, attention, shard_weights)
 
 
-def planning_hardware(arguments: argparse.Namespace, device_type: str, ranks_of_node: int) -> Hardware | None:
+def planning_hardware(asked: AskedLayout, device_type: str, ranks_of_node: int) -> Hardware | None:
     """What `--layout auto` plans for, with so many ranks a node; `None` without that flag. Raises `RequestError`."""
-    name = getattr(arguments, "hardware", None)
-    if getattr(arguments, "layout", None) != "auto":
-        if name is not None:
-            raise RequestError(f"--hardware {name}: only allowed beside --layout auto")
+    if not asked.is_auto:
+        if asked.hardware is not None:
+            raise RequestError(f"--hardware {asked.hardware}: only allowed beside --layout auto")
         return None
-    if name is None:
+    if asked.hardware is None:
         return detect_hardware(device_type, ranks_of_node)
-    return replace(find_hardware(name), gpus_per_node=ranks_of_node)
+    return replace(find_hardware(asked.hardware), gpus_per_node=ranks_of_node)

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from helios_cp.config.arguments import OneLineParser, number, whole_number
+from helios_cp.config.paths import user_path
 from helios_cp.tiny.options import NEEDS, Options
 
 STAGES = """stages, in order:
@@ -35,9 +35,9 @@ def build_parser() -> OneLineParser:
     )
     add = parser.add_argument
     add("stages", nargs="+", choices=(*NEEDS, "all"), metavar="STAGE", help="some of the stages below, or all")
-    add("--output", type=Path, required=True, metavar="DIR", help="the folder that all stages share")
+    add("--output", type=user_path, required=True, metavar="DIR", help="the folder that all stages share")
     add("--steps", type=whole_number, metavar="N", help="steps, or clips, trajectories, prompts, of the stages named")
-    add("--init", type=Path, metavar="FILE", help="weights (.safetensors) that the stage named starts from")
+    add("--init", type=user_path, metavar="FILE", help="weights (.safetensors) that the stage named starts from")
     add("--seed", type=whole_number, default=0, metavar="N", help="of all random numbers (default: 0)")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     add("--threads", type=whole_number, default=1, metavar="N", help="threads of the CPU (default: 1)")

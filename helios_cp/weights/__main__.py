@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
 
 from helios_cp.config.arguments import OneLineParser
+from helios_cp.config.console import quiet_imports
 from helios_cp.config.errors import CheckpointError, RequestError
 from helios_cp.config.execution import QUANTIZATIONS, Adapter
+from helios_cp.config.paths import cache_folder, user_path
 from helios_cp.files.whole_files import check_folder_target
 
 PROGRAM = "helios_cp.weights"
@@ -31,7 +32,7 @@ def build_parser() -> OneLineParser:
         description="Write a checkpoint folder whose transformer is quantised as --quantize would while loading it.",
     )
     quantize.add_argument("model", metavar="IN", help="what --model takes: a folder, a hub id, or a preset")
-    quantize.add_argument("output", metavar="OUT", type=Path, help="the folder to write; it must not exist")
+    quantize.add_argument("output", metavar="OUT", type=user_path, help="the folder to write; it must not exist")
     quantize.add_argument("--quantize", choices=QUANTIZATIONS, default="int8", help="default: int8")
     quantize.add_argument("--lora", action="append", default=[], metavar="PATH[:WEIGHT]", help="merge an adapter first")
     quantize.add_argument("--device", default="cpu", metavar="NAME", help="where to compute (default: cpu)")
@@ -42,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0, 1 for a failure, 2 for bad input."""
     parser = build_parser()
     options = parser.parse_args(argv)
-    cache = os.environ.get("HELIOS_CP_CACHE")
+    quiet_imports()
     try:
         if os.path.lexists(options.output):
             raise RequestError(f"OUT {options.output}: it exists; give the name of a new folder")
@@ -53,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         from helios_cp.weights.load import resolve
         from helios_cp.weights.quantize_folder import quantize_folder
 
-        checkpoint = resolve(options.model, Path(cache) if cache else None)
+        checkpoint = resolve(options.model, cache_folder(os.environ))
         device = pick_device(options.device)
         size = quantize_folder(checkpoint, options.output, options.quantize, adapters, device)
     except (RequestError, CheckpointError) as error:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from helios_cp.config.errors import RequestError
+from helios_cp.config.paths import user_path
 
 LAYOUT = 1
 """Raise this when the code here writes other files than before. A changed preset needs no raise."""
@@ -225,10 +226,13 @@ def _scaled(name: str, noise: Any) -> Any:
 def main(arguments: list[str] | None = None) -> int:
     """Command line: write a preset into a folder and list its files."""
     parser = argparse.ArgumentParser(prog="python -m helios_cp.weights.presets", description=main.__doc__)
-    parser.add_argument("--write", metavar="DIR", type=Path, required=True, help="an empty or new folder")
+    parser.add_argument("--write", metavar="DIR", type=user_path, required=True, help="an empty or new folder")
     parser.add_argument("--preset", choices=sorted(PRESETS), default="tiny-distilled")
     parser.add_argument(
-        "--weights", metavar="DIR", type=Path, help="trained weights, from helios_cp.tiny.train (default: random ones)"
+        "--weights",
+        metavar="DIR",
+        type=user_path,
+        help="trained weights, from helios_cp.tiny.train (default: random ones)",
     )
     options = parser.parse_args(arguments)
     folder: Path = options.write

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -20,31 +19,32 @@ from helios_cp.plan.search import best_prediction
 from launchers.cluster.cluster import nodes_free
 from launchers.driver.recipes import Resources, bundle, text_gpus
 from launchers.generate.checks import checked_without_layout
+from launchers.generate.flags import ClusterCall
 
 LOOK_SECONDS = 30.0
 """For a look at a card of the cluster."""
 
 
-def take_best_layout(arguments: argparse.Namespace, cache: Path | None, device: str, resources: Resources) -> None:
-    """Put degrees, and `--ranks`, in the place of `--layout auto`.
+def with_best_layout(call: ClusterCall, cache: Path | None, device: str, resources: Resources) -> ClusterCall:
+    """The call with degrees, and `--ranks`, in the place of `--layout auto`.
 
     Of all groups that have room beside the other workers, it is the one that `helios_cp.plan` models as fastest with
     decoders of their own; what is given stays. Raises `RequestError`.
     """
-    sizes = [arguments.ranks] if hasattr(arguments, "ranks") else range(1, most_ranks(arguments, device, resources) + 1)
-    session = checked_without_layout(arguments, cache, device)
+    asked = call.layout
+    sizes = [call.ranks] if call.ranks is not None else range(1, most_ranks(call, device, resources) + 1)
+    session = checked_without_layout(call, cache, device)
     if not session.jobs:
-        _forget(arguments)
-        return
-    given = {name: getattr(arguments, flag) for flag, name in DEGREES.items() if hasattr(arguments, flag)}
-    if hasattr(arguments, "shard_weights"):
-        given["shard_weights"] = arguments.shard_weights
-    decoders = max(1, arguments.decoders // arguments.groups) if arguments.decoders else 0
+        return replace(call, layout=replace(asked, layout=None, hardware=None))
+    given: dict[str, int | bool] = {**asked.degrees, "vae": 1}
+    if asked.shard_weights is not None:
+        given["shard_weights"] = asked.shard_weights
+    decoders = max(1, call.decoders // call.groups) if call.decoders else 0
     requests = [job.request for job in session.jobs]
-    card = _card(arguments, resources) if device == "cuda" or hasattr(arguments, "hardware") else None
+    card = _card(call, resources) if device == "cuda" or asked.hardware is not None else None
     predictions, refusal = [], None
     for ranks in sizes:
-        hardware = card or detect_hardware("cpu", arguments.groups * ranks)
+        hardware = card or detect_hardware("cpu", call.groups * ranks)
         try:
             predictions.append(
                 best_prediction(
@@ -53,7 +53,7 @@ def take_best_layout(arguments: argparse.Namespace, cache: Path | None, device: 
                     session.dtype,
                     ranks,
                     hardware,
-                    {**given, "vae": 1},
+                    given,
                     decoders,
                     session.execution,
                 )
@@ -63,27 +63,17 @@ def take_best_layout(arguments: argparse.Namespace, cache: Path | None, device: 
     if not predictions:
         raise refusal
     layout = max(predictions, key=lambda each: (each.fps, -each.latency)).candidate.layout
-    for flag, name in DEGREES.items():
-        setattr(arguments, flag, getattr(layout.degrees, name))
-    arguments.ranks, arguments.shard_weights = layout.degrees.world, layout.shard_weights
     say(layout.as_planned(hardware.name))
-    _forget(arguments)
+    degrees = {flag: getattr(layout.degrees, name) for flag, name in DEGREES.items()}
+    found = replace(asked, layout=None, hardware=None, shard_weights=layout.shard_weights, **degrees)
+    return replace(call, layout=found, ranks=layout.degrees.world)
 
 
-def _forget(arguments: argparse.Namespace) -> None:
-    """Flags that have been answered."""
-    for flag in ("layout", "hardware"):
-        if hasattr(arguments, flag):
-            delattr(arguments, flag)
-
-
-def most_ranks(arguments: argparse.Namespace, device: str, resources: Resources) -> int:
+def most_ranks(call: ClusterCall, device: str, resources: Resources) -> int:
     """Ranks that each group can have, beside decoders and text encoder. Raises `RequestError` where that is none."""
-    others = [bundle(1, resources.decoder_gpus)] * arguments.decoders
-    text = bundle(
-        1, text_gpus(getattr(arguments, "shard_weights", False), getattr(arguments, "offload", "none"), resources)
-    )
-    if arguments.address != "local":
+    others = [bundle(1, resources.decoder_gpus)] * call.decoders
+    text = bundle(1, text_gpus(bool(call.layout.shard_weights), call.execution.get("offload", "none"), resources))
+    if call.address != "local":
         nodes, others = nodes_free(), [*others, text]
     elif device == "cuda":
         import torch
@@ -91,14 +81,14 @@ def most_ranks(arguments: argparse.Namespace, device: str, resources: Resources)
         nodes, others = [{"CPU": math.inf, "GPU": torch.cuda.device_count()}], [*others, text]
     else:
         nodes = [{"CPU": os.cpu_count() or 1}]  # the text encoder is idle once the first chunk has begun
-    found = largest_group(nodes, arguments.groups, bundle(1, resources.rank_gpus), others)
-    if found == 0 and arguments.address == "local" and device == "cpu":
+    found = largest_group(nodes, call.groups, bundle(1, resources.rank_gpus), others)
+    if found == 0 and call.address == "local" and device == "cpu":
         return 1  # processes share cores
     if found == 0:
         have = "; ".join(", ".join(f"{count:g} {name}" for name, count in sorted(node.items())) for node in nodes)
         raise RequestError(
-            f"--layout auto: there is no room for {arguments.groups} group(s) of even one rank beside "
-            f"{arguments.decoders} decoder(s) and the text encoder; free on the nodes: {have}; add nodes, or ask for "
+            f"--layout auto: there is no room for {call.groups} group(s) of even one rank beside "
+            f"{call.decoders} decoder(s) and the text encoder; free on the nodes: {have}; add nodes, or ask for "
             "fewer --groups or --decoders, or for parts of a card by --gpus"
         )
     return found
@@ -130,11 +120,11 @@ def _place(nodes: Sequence[dict[str, float]], needed: Mapping[str, float]) -> bo
     return False
 
 
-def _card(arguments: argparse.Namespace, resources: Resources) -> Hardware:
+def _card(call: ClusterCall, resources: Resources) -> Hardware:
     """`--hardware`, or what a card of the cluster can do; the driver's machine need not have one."""
-    if hasattr(arguments, "hardware"):
-        return find_hardware(arguments.hardware)
-    if arguments.address == "local":
+    if call.layout.hardware is not None:
+        return find_hardware(call.layout.hardware)
+    if call.address == "local":
         return detect_hardware("cuda")
     look = ray.remote(detect_hardware).options(num_cpus=0, num_gpus=resources.rank_gpus)
     try:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 from collections import deque
 from concurrent.futures import CancelledError
 from contextlib import ExitStack
 from pathlib import Path
 from time import perf_counter
 
-from helios_cp.config.arguments import DEFAULT_TIMEOUT, OneLineParser
+from helios_cp.config.arguments import OneLineParser
 from helios_cp.config.console import say
 from helios_cp.config.errors import CheckpointError, RequestError
 from helios_cp.device.device import dtype_name
@@ -26,7 +25,8 @@ from launchers.driver.pipeline import ChunkPipeline, PipelineError
 from launchers.driver.recipes import Resources
 from launchers.driver.timeline import draw
 from launchers.generate import checks
-from launchers.generate.automatic_layout import take_best_layout
+from launchers.generate.automatic_layout import with_best_layout
+from launchers.generate.flags import ClusterCall
 from launchers.schedule.terms import Limits
 
 POLL = 0.2
@@ -36,33 +36,31 @@ QUEUE = 4
 """Videos a group that are claimed and handed to the pipeline at once."""
 
 
-def run(parser: OneLineParser, arguments: argparse.Namespace, cache: Path | None) -> int:
+def run(parser: OneLineParser, call: ClusterCall, cache: Path | None) -> int:
     """Returns the exit code."""
     quiet_libraries()
     try:
         with ExitStack() as stack:
             try:
-                checks.check_files(arguments)
-                if arguments.address != "local":
-                    checks.check_without_cluster(arguments, cache)
-                    stack.enter_context(connected(arguments.address, wait=arguments.wait))
-                device = checks.pick_cluster_device(arguments)
-                resources = checks.resources_of(arguments, device)
-                if getattr(arguments, "layout", None) == "auto":
-                    take_best_layout(arguments, cache, device, resources)
-                session = checks.check_session(arguments, cache, checks.ranks_of_group(arguments), device)
-                shares = checks.shares_of_workers(
-                    arguments, device, session.layout, session.execution.offload, resources
-                )
-                if arguments.address == "local" and session.jobs:
-                    checks.check_cards(arguments, shares)
+                checks.check_files(call)
+                if call.address != "local":
+                    checks.check_without_cluster(call, cache)
+                    stack.enter_context(connected(call.address, wait=call.wait))
+                device = checks.pick_cluster_device(call)
+                resources = checks.resources_of(call, device)
+                if call.layout.is_auto:
+                    call = with_best_layout(call, cache, device, resources)
+                session = checks.check_session(call, cache, call.ranks_of_group, device)
+                shares = checks.shares_of_workers(call, device, session.layout, session.execution.offload, resources)
+                if call.address == "local" and session.jobs:
+                    checks.check_cards(call, shares)
                 if session.jobs and not session.has_prompt_file:
                     stack.enter_context(claimed(session.jobs[0], session.run_folders[0]))
             except RequestError as error:
                 parser.error(str(error))
-            if arguments.address == "local" and session.jobs:
+            if call.address == "local" and session.jobs:
                 stack.enter_context(connected("local", cpus=len(shares), gpus=checks.cards_for(shares)))
-            return _generate(session, arguments, device, resources, cache)
+            return _generate(session, call, device, resources, cache)
     except (ClusterError, PipelineError, CheckpointError, RequestError, OSError) as error:
         say(f"{parser.prog}: error: {' '.join(str(error).split())}")
         return 1
@@ -71,38 +69,36 @@ def run(parser: OneLineParser, arguments: argparse.Namespace, cache: Path | None
         return getattr(reason, "exit_code", 130)
 
 
-def _generate(
-    session: Session, arguments: argparse.Namespace, device: str, resources: Resources, cache: Path | None
-) -> int:
+def _generate(session: Session, call: ClusterCall, device: str, resources: Resources, cache: Path | None) -> int:
     for path in session.skipped:
         say(f"{path} exists, skipped")
     if not session.jobs:
         return 0
     for remark in session.remarks():
         say(remark)
-    if arguments.address != "local" and arguments.device == "auto" and device == "cpu":
+    if call.address != "local" and call.device == "auto" and device == "cpu":
         say("no node has a card by now, so all runs on CPUs; where cards come on demand, give --device cuda")
     layout = f" of {session.layout.degrees}" if session.layout.degrees.world > 1 else ""
-    workers = f"{arguments.groups} group(s){layout}, {arguments.decoders} decoder(s)"
+    workers = f"{call.groups} group(s){layout}, {call.decoders} decoder(s)"
     say(f"loading {session.model} on {device} in {dtype_name(session.dtype)}: {workers}")
     videos: list[_Video] = []
     all_written = True
     with ExitStack() as claims, StopSignal().installed() as stop:
         pipeline = ChunkPipeline(
             session.model,
-            groups=arguments.groups,
-            decoders=arguments.decoders,
+            groups=call.groups,
+            decoders=call.decoders,
             layout=session.layout,
             execution=session.execution,
             dtype=dtype_name(session.dtype),
             device=device,
-            backend=getattr(arguments, "backend", None),
+            backend=call.layout.backend,
             cache=cache,
-            timeout=getattr(arguments, "timeout", DEFAULT_TIMEOUT),
-            limits=Limits(undelivered=arguments.undelivered, active=2 * arguments.groups),
+            timeout=call.layout.timeout,
+            limits=Limits(undelivered=call.undelivered, active=2 * call.groups),
             resources=resources,
-            spread=arguments.spread,
-            patience=arguments.wait,
+            spread=call.spread,
+            patience=call.wait,
         )
         with pipeline:
             try:
@@ -111,7 +107,7 @@ def _generate(
                     claims.enter_context(claim)
                     videos.append(_Video(pipeline, session, number, claim))
                     queue.append(videos[-1])
-                    if len(queue) == QUEUE * arguments.groups:  # other calls may share the prompt file
+                    if len(queue) == QUEUE * call.groups:  # other calls may share the prompt file
                         queue.popleft().wait(stop)
                 for video in queue:
                     video.wait(stop)
@@ -122,7 +118,7 @@ def _generate(
                         say(f"stopped; {standing(session, video.report)}")
                 return reason.exit_code
             finally:
-                all_written = _write_records(session, arguments, videos, pipeline)
+                all_written = _write_records(session, call, videos, pipeline)
     return tell_failures([video.report for video in videos], len(session.jobs)) or int(not all_written)
 
 
@@ -195,16 +191,14 @@ def _cancel(videos: list[_Video]) -> None:
                 continue
 
 
-def _write_records(
-    session: Session, arguments: argparse.Namespace, videos: list[_Video], pipeline: ChunkPipeline
-) -> bool:
+def _write_records(session: Session, call: ClusterCall, videos: list[_Video], pipeline: ChunkPipeline) -> bool:
     """Report and timeline. Returns whether both are there; what keeps one from it is told, and hides no other error."""
 
     all_written = write_report(session, [video.report for video in videos])
-    if hasattr(arguments, "timeline") and pipeline.events:
+    if call.timeline is not None and pipeline.events:
         try:
-            draw(list(pipeline.events), arguments.timeline, pipeline.nodes())
+            draw(list(pipeline.events), call.timeline, pipeline.nodes())
         except Exception as error:  # drawing can fail in ways of its own
             all_written = False
-            say(f"--timeline {arguments.timeline}: it could not be written: {one_line(error)}")
+            say(f"--timeline {call.timeline}: it could not be written: {one_line(error)}")
     return all_written

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 from pathlib import Path
@@ -11,12 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helios_cp.config.arguments import as_typed, flag_of, given_fields
 from helios_cp.config.checkpoint import Checkpoint
 from helios_cp.config.errors import RequestError
 from helios_cp.config.json_types import check_types
 from helios_cp.config.request import Request, ScheduledPrompt
-from helios_cp.generate.__main__ import build_parser
 from helios_cp.generate.prompt_files import INTERPOLATE_TIME, Job, read_prompt_file, single_job
 
 # Prompt files
@@ -145,85 +142,6 @@ def test_one_output_a_video():
     assert single_job(one, Path("d/out.mp4")) == Job(one, (Path("d/out.mp4"),))
     assert single_job(scheduled, Path("out.mp4")).output == (Path("out.mp4"),)
     assert single_job(three, Path("d/my.out.MP4")).output == tuple(Path(f"d/my.out-{i}.MP4") for i in range(3))
-
-
-# Flags and fields
-
-FLAGS = {
-    "prompt": (["--prompt", "a", "--prompt", "b"], ("a", "b")),
-    "negative_prompt": (["--negative-prompt", "blur"], "blur"),
-    "prompt_schedule": (
-        ["--prompt-schedule", "2", "a", "--prompt-schedule", "1", "b"],
-        (ScheduledPrompt("a", 2), ScheduledPrompt("b", 1)),
-    ),
-    "interpolation_steps": (["--interpolation-steps", "5"], 5),
-    "image": (["--image", "a.png"], "a.png"),
-    "video": (["--video", "a.mp4"], "a.mp4"),
-    "height": (["--height", "128"], 128),
-    "width": (["--width", "192"], 192),
-    "num_frames": (["--num-frames", "99"], 99),
-    "fps": (["--fps", "30"], 30),
-    "seed": (["--seed", "1", "2"], (1, 2)),
-    "guidance_scale": (["--guidance-scale", "4"], 4.0),
-    "num_inference_steps": (["--num-inference-steps", "7"], 7),
-    "pyramid_num_inference_steps_list": (["--pyramid-steps", "1", "2", "3"], (1, 2, 3)),
-    "is_amplify_first_chunk": (["--no-amplify-first-chunk"], False),
-    "is_skip_first_chunk": (["--skip-first-chunk"], True),
-    "keep_first_frame": (["--no-keep-first-frame"], False),
-    "history_sizes": (["--history-sizes", "8", "4", "2"], (8, 4, 2)),
-    "num_latent_frames_per_chunk": (["--num-latent-frames-per-chunk", "5"], 5),
-    "use_zero_init": (["--no-use-zero-init"], False),
-    "zero_steps": (["--zero-steps", "3"], 3),
-    "add_noise_to_image_latents": (["--no-add-noise-to-image-latents"], False),
-    "image_noise_sigma_min": (["--image-noise-sigma", "0.25", "0.5"], 0.25),
-    "image_noise_sigma_max": (["--image-noise-sigma", "0.25", "0.5"], 0.5),
-    "add_noise_to_video_latents": (["--no-add-noise-to-video-latents"], False),
-    "video_noise_sigma_min": (["--video-noise-sigma", "0.25", "0.5"], 0.25),
-    "video_noise_sigma_max": (["--video-noise-sigma", "0.25", "0.5"], 0.5),
-    "max_sequence_length": (["--max-sequence-length", "64"], 64),
-}
-
-
-def test_every_field_has_a_flag_but_sigmas():
-    assert set(FLAGS) == {field.name for field in dataclasses.fields(Request)} - {"sigmas"}
-
-
-@pytest.mark.parametrize("field", FLAGS)
-def test_a_flag_sets_its_field(field):
-    """And differs from the default, so that a flag that is ignored would be found."""
-    arguments, value = FLAGS[field]
-    fields = given_fields(build_parser().parse_args(arguments))
-    assert fields[field] == value != getattr(Request(), field)
-    assert set(fields) == {name for name, (flags, _) in FLAGS.items() if flags == arguments}
-    assert flag_of(field) in [word.replace("--no-", "--") for word in arguments]
-    Request(**fields)
-
-
-def test_flags_left_out_are_left_to_the_request():
-    assert given_fields(build_parser().parse_args([])) == {}
-
-
-def test_every_flag_is_explained():
-    """In `--help`, with the default where there is one."""
-    parser = build_parser()
-    text = " ".join(parser.format_help().split())
-    for action in parser._actions:
-        assert action.help and action.help != argparse.SUPPRESS
-        assert all(flag in text for flag in action.option_strings)
-    for name in ("interpolation_steps", "height", "width", "num_frames", "fps", "max_sequence_length", "zero_steps"):
-        assert f"(default: {getattr(Request(), name)})" in text
-
-
-def test_values_are_told_as_they_are_typed():
-    for field in ("height", "seed", "history_sizes", "pyramid_num_inference_steps_list", "prompt_schedule"):
-        arguments, value = FLAGS[field]
-        flag = arguments[0]
-        words = [word for index, word in enumerate(arguments) if index == 0 or word != flag]
-        assert as_typed(flag, value) == " ".join(words)
-    assert as_typed("--prompt", ("a fox",)) == "--prompt 'a fox'"
-    assert as_typed("--keep-first-frame", True) == "--keep-first-frame"
-    assert as_typed("--keep-first-frame", False) == "--no-keep-first-frame"
-    assert as_typed("--image", None) == "no --image"
 
 
 # Requests as JSON

@@ -120,7 +120,8 @@ LATE = """
 import os, time
 import torch
 import torch.distributed as dist
-from helios_cp.pipeline.world import Ranks, World
+from helios_cp.config.ranks import Ranks
+from helios_cp.pipeline.world import World
 
 ranks, leave = Ranks.of(os.environ), dist.destroy_process_group
 dist.destroy_process_group = lambda: (print("a rank leaves", flush=True), leave())
@@ -129,6 +130,33 @@ with World(ranks, 60).connected("gloo", torch.device("cpu")):
         time.sleep(1)
         print("rank 0 is done", flush=True)
 """
+
+
+SLOW = """
+import os, time
+from datetime import timedelta
+from helios_cp.config.ranks import Ranks
+from helios_cp.pipeline import world
+
+def decide():
+    time.sleep(7)  # longer than anybody waits for one who gives no sign of life
+    return {"rank": 0}
+
+world.BEAT, ranks = 0.1, Ranks.of(os.environ)
+found = world.World(ranks, 60)
+found.timeout = timedelta(seconds=5)
+found._store.set_timeout(found.timeout)
+print(ranks.rank, found.share(decide), flush=True)
+"""
+
+
+def test_ranks_wait_for_a_decision_that_takes_long(tmp_path, environment):
+    """As a clip that rank 0 looks through before anything is loaded."""
+    script = tmp_path / "slow.py"
+    script.write_text(SLOW)
+    code, stdout, stderr = torchrun(2, [str(script)], tmp_path, environment)
+    assert code == 0, stderr
+    assert sorted(stdout.splitlines()) == ["0 {'rank': 0}", "1 {'rank': 0}"]
 
 
 def test_no_rank_leaves_before_all_are_done(tmp_path, environment):

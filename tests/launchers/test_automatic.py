@@ -10,13 +10,14 @@ import torch
 from helios_cp.config.errors import RequestError
 from helios_cp.config.layout import Layout
 from helios_cp.config.request import Request
-from helios_cp.plan.__main__ import best_prediction
 from helios_cp.plan.detect import detect_hardware
+from helios_cp.plan.search import best_prediction
 from helios_cp.weights.load import resolve
 from launchers.driver.recipes import Resources, bundle, recipes
 from launchers.generate import automatic_layout as automatic
-from launchers.generate.__main__ import build_parser, check_cluster_flags
-from launchers.generate.automatic_layout import largest_group, take_best_layout
+from launchers.generate.__main__ import build_parser
+from launchers.generate.automatic_layout import largest_group, with_best_layout
+from launchers.generate.flags import ClusterCall
 from launchers.workers.loading import Loading
 from parallel.mesh import Degrees
 
@@ -52,21 +53,20 @@ def test_cards_are_shared_by_decoder_and_text_encoder():
 
 
 def arguments_of(*flags: str, address: str = "HOST:6379"):
-    arguments = build_parser().parse_args(["--prompt", "a fox", "--layout", "auto", "--address", address, *flags])
-    check_cluster_flags(arguments)
-    return arguments
+    words = ["--prompt", "a fox", "--layout", "auto", "--address", address, *flags]
+    return ClusterCall.of(build_parser().parse_args(words))
 
 
 @pytest.fixture
 def take(presets, cache, monkeypatch):
-    """Runs `take_best_layout` on a cluster of `NODES`; returns the arguments."""
+    """Runs `with_best_layout` on a cluster of `NODES`; returns the call."""
     monkeypatch.setattr(automatic, "nodes_free", lambda: NODES)
 
     def take(*flags: str, name: str = "tiny-mid", address: str = "HOST:6379"):
         arguments = arguments_of("--model", str(presets[name]), *flags, address=address)
-        take_best_layout(arguments, cache, "cpu", Resources())
-        assert not hasattr(arguments, "layout"), "from here on the degrees count"
-        return arguments
+        found = with_best_layout(arguments, cache, "cpu", Resources())
+        assert not found.layout.is_auto, "from here on the degrees count"
+        return found
 
     return take
 
@@ -85,15 +85,14 @@ def test_the_fastest_group_that_has_room(take, presets, groups, decoders, most):
     made = [predictions(presets, "tiny-mid", ranks, 512, groups, decoders // groups) for ranks in range(1, most + 1)]
     best = max(made, key=lambda each: (each.fps, -each.latency)).candidate
     assert best.decoders == decoders // groups and best.layout.degrees.world > 1
-    degrees = Degrees(found.cfg_parallel, found.ring, found.ulysses, found.ffn_tp, found.vae_parallel)
-    assert Layout(degrees, shard_weights=found.shard_weights) == best.layout
+    assert Layout(Degrees(**found.layout.degrees), shard_weights=found.layout.shard_weights) == best.layout
     assert found.ranks == best.layout.degrees.world
 
 
 def test_what_is_given_stays(take):
     found = take("--ranks", "4", "--ring", "2", "--height", "64", "--width", "64")
-    assert (found.ranks, found.ring, found.cfg_parallel * found.ulysses) == (4, 2, 2)
-    assert take("--ulysses", "3", "--decoders", "0", "--height", "64", "--width", "64").ulysses == 3
+    assert (found.ranks, found.layout.ring, found.layout.cfg_parallel * found.layout.ulysses) == (4, 2, 2)
+    assert take("--ulysses", "3", "--decoders", "0", "--height", "64", "--width", "64").layout.ulysses == 3
 
 
 def test_a_machine_of_few_cores_has_room_for_one_rank(take, monkeypatch):

@@ -27,8 +27,9 @@ from launchers.driver.recipes import Resources
 from launchers.driver.timeline import Event
 from launchers.generate import checks
 from launchers.generate import run as runner
-from launchers.generate.__main__ import build_parser, check_cluster_flags, main
+from launchers.generate.__main__ import build_parser, main
 from launchers.generate.checks import cards_for, check_cards, check_session, pick_cluster_device, shares_of_workers
+from launchers.generate.flags import ClusterCall
 from launchers.schedule.limits import check_offload
 from tests.launchers.conftest import QUICK
 
@@ -173,10 +174,8 @@ def test_cards_for_parts_of_a_card(shares, cards):
     assert cards_for(shares) == cards
 
 
-def call(*flags: str) -> argparse.Namespace:
-    arguments = build_parser().parse_args(["--prompt", "a fox", *QUICK, *flags])
-    check_cluster_flags(arguments)
-    return arguments
+def call(*flags: str) -> ClusterCall:
+    return ClusterCall.of(build_parser().parse_args(["--prompt", "a fox", *QUICK, *flags]))
 
 
 @pytest.mark.parametrize(
@@ -220,7 +219,7 @@ def test_ranks_of_a_group_share_no_card_by_nccl(folder, capsys, monkeypatch):
 @pytest.mark.parametrize("flags", ["--cuda-graphs", "--offload group", "--quantize int8", "--quantize fp8"])
 def test_what_cards_can_do_is_asked_of_the_cluster_not_of_the_driver(flags, folder):
     arguments = call(*flags.split(), "--device", "cuda")
-    assert check_session(arguments, None, 1, "cuda").execution == Execution.of(arguments)
+    assert check_session(arguments, None, 1, "cuda").execution == Execution(**arguments.execution)
     with pytest.raises(RequestError, match="--cuda-graphs: "):
         check_session(call("--cuda-graphs"), None, 1, "cpu")
 
@@ -365,8 +364,7 @@ def demonstration(folder, monkeypatch):
 
 def test_the_demonstration_asks_for_what_its_nodes_have(demonstration, folder, cache):
     assert demo.main(["--output", "made"]) == 0
-    arguments = build_parser().parse_args(demonstration.flags)
-    check_cluster_flags(arguments)
+    arguments = ClusterCall.of(build_parser().parse_args(demonstration.flags))
     session = check_session(arguments, cache, 1, "cpu")
     assert [job.output[0].name for job in session.jobs] == ["0.mp4", "1.mp4"]
     assert arguments.address == CLUSTER and arguments.timeline == Path("made/timeline.png")

@@ -20,7 +20,8 @@ import yaml
 from packaging.requirements import Requirement
 
 from launchers import status
-from launchers.generate.__main__ import build_parser, check_cluster_flags
+from launchers.generate.__main__ import build_parser
+from launchers.generate.flags import ClusterCall
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -151,10 +152,11 @@ def test_the_slurm_script(batch):
     driver = next(line for line in record if line.startswith("driver: "))
     words = shlex.split(driver)[1:]
     assert words[:2] == ["-m", "launchers.generate"] and words[-4:] == ["--prompt", "a red fox", "--output", "fox.mp4"]
-    arguments = build_parser().parse_args(words[2:])
-    check_cluster_flags(arguments)
+    arguments = ClusterCall.of(build_parser().parse_args(words[2:]))
     assert arguments.address == address and arguments.device == "cuda"
-    assert arguments.groups * arguments.ulysses + 0.5 * arguments.decoders + 0.5 <= 16, "two machines of eight cards"
+    assert arguments.groups * arguments.layout.ulysses + 0.5 * arguments.decoders + 0.5 <= 16, (
+        "two machines of eight cards"
+    )
 
 
 def test_the_slurm_script_waits_for_its_head_node(batch):
@@ -212,15 +214,14 @@ def test_the_kubernetes_manifest(manifest):
 
 
 def test_the_manifest_has_room_for_what_it_asks(manifest):
-    arguments = build_parser().parse_args(shlex.split(manifest["spec"]["entrypoint"])[3:])
-    check_cluster_flags(arguments)
+    arguments = ClusterCall.of(build_parser().parse_args(shlex.split(manifest["spec"]["entrypoint"])[3:]))
     assert arguments.device == "cuda", "the head has no card, and the workers may come after the driver"
     cluster = manifest["spec"]["rayClusterSpec"]
     cards = sum(
         group["replicas"] * int(group["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"])
         for group in cluster["workerGroupSpecs"]
     )
-    assert arguments.groups * arguments.ulysses + 0.5 * arguments.decoders + 0.5 <= cards
+    assert arguments.groups * arguments.layout.ulysses + 0.5 * arguments.decoders + 0.5 <= cards
 
 
 @pytest.mark.parametrize("damage", ["kind", "flag", "volume", "replicas", "home"])
@@ -251,7 +252,7 @@ def test_commands_of_the_pages(page):
         if program == "status":
             status.build_parser().parse_args(words)
         else:
-            check_cluster_flags(build_parser().parse_args(words))
+            ClusterCall.of(build_parser().parse_args(words))
 
 
 def test_the_range_of_ray_holds_what_is_tested():

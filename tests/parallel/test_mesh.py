@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parallel.collectives import Meter
-from parallel.mesh import AXES, Degrees, Mesh, axis_groups, default_degrees, layouts, position
+from parallel.degrees import Degrees, default_degrees, layouts
+from parallel.mesh import AXES, Mesh, axis_groups, position
 
 HELIOS = {"heads": 40, "smallest_tokens": 2940}
 

@@ -5,7 +5,6 @@ Tolerance of a forward: 1e-5 of the output's range, for sums taken in another or
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 
 import pytest
@@ -15,7 +14,7 @@ from benchmarks.ranks.pool import shared_pool
 from helios_cp.config import arguments
 from helios_cp.config.checkpoint import Checkpoint
 from helios_cp.config.errors import RequestError
-from helios_cp.config.layout import segment_lengths, smallest_tokens
+from helios_cp.config.layout import AskedLayout, segment_lengths, smallest_tokens
 from helios_cp.config.request import Request
 from helios_cp.model.sequence import WholeSequence
 from helios_cp.pipeline.pipeline import Pipeline
@@ -73,7 +72,7 @@ def test_segment_lengths_of_the_default_size(presets):
 def choose(presets, sizes, ranks, **flags):
     checkpoint = Checkpoint.read(presets["tiny-distilled"])
     requests = [Request(prompt=("a fox",), height=h, width=w).resolve(checkpoint) for h, w in sizes]
-    return choose_layout(argparse.Namespace(**flags), checkpoint, requests, ranks, CPU, torch.float32)
+    return choose_layout(AskedLayout(**flags), checkpoint, requests, ranks, CPU, torch.float32)
 
 
 @needs_yunchang

@@ -16,7 +16,6 @@ from helios_cp.config.execution import Execution
 from helios_cp.config.layout import Layout
 from helios_cp.config.request import Request
 from helios_cp.pipeline.pipeline import Pipeline
-from helios_cp.plan.__main__ import BuiltInCheckpoint, part_configs
 from helios_cp.plan.card_memory import (
     CONTEXT,
     FITTING_SHARE,
@@ -25,6 +24,7 @@ from helios_cp.plan.card_memory import (
     transformer_bytes,
 )
 from helios_cp.plan.cards import CARDS, EXACT, GIBIBYTE, Choice, chunk_seconds, main, rows, table
+from helios_cp.plan.configs import BuiltInCheckpoint, part_configs
 from helios_cp.plan.predict import Candidate, memory
 from helios_cp.plan.vae_cost import decoder_parameters
 from helios_cp.plan.workload import Workload

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
-
 import pytest
 import torch
 
 from helios_cp.config.checkpoint import Checkpoint
 from helios_cp.config.errors import RequestError
-from helios_cp.config.layout import Layout, smallest_tokens
+from helios_cp.config.layout import AskedLayout, Layout, smallest_tokens
 from helios_cp.config.request import Request
 from helios_cp.pipeline.world import Ranks, device_of_rank, pick_backend
 from helios_cp.plan.choose import choose_layout
@@ -22,7 +20,7 @@ GUIDED, PLAIN = "tiny-mid", "tiny-distilled"
 def choose(presets, name: str, ranks: int, size=(64, 64), **flags) -> Layout:
     checkpoint = Checkpoint.read(presets[name])
     request = Request(prompt=("a fox",), height=size[0], width=size[1]).resolve(checkpoint)
-    return choose_layout(argparse.Namespace(**flags), checkpoint, [request], ranks, CPU, torch.float32)
+    return choose_layout(AskedLayout(**flags), checkpoint, [request], ranks, CPU, torch.float32)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ tested.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import subprocess
@@ -17,18 +16,19 @@ import torch
 
 from helios_cp.config.checkpoint import Checkpoint, TransformerConfig
 from helios_cp.config.errors import RequestError
-from helios_cp.config.layout import Layout, segment_lengths, smallest_tokens
+from helios_cp.config.layout import AskedLayout, Layout, segment_lengths, smallest_tokens
 from helios_cp.config.request import Request
-from helios_cp.plan import __main__ as planner
 from helios_cp.plan import vae_cost, weight_cost
-from helios_cp.plan.__main__ import main, make_plan
+from helios_cp.plan.__main__ import main
 from helios_cp.plan.card_memory import FITTING_SHARE
 from helios_cp.plan.choose import choose_layout
+from helios_cp.plan.configs import part_configs
 from helios_cp.plan.detect import CPU, H100, PROFILES, RTX4090
 from helios_cp.plan.forward_cost import Traffic, forward_cost, repeated_flops
 from helios_cp.plan.predict import Candidate, limit_fps, message_seconds, predict
 from helios_cp.plan.rank_shares import shares
 from helios_cp.plan.report import Subject, command, stage_counts
+from helios_cp.plan.search import make_plan
 from helios_cp.plan.vae_cost import VaeConfig
 from helios_cp.plan.weight_cost import TextEncoderConfig
 from helios_cp.plan.workload import Workload
@@ -151,7 +151,7 @@ def test_every_plan_is_accepted_by_the_engine_and_no_other_is(presets):
     """Against what `choose_layout` says to the same flags."""
     checkpoint = Checkpoint.read(presets["tiny-mid"])
     request = Request(prompt=("a",), height=64, width=64).resolve(checkpoint)
-    work = Workload.of(checkpoint, request, torch.float32, *planner.part_configs(checkpoint))
+    work = Workload.of(checkpoint, request, torch.float32, *part_configs(checkpoint))
     for ranks in (1, 2, 6, 10):
         plan = make_plan(work, CPU, ranks, smallest_tokens(request, checkpoint), {"decoders": 0})
         for candidate, is_possible in [
@@ -159,7 +159,7 @@ def test_every_plan_is_accepted_by_the_engine_and_no_other_is(presets):
             *((each.candidate, False) for each in plan.refused),
         ]:
             degrees = candidate.layout.degrees
-            flags = argparse.Namespace(
+            flags = AskedLayout(
                 cfg_parallel=degrees.cfg,
                 ring=degrees.ring,
                 ulysses=degrees.ulysses,

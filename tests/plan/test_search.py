@@ -9,11 +9,11 @@ import json
 import pytest
 import torch
 
-from helios_cp.config.arguments import add_layout_arguments
+from helios_cp.config.arguments import add_flags
 from helios_cp.config.checkpoint import Checkpoint
 from helios_cp.config.errors import RequestError
 from helios_cp.config.execution import Execution
-from helios_cp.config.layout import Layout
+from helios_cp.config.layout import AskedLayout, Layout
 from helios_cp.config.request import Request
 from helios_cp.plan.choose import choose_layout, planning_hardware
 from helios_cp.plan.configs import BuiltInCheckpoint
@@ -26,7 +26,7 @@ from tests.plan.workloads import workload
 def auto(presets, name: str, ranks: int, **flags) -> Layout:
     checkpoint = Checkpoint.read(presets[name])
     request = Request(prompt=("a fox",), height=64, width=64).resolve(checkpoint)
-    arguments = argparse.Namespace(layout="auto", **flags)
+    arguments = AskedLayout(layout="auto", **flags)
     return choose_layout(arguments, checkpoint, [request], ranks, torch.device("cpu"), torch.float32)
 
 
@@ -54,7 +54,7 @@ def test_layout_auto_says_what_is_impossible(presets, ranks, flags, said):
 
 def test_layout_auto_is_a_flag():
     parser = argparse.ArgumentParser()
-    add_layout_arguments(parser)
+    add_flags(parser, AskedLayout)
     assert parser.parse_args(["--layout", "auto"]).layout == "auto"
 
 
@@ -139,7 +139,7 @@ def test_hardware_given_is_planned_for(presets, tmp_path):
     profile.write_text(json.dumps(dataclasses.replace(H100, name="small", memory_bytes=1e6).to_json()))
 
     def planned(**given):
-        arguments = argparse.Namespace(**given)
+        arguments = AskedLayout(**given)
         return choose_layout(arguments, checkpoint, [request], 2, torch.device("cpu"), torch.float32)
 
     assert planned(layout="auto", hardware="h100").degrees.world == 2
@@ -147,9 +147,7 @@ def test_hardware_given_is_planned_for(presets, tmp_path):
         planned(layout="auto", hardware=str(profile))
     with pytest.raises(RequestError, match="--hardware h100: only allowed beside --layout auto"):
         planned(hardware="h100")
-    near, far = (
-        planning_hardware(argparse.Namespace(layout="auto", hardware="h100"), "cpu", count) for count in (2, 4)
-    )
+    near, far = (planning_hardware(AskedLayout(layout="auto", hardware="h100"), "cpu", count) for count in (2, 4))
     assert (near.gpus_per_node, far.gpus_per_node) == (2, 4) and near.name == "h100"
 
 
