@@ -1,6 +1,7 @@
 # make demo   set up .venv and generate a video on the embedded tiny model
 # make demo-ray   the same on a Ray cluster of two nodes on this machine, two videos at once
-# make test   set up .venv, lint, and run the tests; those that start Ray clusters come last
+# make test   set up .venv, lint, and run all tests, side by side
+# make test-quick   what one runs while editing: no Ray, no torchrun, no whole videos on many ranks
 # make test-ray   only those that start Ray clusters
 # make tiny   train the embedded models on rendered clips, in outputs/tiny; hours, and a stop loses nothing
 # make bench  the benchmarks on this machine's CPU, short, and the report of them in outputs/bench
@@ -11,7 +12,9 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 BENCH := outputs/bench
 
-.PHONY: demo demo-ray tiny test test-ray bench lint format clean
+WORKERS ?= 3
+
+.PHONY: demo demo-ray tiny test test-quick test-ray bench lint format clean
 
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -35,9 +38,12 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# One worker more than two cores, because tests of processes wait most of the time.
 test: lint
-	$(BIN)/python -m pytest -m "not ray"
-	$(BIN)/python -m pytest -m ray
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
+
+test-quick: $(INSTALLED)
+	$(BIN)/python -m pytest -m "not ray and not slow" --numprocesses 2 --dist worksteal
 
 test-ray: $(INSTALLED)
 	$(BIN)/python -m pytest -m ray
