@@ -1,4 +1,4 @@
-"""Bytes and collectives of a forward of Helios-14B over 2, 4 and 8 ranks: ours, and diffusers' context parallelism.
+"""Bytes and collectives of a forward of Helios-14B over 2, 3, 4 and 8 ranks: ours, and diffusers' context parallelism.
 
 python -m benchmarks.communication       a few minutes on two cores
 
@@ -19,7 +19,7 @@ from rich.table import Table
 from benchmarks.communication.counts import NARROW, Count, counts_of_ours, counts_of_theirs
 from benchmarks.measuring.machine import RESULTS, write_result
 from benchmarks.models.communication_formulas import DTYPE, Tokens
-from benchmarks.models.diffusers_parallel import REPAIRS
+from benchmarks.models.diffusers_parallel import PEERS, REPAIRS
 from benchmarks.models.forward_counts import SIZE
 from benchmarks.models.models import STAGES
 from benchmarks.ranks.pool import RankPool
@@ -34,6 +34,7 @@ from parallel.mesh import Degrees
 FULL = TransformerConfig()
 LAYOUTS = {
     2: (Degrees(ulysses=2), Degrees(ring=2), Degrees(ulysses=2, ffn_tp=2), Degrees(cfg=2)),
+    3: (Degrees(ulysses=3), Degrees(ring=3)),
     4: (
         Degrees(ulysses=4),
         Degrees(ring=2, ulysses=2),
@@ -111,13 +112,18 @@ def main(arguments: list[str] | None = None, pool: RankPool | None = None) -> in
 
 def count_layouts(pool: RankPool, worlds: list[int], console: Console) -> Counts:
     counts: Counts = {}
-    work = [(ranks, degrees) for ranks in sorted(set(worlds)) for degrees in (None, *LAYOUTS[ranks])]
-    for ranks, degrees in track(work, "counting", console=console, transient=True):
-        if degrees is None:
-            counts[ranks] = {"diffusers": counts_of_theirs(pool, ranks, FULL, SIZE, STAGES)}
+    work = [(ranks, each) for ranks in sorted(set(worlds)) for each in (*PEERS, *LAYOUTS[ranks])]
+    for ranks, each in track(work, "counting", console=console, transient=True):
+        of_ranks = counts.setdefault(ranks, {})
+        if isinstance(each, Degrees):
+            of_ranks[name_of(each)] = counts_of_ours(pool, each, FULL, SIZE, STAGES)
         else:
-            counts[ranks][name_of(degrees)] = counts_of_ours(pool, degrees, FULL, SIZE, STAGES)
+            of_ranks[peer_name(each)] = counts_of_theirs(pool, ranks, FULL, SIZE, STAGES, each)
     return counts
+
+
+def peer_name(peer: str) -> str:
+    return "diffusers" if peer == PEERS[0] else f"diffusers, {peer}"
 
 
 def name_of(degrees: Degrees) -> str:
@@ -132,18 +138,23 @@ def counts_table(counts: Counts) -> Table:
     for heading in (*(f"stage {stage}" for stage in STAGES), "of diffusers", "calls"):
         table.add_column(heading, justify="right", no_wrap=True)
     for ranks, plans in counts.items():
-        theirs = plans["diffusers"][STAGE_OF_GOALS]
+        theirs = next(plans[peer_name(peer)][STAGE_OF_GOALS] for peer in PEERS if runs(plans[peer_name(peer)]))
         for name, stages in plans.items():
             last = stages[STAGE_OF_GOALS]
+            is_compared = runs(stages) and "CFG" not in name and not name.startswith("diffusers")
             table.add_row(
                 f"{ranks}: {name}",
                 *("fails" if isinstance(count, str) else _megabytes(count) for count in stages.values()),
-                "" if "CFG" in name or last is theirs else f"1/{theirs.mean_bytes / last.mean_bytes:.2f}",
-                str(last.calls),
-                style="dim" if last is theirs else "",
+                f"1/{theirs.mean_bytes / last.mean_bytes:.2f}" if is_compared else "",
+                str(last.calls) if runs(stages) else "",
+                style="dim" if name.startswith("diffusers") else "",
             )
         table.add_section()
     return table
+
+
+def runs(stages: dict[int, Count | str]) -> bool:
+    return isinstance(stages[STAGE_OF_GOALS], Count)
 
 
 def _megabytes(count: Count) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks.models.communication_formulas import AXES, DTYPE, ByAxis, Tokens, Traffic, predict_ours, predict_theirs
-from benchmarks.models.diffusers_parallel import FunctionalCollectives, enable_ulysses
+from benchmarks.models.diffusers_parallel import FunctionalCollectives, enable_parallelism
 from benchmarks.models.models import Inputs, build_pair, encode_history
 from benchmarks.models.models import run_ours as forward_ours
 from benchmarks.models.models import run_theirs as forward_theirs
@@ -32,6 +32,8 @@ from parallel.mesh import Degrees, Mesh
 NARROW = TransformerConfig(
     num_attention_heads=8, attention_head_dim=8, rope_dim=(4, 2, 2), ffn_dim=64, text_dim=64, num_layers=3
 )
+# Where 3 ranks share the heads unevenly, there must be as many of them as in the full model.
+WITH_ALL_HEADS = replace(NARROW, num_attention_heads=40)
 GROWS_WITH_WIDTH = ("ulysses", "ring", "ffn_tp", "context")
 TIMEOUT = 600.0  # seconds for the counts of one layout
 
@@ -74,25 +76,34 @@ def _sharded_model(config: TransformerConfig, mesh: Mesh) -> HeliosTransformer:
 
 
 def count_theirs(
-    rank: int, configs: Sequence[TransformerConfig], size: tuple[int, int], stages: Sequence[int], ranks: int
+    rank: int,
+    configs: Sequence[TransformerConfig],
+    size: tuple[int, int],
+    stages: Sequence[int],
+    ranks: int,
+    peer: str = "ulysses",
 ) -> dict[tuple[int, TransformerConfig], ByAxis | str]:
-    """As `count_ours` for diffusers' Ulysses over the `ranks` of the world, or why it cannot run."""
-    return {(stage, config): _count_theirs(config, size, stage, ranks) for stage in stages for config in configs}
+    """As `count_ours` for diffusers over the `ranks` of the world, by one of `PEERS`, or why it cannot run."""
+    return {(stage, config): _count_theirs(config, size, stage, ranks, peer) for stage in stages for config in configs}
 
 
 @torch.inference_mode()
-def _count_theirs(config: TransformerConfig, size: tuple[int, int], stage: int, ranks: int) -> ByAxis | str:
+def _count_theirs(config: TransformerConfig, size: tuple[int, int], stage: int, ranks: int, peer: str) -> ByAxis | str:
     torch.manual_seed(0)
     model, _ = build_pair(config, torch.device("cpu"), DTYPE)
     inputs = Inputs.random(config, size, stage, torch.device("cpu"), DTYPE)
-    enable_ulysses(model, ranks)
+    enable_parallelism(model, ranks, peer)
     meter = Meter()
     try:
         with FunctionalCollectives(meter):
             forward_theirs(model, inputs)
-    except AssertionError as error:  # tokens that do not divide, before anything is sent
+    except (AssertionError, ValueError) as error:  # tokens that do not divide, or no attention for a ring on a CPU
         return str(error)
-    return {"context": Traffic(meter.total_calls, meter.total_bytes)}
+    sizes = Traffic(meter.calls.get("sizes", 0), meter.sent_bytes.get("sizes", 0))
+    return {
+        "context": Traffic(meter.total_calls - sizes.calls, meter.total_bytes - sizes.sent_bytes),
+        "sizes": sizes,
+    }
 
 
 def at_full_size(two: ByAxis, three: ByAxis, narrow: TransformerConfig, full: TransformerConfig) -> ByAxis:
@@ -111,7 +122,10 @@ def at_full_size(two: ByAxis, three: ByAxis, narrow: TransformerConfig, full: Tr
 
 @dataclass(frozen=True)
 class Count:
-    """One layout at one stage at full size: counted on each rank, and the predicted calls and sum of bytes."""
+    """One layout at one stage at full size: counted on each rank, and the calls and sum of bytes that are predicted.
+
+    An axis without a prediction is not checked.
+    """
 
     ranks: tuple[ByAxis, ...]
     predicted: ByAxis
@@ -141,8 +155,8 @@ class Count:
     def to_json(self) -> dict[str, Any]:
         axes = {
             axis: {"calls": self.ranks[0][axis].calls, "bytes_of_ranks": [rank[axis].sent_bytes for rank in self.ranks]}
-            for axis, predicted in self.predicted.items()
-            if predicted.calls
+            for axis, traffic in self.ranks[0].items()
+            if traffic.calls
         }
         totals = {"calls": self.calls, "mean_bytes": self.mean_bytes, "max_bytes": self.max_bytes}
         return {**totals, "is_as_predicted": self.is_as_predicted, "axes": axes}
@@ -156,33 +170,41 @@ def counts_of_ours(
     pool: RankPool, degrees: Degrees, full: TransformerConfig, size: tuple[int, int], stages: Sequence[int]
 ) -> dict[int, Count]:
     """One layout of `full` by stage, counted on the narrow model."""
-    configs = two, three = _two_depths()
+    configs = two, three = _two_depths(degrees.ulysses)
     ranks = pool.run(count_ours, configs, size, stages, degrees, ranks=degrees.world, timeout=TIMEOUT)
+    is_even = full.num_attention_heads % degrees.ulysses == 0
     return {
         stage: Count(
-            tuple(at_full_size(rank[stage, two], rank[stage, three], NARROW, full) for rank in ranks),
-            predict_ours(full, Tokens.of(size, stage), degrees),
+            tuple(at_full_size(rank[stage, two], rank[stage, three], three, full) for rank in ranks),
+            predict_ours(full, Tokens.of(size, stage), degrees) if is_even else {},
         )
         for stage in stages
     }
 
 
 def counts_of_theirs(
-    pool: RankPool, ranks: int, full: TransformerConfig, size: tuple[int, int], stages: Sequence[int]
+    pool: RankPool,
+    ranks: int,
+    full: TransformerConfig,
+    size: tuple[int, int],
+    stages: Sequence[int],
+    peer: str = "ulysses",
 ) -> dict[int, Count | str]:
-    """diffusers' Ulysses by stage, or why it cannot run."""
-    configs = two, three = _two_depths()
-    found = pool.run(count_theirs, configs, size, stages, ranks, ranks=ranks, timeout=TIMEOUT)
+    """diffusers' way of one of `PEERS` by stage, or why it cannot run."""
+    configs = two, three = _two_depths(ranks)
+    found = pool.run(count_theirs, configs, size, stages, ranks, peer, ranks=ranks, timeout=TIMEOUT)
     counts: dict[int, Count | str] = {}
     for stage in stages:
         if isinstance(found[0][stage, three], str):
             counts[stage] = found[0][stage, three]
             continue
-        each = tuple(at_full_size(rank[stage, two], rank[stage, three], NARROW, full) for rank in found)
-        counts[stage] = Count(each, predict_theirs(full, Tokens.of(size, stage), ranks))
+        each = tuple(at_full_size(rank[stage, two], rank[stage, three], three, full) for rank in found)
+        counts[stage] = Count(each, predict_theirs(full, Tokens.of(size, stage), ranks) if peer == "ulysses" else {})
     return counts
 
 
-def _two_depths() -> tuple[TransformerConfig, TransformerConfig]:
-    two, three = (replace(NARROW, num_layers=layers) for layers in (2, 3))
+def _two_depths(ranks: int) -> tuple[TransformerConfig, TransformerConfig]:
+    """Two models that differ by a block, whose heads `ranks` share as they would share those of the full model."""
+    config = NARROW if NARROW.num_attention_heads % ranks == 0 else WITH_ALL_HEADS
+    two, three = (replace(config, num_layers=layers) for layers in (2, 3))
     return two, three

@@ -88,12 +88,14 @@ def forward_section(result: Result) -> str:
 def communication_section(result: Result) -> str:
     rows = []
     for ranks, plans in result.results["counts"].items():
-        theirs = plans["diffusers"]["stage 3"]["mean_bytes"]
+        peers = [stages["stage 3"] for name, stages in plans.items() if name.startswith("diffusers")]
+        theirs = next((peer["mean_bytes"] for peer in peers if "fails" not in peer), None)
         for name, stages in plans.items():
             values = [stages[f"stage {stage}"] for stage in (1, 2, 3)]
             sent = ["fails" if "fails" in each else f"{each['mean_bytes'] / 1e6:.0f}" for each in values]
-            share = "" if name == "diffusers" or "CFG" in name else f"1/{theirs / values[2]['mean_bytes']:.2f}"
-            rows.append([f"{ranks}, {name}", *sent, share, str(values[2]["calls"])])
+            is_compared = theirs is not None and not name.startswith("diffusers") and "CFG" not in name
+            share = f"1/{theirs / values[2]['mean_bytes']:.2f}" if is_compared else ""
+            rows.append([f"{ranks}, {name}", *sent, share, str(values[2].get("calls", ""))])
     text = "Counted in runs of gloo ranks, MB that a rank sends in a forward of Helios-14B:\n\n"
     return text + table(("", "stage 1", "stage 2", "stage 3", "of diffusers", "collectives"), rows)
 

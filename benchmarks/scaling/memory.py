@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.measuring.memory import LiveMemory
-from benchmarks.models.diffusers_parallel import enable_ulysses
+from benchmarks.models.diffusers_parallel import enable_parallelism
 from benchmarks.models.models import run_theirs
 from benchmarks.ranks.silent import silent_mesh
 from benchmarks.scaling.ranks import Case, Program, build, layouts, pick_dtype, sequence_program
@@ -60,7 +60,7 @@ def peak_bytes_of_diffusers(case: Case, dtype: torch.dtype) -> int:
 def peak_bytes_of_ulysses(case: Case, ranks: int, device: torch.device) -> int:
     """As `peak_bytes` for diffusers' Ulysses; called on every rank of a world of `ranks`, on a device of its own."""
     theirs, _, inputs = build(case, device, pick_dtype(device))
-    enable_ulysses(theirs, ranks, device.type)
+    enable_parallelism(theirs, ranks, device_type=device.type)
     return min(_peak_of_second(lambda: run_theirs(theirs, inputs)) for _ in range(3))
 
 

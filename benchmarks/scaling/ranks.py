@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from torch import Tensor
 from benchmarks.measuring.counting import count
 from benchmarks.measuring.device_rates import wait
 from benchmarks.measuring.timing import Timing, interleave
-from benchmarks.models.diffusers_parallel import FunctionalCollectives, enable_ulysses
+from benchmarks.models.diffusers_parallel import FunctionalCollectives, enable_parallelism
 from benchmarks.models.models import Inputs, build_pair, encode_history, run_ours, run_theirs
 from benchmarks.ranks.groups import pinned, rank_device
 from helios_cp.config.checkpoint import TransformerConfig
@@ -88,6 +89,12 @@ def layouts(ranks: int) -> dict[str, Degrees]:
     return found
 
 
+def peers(ranks: int, device_type: str) -> dict[str, str]:
+    """The ways of diffusers that are timed; a CPU has no attention for its ring."""
+    found = {f"diffusers, Ulysses {ranks}": "ulysses", f"diffusers, ulysses_anything {ranks}": "ulysses_anything"}
+    return found | ({f"diffusers, ring_anything {ranks}": "ring_anything"} if device_type == "cuda" else {})
+
+
 @torch.inference_mode()
 def count_flops(case: Case) -> dict[str, int]:
     """FLOPs of one forward on one rank, by program."""
@@ -108,15 +115,17 @@ def time_ranks(
     """
     device = rank_device(device_type, local_rank)
     theirs, ours, inputs = build(case, device, pick_dtype(device))
-    theirs_split = copy.deepcopy(theirs)
-    enable_ulysses(theirs_split, ranks, device.type)
     alone = sequence_program(ours, inputs, WholeSequence())
-    meters = {f"diffusers, Ulysses {ranks}": Meter()}
+    meters: dict[str, Meter] = {}
     programs: dict[str, Program] = {
         "diffusers, 1 rank": lambda: run_theirs(theirs, inputs) if rank == 0 else None,
         "ours, 1 rank": lambda: alone() if rank == 0 else None,
-        f"diffusers, Ulysses {ranks}": lambda: run_theirs(theirs_split, inputs),
     }
+    for name, peer in peers(ranks, device.type).items():
+        split = copy.deepcopy(theirs)
+        enable_parallelism(split, ranks, peer, device.type)
+        meters[name] = Meter()
+        programs[name] = functools.partial(run_theirs, split, inputs)
     for name, degrees in layouts(ranks).items():
         meters[f"ours, {name}"] = meter = Meter()
         programs[f"ours, {name}"] = sequence_program(ours, inputs, _sharded(degrees, meter))

@@ -124,6 +124,22 @@ def test_diffusers_sends_what_the_formula_says_or_refuses(ranks):
     assert counts[2].is_as_predicted and counts[2].calls == 280
 
 
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_diffusers_takes_uneven_ranks_by_ulysses_anything(ranks):
+    """It sends what its plain Ulysses does, tells the ranks' sizes besides, and needs no tokens that divide."""
+    counts = counts_of_theirs(shared_pool(), ranks, FULL, SMALL, (1, 2), "ulysses_anything")
+    for count in counts.values():
+        assert count.calls == 280 + 7 * 40 and all(rank["sizes"].calls == 280 for rank in count.ranks)
+    if ranks == 2:
+        plain = counts_of_theirs(shared_pool(), ranks, FULL, SMALL, (2,))[2]
+        assert [rank["context"] for rank in counts[2].ranks] == [rank["context"] for rank in plain.ranks]
+
+
+def test_diffusers_has_no_ring_on_a_cpu():
+    counts = counts_of_theirs(shared_pool(), 2, FULL, SMALL, (2,), "ring_anything")
+    assert "return_lse" in counts[2]
+
+
 def test_depth_and_width_are_scaled_exactly():
     full = replace(NARROW, num_layers=5, attention_head_dim=16, rope_dim=(8, 4, 4))
     two, three = (replace(NARROW, num_layers=layers) for layers in (2, 3))
@@ -186,7 +202,7 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     assert "MISSED" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flags", [["--output", "out.txt"], ["--ranks", "3"], ["--ranks", "two"]])
+@pytest.mark.parametrize("flags", [["--output", "out.txt"], ["--ranks", "5"], ["--ranks", "two"]])
 def test_bad_arguments_are_one_line(flags, capsys):
     with pytest.raises(SystemExit, match="2"):
         communication.main(flags)
