@@ -30,7 +30,7 @@ from helios_cp.config.errors import RequestError
 from helios_cp.config.execution import Execution
 from helios_cp.config.request import Request
 from helios_cp.config.sampling_plan import SamplingPlan
-from helios_cp.model.transformer import HeliosTransformer
+from helios_cp.model.transformer import HeliosTransformer, empty_model
 from helios_cp.pipeline.parallelize import ParallelPipeline, load_parallel
 from helios_cp.pipeline.start import Inputs
 from helios_cp.plan.configs import BuiltInCheckpoint
@@ -151,9 +151,8 @@ def random_transformer(
     placement: Placement = Whole(),
 ) -> HeliosTransformer:
     """Weights lie on `home`, and are drawn on `device`. The rest is as for `weights.transformer.load_transformer`."""
-    with torch.device("meta"):
-        model = HeliosTransformer(config)
-    placement.shrink(model.cast(dtype), home)
+    model = empty_model(config, dtype)
+    placement.shrink(model, home)
     model.to_empty(device=home)
     fill({to.name: to.memory for to in placement.destinations(model, {})}, device)
     return model.eval().requires_grad_(False)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from helios_cp.config.checkpoint import TransformerConfig
 from helios_cp.config.errors import CheckpointError, RequestError
 from helios_cp.config.execution import Adapter
+from helios_cp.model.transformer import empty_model
 from helios_cp.weights.adapter_files import MERGED_KINDS, Entry, find_adapter_file, read_adapter_file
 from helios_cp.weights.updates import Decomposed, Difference, Hadamard, Kronecker, LowRank, Update
 
@@ -31,7 +32,7 @@ VARIANTS += ("velora_config", "layer_replication")
 
 Entries = Mapping[str, Entry]
 """The tensors of one layer in a file, by what they are (`adapter_files.WORDS`)."""
-Scale = Callable[["int | None"], float]
+Scale = Callable[[int | None], float]
 """From the rank, if the tensors tell it, to the factor of an update."""
 
 
@@ -57,11 +58,7 @@ def read_updates(adapters: Sequence[Adapter], shapes: Mapping[str, tuple[int, ..
 def check_adapters(adapters: Sequence[Adapter], config: TransformerConfig) -> None:
     """Raises `RequestError` as `read_updates` does, without the model's weights."""
     if adapters:
-        from helios_cp.model.transformer import HeliosTransformer
-
-        with torch.device("meta"):
-            model = HeliosTransformer(config)
-        read_updates(adapters, shapes_of(model))
+        read_updates(adapters, shapes_of(empty_model(config, torch.float32)))
 
 
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -93,32 +90,32 @@ def _layer_updates(
     strength: float,
 ) -> Iterator[tuple[str, Update]]:
     """The updates of one layer, each with the name of the parameter that it changes."""
-    weight = layer if layer in shapes else f"{layer}.weight"
-    some_key = next(iter(found.values())).key
-    makers = [make for words, make in MAKERS if words & found.keys()]
-    if makers and len(shapes[weight]) < 2:
-        raise CheckpointError(f"{some_key} belongs to no layer of the model; only layers with a matrix take its kind")
-    if len(makers) > 1:
-        raise CheckpointError(f"{some_key} is of a layer with adapters of two kinds; one a layer is allowed")
-    needs_matrix = found.keys() & {"lora_B.bias", "lora_magnitude_vector", "dora_scale"}
-    if not makers and (needs_matrix or not found.keys() & {"diff", "diff_b"}):
-        raise CheckpointError(f"{some_key} has no lora_A.weight beside it")
-
-    for make in makers:
-        update = make(found, shapes[weight], lambda rank: strength * _scale(layer, found, config, rank))
+    weight, bias = layer if layer in shapes else f"{layer}.weight", f"{layer}.bias"
+    differences = {"diff", "diff_b"} & found.keys()
+    if not differences or found.keys() - differences - {"alpha"}:
+        update = _matrix_update(found, shapes[weight], lambda rank: strength * _scale(layer, found, config, rank))
         magnitude = _magnitude(found, shapes[weight])
-        if magnitude is not None:
-            yield weight, Decomposed(update, magnitude)
-        elif config.get("use_dora"):
-            raise CheckpointError(f"{some_key} has no lora_magnitude_vector beside it, though use_dora is set")
-        else:
-            yield weight, update
+        if magnitude is None and config.get("use_dora"):
+            raise CheckpointError(f"{_first_key(found)} has no lora_magnitude_vector beside it, though use_dora is set")
+        yield weight, update if magnitude is None else Decomposed(update, magnitude)
         if "lora_B.bias" in found:
-            yield f"{layer}.bias", _difference(found["lora_B.bias"], shapes.get(f"{layer}.bias"), update.scale)
+            yield bias, _difference(found["lora_B.bias"], shapes.get(bias), update.scale)
     if "diff" in found:
         yield weight, _difference(found["diff"], shapes[weight], strength)
     if "diff_b" in found:
-        yield f"{layer}.bias", _difference(found["diff_b"], shapes.get(f"{layer}.bias"), strength)
+        yield bias, _difference(found["diff_b"], shapes.get(bias), strength)
+
+
+def _matrix_update(found: Entries, shape: tuple[int, ...], scale: Scale) -> LowRank | Hadamard | Kronecker:
+    """What the factors of a layer add to its weight."""
+    makers = [make for words, make in MAKERS if words & found.keys()]
+    if not makers:
+        raise CheckpointError(f"{_first_key(found)} has no lora_A.weight beside it")
+    if len(shape) < 2:
+        raise CheckpointError(f"{_first_key(found)} belongs to no layer of the model whose weight is a matrix")
+    if len(makers) > 1:
+        raise CheckpointError(f"{_first_key(found)} is of a layer with adapters of two kinds; one a layer is allowed")
+    return makers[0](found, shape, scale)
 
 
 def _low_rank(found: Entries, shape: tuple[int, ...], scale: Scale) -> LowRank:
@@ -178,13 +175,15 @@ MAKERS: Sequence[tuple[set[str], Callable[[Entries, tuple[int, ...], Scale], Low
 def _factors(found: Entries, words: tuple[str, ...], ending: str = "") -> list[Entry]:
     for word in words:
         if word not in found:
-            raise CheckpointError(f"{next(iter(found.values())).key} has no {word}{ending} beside it")
+            raise CheckpointError(f"{_first_key(found)} has no {word}{ending} beside it")
     return [found[word] for word in words]
 
 
 def _difference(entry: Entry, shape: tuple[int, ...] | None, scale: float) -> Difference:
-    if shape is None or tuple(entry.tensor.shape) != shape:
-        raise _wrong_shape(entry, f"{shape}")
+    if shape is None:
+        raise CheckpointError(f"{entry.key} is for the bias of a layer that has none")
+    if tuple(entry.tensor.shape) != shape:
+        raise _wrong_shape(entry, str(shape))
     return Difference(entry.tensor, scale)
 
 
@@ -221,7 +220,7 @@ def _scale(layer: str, found: Entries, config: Mapping[str, Any], rank: int | No
         alpha = float(entry.tensor)
     alpha = float(rank if alpha is None else alpha)
     if not math.isfinite(alpha):
-        raise CheckpointError(f"{next(iter(found.values())).key} has an alpha of {alpha}; a finite number is needed")
+        raise CheckpointError(f"{_first_key(found)} has an alpha of {alpha}; a finite number is needed")
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
@@ -231,6 +230,10 @@ def _setting(layer: str, config: Mapping[str, Any], patterns: str, names: tuple[
         if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", layer):
             return value
     return next((config[name] for name in names if config.get(name) is not None), None)
+
+
+def _first_key(found: Entries) -> str:
+    return next(iter(found.values())).key
 
 
 def _wrong_shape(entry: Entry, needed: str) -> CheckpointError:

@@ -27,7 +27,7 @@ from helios_cp.files.tensor_files import (
     stored_tensors,
 )
 from helios_cp.model.layers import stored_names
-from helios_cp.model.transformer import HeliosTransformer
+from helios_cp.model.transformer import HeliosTransformer, empty_model
 from helios_cp.weights.lora import read_updates, shapes_of
 from helios_cp.weights.placement import Destination, Moved, Placement, Whole
 from helios_cp.weights.quantize import (
@@ -86,15 +86,14 @@ def load_adaptable(
     kind = agreed_quantization(execution, checkpoint.folder)
     if kind is not None and not placement.takes_quantised:
         raise ValueError("quantised and sharded weights: give one of the two; FSDP gathers no quantised weights")
-    with torch.device("meta"):
-        model = HeliosTransformer(checkpoint.transformer)
+    model = empty_model(checkpoint.transformer, dtype)
     shapes = shapes_of(model)
     check_transformer(checkpoint, stored, shapes, quantised_layers(model), stored_kind)
     check_quantization(kind, checkpoint.transformer, dtype=dtype, device=device)
     updates = read_updates(execution.lora, shapes)
     assert not list(model.buffers()), "buffers are not part of a checkpoint and would stay empty"
 
-    placement.shrink(model.cast(dtype), home)
+    placement.shrink(model, home)
     _allocate(model, home, kind)
     source = Source(Reader(stored), shapes, kind, stored_kind is not None, device)
     _fill_all(placement.destinations(model, {}), source, updates)

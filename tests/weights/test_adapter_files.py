@@ -218,6 +218,7 @@ DAMAGES = [
     (put("attn1.to_k.oft_blocks", 4, 24, 24), {}, "oft_blocks: the kind is OFT"),
     (put("attn1.to_k.ia3_l", 96), {}, "ia3_l: the kind is IA3"),
     (put("attn1.to_k.diff", 96), {}, "to_k.diff has shape (96,); it must be (96, 96)"),
+    (put("attn1.norm_q.diff_b", 96), {}, "norm_q.diff_b is for the bias of a layer that has none"),
     (put("attn1.to_k.bias", 96), {}, "to_k.bias is a whole parameter (modules_to_save or bias of PEFT)"),
     (put("attn1.to_k.something", 96), {}, "to_k.something belongs to no layer of the model, or is of an unknown kind"),
     (put("attn1.to_q.lora_up.weight", 96, 4), {}, "says the same as"),
