@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -24,6 +25,7 @@ from helios_cp.files.clips import check_video
 from helios_cp.files.pictures import check_image
 from helios_cp.files.whole_files import check_file_target, check_folder_target
 from helios_cp.generate.prompt_files import INTERPOLATE_TIME, Job, read_prompt_file, single_job
+from helios_cp.generate.remarks import request_remarks
 from helios_cp.generate.report import versions
 from helios_cp.generate.run_folder import MadeWith, Run, RunFolder
 from helios_cp.pipeline.world import device_of_rank, pick_backend
@@ -62,27 +64,16 @@ class Session:
     planned_for: str | None = None
     changes: tuple[str, ...] = ()
 
+    @functools.cached_property
     def remarks(self) -> list[str]:
-        """What to tell before work starts.
-
-        That weights are random, what `--layout auto` took for which machine, which flags are given without effect, and
-        what a run to go on with was made with before.
-        """
+        """What to tell before work starts: what is random, planned, ignored, cut or changed."""
         random = (
             f"{self.model}: the weights are random, so the video is noise; "
             "--model BestWishYsh/Helios-Distilled gets the real ones"
         )
-        ignored = {flag: value for job in self.jobs for flag, value in job.request.ignored(self.checkpoint).items()}
         planned = [] if self.planned_for is None else [self.layout.as_planned(self.planned_for)]
-        return (
-            [random] * self.checkpoint.random_weights
-            + planned
-            + [
-                f"{flag} {value}: Helios-Distilled has its guidance built in and does not read it"
-                for flag, value in ignored.items()
-            ]
-            + list(self.changes)
-        )
+        of_requests = request_remarks([job.request for job in self.jobs], self.checkpoint)
+        return [random] * self.checkpoint.random_weights + planned + of_requests + list(self.changes)
 
     def for_followers(self) -> dict[str, Any]:
         """What the ranks other than 0 need to know, as JSON: `Followed.from_json` reads it."""

@@ -25,7 +25,14 @@ def report_of(session: Session, job: Job) -> Report:
     """An empty report of one of a session's videos."""
     output = [str(path) for path in job.output]
     return Report(
-        job.request, session.checkpoint, session.layout, session.dtype, session.device, output, session.execution
+        job.request,
+        session.checkpoint,
+        session.layout,
+        session.dtype,
+        session.device,
+        output,
+        session.execution,
+        session.remarks,
     )
 
 

@@ -31,7 +31,8 @@ def versions() -> dict[str, str]:
 class Report:
     """Collects the seconds of each chunk of one video and works out the FPS.
 
-    `error` is what ended it. `playable` is where its chunks can be played, if not in `output`.
+    `remarks` were told before it began. `error` is what ended it. `playable` is where its chunks can be played, if not
+    in `output`.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Report:
         device: torch.device,
         output: list[str],
         execution: Execution | None = None,
+        remarks: Sequence[str] = (),
     ) -> None:
         self.request = request
         self.checkpoint = checkpoint
@@ -51,6 +53,7 @@ class Report:
         self.device = device
         self.output = output
         self.execution = execution or Execution()
+        self.remarks = list(remarks)
         self.resumed_from_chunk = 0
         self.peak_bytes = 0
         self.error: str | None = None
@@ -113,6 +116,7 @@ class Report:
             "seed": list(self.request.seeds),
             "request": self.request.to_json(),
             "output": self.output,
+            "remarks": self.remarks,
             "complete": self.finished_chunks == self.request.num_chunks,
             "error": self.error,
             "finished_chunks": self.finished_chunks,

@@ -50,7 +50,7 @@ def run(session: Session, world: World) -> int:
     """
     for path in session.skipped:
         say(f"{path} exists, skipped")
-    for remark in session.remarks():
+    for remark in session.remarks:
         say(remark)
     reports: list[Report] = []
     is_reported = True

@@ -74,7 +74,7 @@ def _generate(session: Session, call: ClusterCall, device: str, resources: Resou
         say(f"{path} exists, skipped")
     if not session.jobs:
         return 0
-    for remark in session.remarks():
+    for remark in session.remarks:
         say(remark)
     if call.address != "local" and call.device == "auto" and device == "cpu":
         say("no node has a card by now, so all runs on CPUs; where cards come on demand, give --device cuda")

@@ -1,0 +1,45 @@
+"""What is worth telling of a request before its video is made, though nothing is wrong with it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from helios_cp.config.checkpoint import Checkpoint
+from helios_cp.config.request import Request
+from helios_cp.files.clips import clip_remarks
+from helios_cp.files.pictures import picture_remarks
+
+
+def request_remarks(requests: Sequence[Request], checkpoint: Checkpoint) -> list[str]:
+    """Of resolved requests whose pictures and clips were checked: each remark once."""
+    found = [remark for request in requests for remark in [*_media(request), *_cut_prompts(request, checkpoint)]]
+    ignored = {flag: value for request in requests for flag, value in request.ignored(checkpoint).items()}
+    found += [
+        f"{flag} {value}: Helios-Distilled has its guidance built in and does not read it"
+        for flag, value in ignored.items()
+    ]
+    return list(dict.fromkeys(found))
+
+
+def _media(request: Request) -> list[str]:
+    size = request.height, request.width, request.resize_mode
+    picture = [] if request.image is None else picture_remarks(request.image, *size)
+    return picture + ([] if request.video is None else clip_remarks(request.video, *size, request.fps))
+
+
+def _cut_prompts(request: Request, checkpoint: Checkpoint) -> list[str]:
+    most = request.max_sequence_length
+    texts = [*request.prompt, *(entry.prompt for entry in request.prompt_schedule), request.negative_prompt]
+    long = [text for text in texts if len(text.encode()) >= most]  # a token is a byte at least, and the last ends it
+    if not long:
+        return []
+    from transformers import AutoTokenizer  # seconds to import, and most prompts are short
+
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder / "tokenizer", local_files_only=True)
+    counts = {text: len(tokenizer(text).input_ids) for text in long}
+    return [
+        f"prompt {text[:40]!r}…: it has {count} tokens and is cut after {most}; --max-sequence-length takes more, "
+        "and the checkpoints were trained with 512"
+        for text, count in counts.items()
+        if count > most
+    ]
