@@ -10,6 +10,7 @@ import contextlib
 import logging
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import CancelledError, Future
@@ -203,6 +204,7 @@ class Conductor:
         else:
             error = video.task.exception()
         if error is not None:
+            traceback.clear_frames(error.__traceback__)  # their variables would keep the video's chunks in memory
             await self._finish_files(video)
         del self._videos[video.key]
         self.crew.forget(video.key)

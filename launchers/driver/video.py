@@ -73,11 +73,14 @@ class Video:
     async def run(self) -> None:
         """Returns when all chunks are delivered. Raises what ends the video early."""
         await self.admitted.wait()
+        error: Exception | None = None
         try:
             async with asyncio.TaskGroup() as finishing:
                 await self._make_chunks(finishing)
         except ExceptionGroup as errors:
-            raise errors.exceptions[0] from None  # the first; it had the other chunks cancelled
+            error = errors.exceptions[0]  # it had the other chunks cancelled
+        if error is not None:
+            raise error
         while self.delivered < self.chunks:
             await self._room()
 

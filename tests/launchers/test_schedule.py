@@ -6,6 +6,8 @@ Everything runs in one event loop, and hypothesis says what happens next, so no 
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import CancelledError
@@ -78,7 +80,8 @@ class Player(StandIn):
     def _denoise(self, job, text, before):
         chunk = self.world.first(job.video) if before is None else before.state
         self.world.denoised[job.video].append((chunk, job.prompt))
-        return [Denoised(chunk + 1, SPAN), Numbers(np.zeros((1, 1, 1, 1, 1), np.float32))]
+        self.world.arrays.append(Numbers(np.zeros((1, 1, 1, 1, 1), np.float32)))
+        return [Denoised(chunk + 1, SPAN), self.world.arrays[-1]]
 
     def _encode(self, request, is_guided):
         return [Text(None, None, SPAN)]
@@ -134,6 +137,7 @@ class World:
         self.may_fail: set[int] = set()
         self.order: list[tuple[int, Stage, str]] = []
         self.faults: list[AssertionError] = []
+        self.arrays: list[Numbers] = []
 
     # What happens
 
@@ -476,6 +480,29 @@ def test_an_error_of_the_work_restarts_its_worker():
     assert worker.starts == 2
     _, worker = in_a_loop(run(Stage.WRITE, OSError(28, "No space left on device")))
     assert worker.starts == 1, "a full disk does not spoil the writer"
+
+
+def test_a_handle_keeps_no_chunk_of_a_video_that_failed():
+    """Its error has frames, and these had the arrays in shared memory."""
+
+    async def run() -> tuple[World, list]:
+        world = World(Limits())
+        await world.add(Plan(3))
+        await straight(world, without="decode")
+        arrays = [weakref.ref(values) for values in world.arrays]
+        world.complete(*next(each for each in world.in_hand() if each[1][0] == "decode"), ArithmeticError("spoilt"))
+        await world.settle()
+        await world.drain()
+        return world, arrays
+
+    world, arrays = in_a_loop(run())
+    world.arrays.clear()
+    world.videos.clear()
+    for worker in world.workers.values():
+        worker.under_way.clear()
+    gc.collect()
+    assert isinstance(world.handles[0]._error, ArithmeticError)
+    assert len(arrays) == 3 and not any(array() is not None for array in arrays)
 
 
 # The pool alone
