@@ -11,6 +11,7 @@ import math
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, NoReturn
 
 from helios_cp.config.errors import RequestError
@@ -49,6 +50,15 @@ def number(text: str) -> float:
         return float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
+
+
+def frame_rate(text: str) -> float:
+    """For `type=`: frames a second, written as 24, 29.97 or 30000/1001, or the error that argparse shows."""
+    try:
+        rate = Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number such as 24, 29.97 or 30000/1001") from None
+    return rate.numerator if rate.denominator == 1 else float(rate)
 
 
 PARSERS: dict[str, Callable[[str], Any]] = {"int": whole_number, "float": number, "Path": user_path, "str": str}

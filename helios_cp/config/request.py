@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from helios_cp.config.arguments import check_bounds, flag
+from helios_cp.config.arguments import check_bounds, flag, frame_rate
 from helios_cp.config.checkpoint import VAE_SPATIAL, VAE_TEMPORAL, Checkpoint
 from helios_cp.config.console import typed
 from helios_cp.config.errors import RequestError
@@ -120,7 +120,7 @@ class Request:
     height: int = flag(384, "a multiple of 64, of 16 for Base", "PIXELS", group="size and seed", most=MAX_SIDE)
     width: int = flag(640, "likewise", "PIXELS", most=MAX_SIDE)
     num_frames: int = flag(132, "rounded up to chunks of 33", "N", least=1)
-    fps: int = flag(24, "of the MP4", "N", least=1, most=MAX_FPS)
+    fps: float = flag(24, "of the MP4, such as 24, 29.97 or 30000/1001", "N", parse=frame_rate, least=1, most=MAX_FPS)
     seed: tuple[int, ...] = flag(
         (42,), "one, counted upwards for a batch, or one for each prompt", "N", least=0, most=2**63 - 1
     )

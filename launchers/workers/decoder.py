@@ -43,7 +43,7 @@ class Decoder:
         self.stream = torch.Stream(self.device) if has_streams(self.device) else contextlib.nullcontext()
 
     @torch.no_grad()
-    def decode(self, latents: Array, fps: int, *, segments: bool, frames: bool) -> tuple[Decoded, np.ndarray | None]:
+    def decode(self, latents: Array, fps: float, *, segments: bool, frames: bool) -> tuple[Decoded, np.ndarray | None]:
         """MP4 segments and frames `[B, T, H, W, 3]` uint8 of a chunk's latents; each only if asked for."""
         clock = Clock()
         with self.stream:
@@ -82,7 +82,7 @@ class VaeDecoder(Watched):
         self.decoder = Decoder(self.loading)
         return own_place()
 
-    def decode(self, latents: Array, fps: int, segments: bool, frames: bool) -> tuple[Decoded, np.ndarray | None]:
+    def decode(self, latents: Array, fps: float, segments: bool, frames: bool) -> tuple[Decoded, np.ndarray | None]:
         return self.decoder.decode(latents, fps, segments=segments, frames=frames)
 
     def start(self, request: Request, media: bytes) -> Denoised:

@@ -96,7 +96,7 @@ class DenoiserRank(Watched):
         clock.part("denoise")
         return Denoised(state, clock.span()), values
 
-    def decode(self, latents: Array, fps: int, segments: bool, frames: bool) -> tuple[Decoded, np.ndarray | None]:
+    def decode(self, latents: Array, fps: float, segments: bool, frames: bool) -> tuple[Decoded, np.ndarray | None]:
         return self.decoder.decode(latents, fps, segments=segments, frames=frames)
 
     def start(self, request: Request, media: bytes) -> Denoised:

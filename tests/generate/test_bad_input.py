@@ -41,7 +41,8 @@ CASES: dict[str, tuple[str, ...]] = {
     "frames zero": ("--prompt fox --num-frames 0", "--num-frames 0: ", "at least 1"),
     "frames negative": ("--prompt fox --num-frames -33", "--num-frames -33: ", "at least 1"),
     "fps zero": ("--prompt fox --fps 0", "--fps 0: ", "1 to 2147483647"),
-    "fps a fraction": ("--prompt fox --fps 23.976", "--fps: '23.976'", "whole number"),
+    "fps no number": ("--prompt fox --fps 24fps", "--fps: '24fps'", "30000/1001"),
+    "fps over zero": ("--prompt fox --fps 24/0", "--fps: '24/0'", "30000/1001"),
     "fps beyond 32 bits": ("--prompt fox --fps 2147483648", "--fps 2147483648: ", "1 to 2147483647"),
     "latent frames zero": (
         "--prompt fox --num-latent-frames-per-chunk 0",

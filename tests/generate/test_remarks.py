@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from fractions import Fraction
 
+import av
 import pytest
 from PIL import Image
 
@@ -51,6 +53,16 @@ def test_a_picture_that_is_stretched(checkpoint, tmp_path):
     (remark,) = remarks(checkpoint, image=str(tmp_path / "a.png"))
     assert "is stretched to 64 × 64, 3.5 times as high" in remark
     assert not remarks(checkpoint, image=str(tmp_path / "a.png"), resize_mode="crop")
+
+
+@pytest.mark.parametrize(("text", "rate"), [("30000/1001", "30000/1001"), ("29.97", "2997/100"), ("25", "25")])
+def test_frame_rates_of_cameras(cache, tmp_path, monkeypatch, text, rate):
+    monkeypatch.setenv("HELIOS_CP_CACHE", str(cache))
+    monkeypatch.chdir(tmp_path)
+    request = ["--prompt", "a fox", "--height", "64", "--width", "64", "--num-frames", "33", "--pyramid-steps", "1"]
+    assert main([*request, "1", "1", "--fps", text]) == 0
+    with av.open("out.mp4") as file:
+        assert file.streams.video[0].average_rate == Fraction(rate)
 
 
 def test_remarks_are_told_once_and_reported(cache, tmp_path, monkeypatch, capfd):
