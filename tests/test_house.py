@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -142,3 +145,15 @@ def floor_of(module: str) -> int | None:
     top, _, rest = module.partition(".")
     package = rest.split(".")[0]
     return next((i for i, floor in enumerate(FLOORS.get(top, []), 1) if package in floor), None)
+
+
+@pytest.mark.parametrize("file", ["parallel/__init__.py", "parallel.py"])
+def test_a_folder_named_parallel_where_a_user_calls_is_left_alone(tmp_path, file):
+    """Python looks there first."""
+    path = tmp_path / file
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("raise ImportError('a file of the user')")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", "import helios_cp.config.layout, parallel.mesh; print(parallel.mesh.__file__)"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == str(ROOT / "parallel" / "mesh.py"), done.stderr
