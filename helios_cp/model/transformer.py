@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,9 +26,22 @@ KEPT_IN_FP32 = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3",
 
 @dataclass(frozen=True)
 class TextCondition:
-    """Cross-attention keys and values `[B, L, H, D]` of a prompt, one pair a block."""
+    """Cross-attention keys and values `[B, L, H, D]` of a prompt, one pair a block.
+
+    `number` tells texts apart that take turns in every step. `token` is this condition's own, whatever its values.
+    """
 
     keys_values: tuple[tuple[Tensor, Tensor], ...]
+    number: int = 0
+    token: object = field(default_factory=object, compare=False, repr=False)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [tensor for pair in self.keys_values for tensor in pair]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> TextCondition:
+        """Another condition, whose tensors are what a function makes of these."""
+        return TextCondition(tuple((function(key), function(value)) for key, value in self.keys_values), self.number)
 
 
 @dataclass(frozen=True)
@@ -50,12 +63,22 @@ class History:
 class HistoryCondition:
     """Embedded history `[B, S, dim]` in the order long · mid · short, and its rotary table `[S, D/2]`.
 
-    `lengths` are the tokens of each part in the whole sequence; S is fewer where the sequence is sharded.
+    `lengths` are the tokens of each part in the whole sequence; S is fewer where the sequence is sharded. `token` as in
+    `TextCondition`.
     """
 
     tokens: Tensor
     rotary: Tensor
     lengths: tuple[int, ...]
+    token: object = field(default_factory=object, compare=False, repr=False)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.tokens, self.rotary]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> HistoryCondition:
+        """Another condition, whose tensors are what a function makes of these."""
+        return HistoryCondition(function(self.tokens), function(self.rotary), self.lengths)
 
 
 @dataclass(frozen=True)
@@ -104,6 +127,7 @@ class HeliosTransformer(nn.Module):
         self.rotary = RotaryTables(config.rope_dim, config.rope_theta)
         self.sequence: Sequence = WholeSequence()
         self.body: Body = run_blocks
+        self.on_changed_weights: list[Callable[[], None]] = []
         self._zero_timestep: tuple[Tensor, Tensor] | None = None
 
         self.patch_embedding = PatchEmbedding(config.in_channels, dim, config.patch_size)
@@ -127,7 +151,7 @@ class HeliosTransformer(nn.Module):
         )
         self.norm_out = OutputNorm(dim, config.eps)
         self.proj_out = nn.Linear(dim, config.out_channels * math.prod(config.patch_size))
-        self.register_load_state_dict_post_hook(HeliosTransformer.forget_zero_timestep)
+        self.register_load_state_dict_post_hook(lambda model, _: model.weights_changed())
 
     @staticmethod
     def keeps_fp32(name: str) -> bool:
@@ -135,8 +159,9 @@ class HeliosTransformer(nn.Module):
         return any(part in KEPT_IN_FP32 for part in name.split("."))
 
     def _apply(self, function, recurse: bool = True) -> HeliosTransformer:
-        self._zero_timestep = None  # belongs to the device and dtype that are being left
-        return super()._apply(function, recurse)
+        super()._apply(function, recurse)
+        self.weights_changed()
+        return self
 
     @property
     def dtype(self) -> torch.dtype:
@@ -150,13 +175,23 @@ class HeliosTransformer(nn.Module):
         """Change the dtype of all parameters that are not kept in fp32."""
         for name, parameter in self.named_parameters():
             parameter.data = parameter.data.to(torch.float32 if self.keeps_fp32(name) else dtype)
-        self._zero_timestep = None
+        self.weights_changed()
         return self
 
-    def encode_text(self, prompt_embeds: Tensor) -> TextCondition:
-        """Keys and values of every block for `[B, L, text_dim]`; once per prompt."""
+    def weights_changed(self) -> None:
+        """To be called when parameters lie elsewhere, or when those have other values that embed the timestep.
+
+        Whatever was computed from them is forgotten; whoever keeps something of where they lay asks for it in
+        `on_changed_weights`.
+        """
+        self._zero_timestep = None
+        for call in self.on_changed_weights:
+            call()
+
+    def encode_text(self, prompt_embeds: Tensor, number: int = 0) -> TextCondition:
+        """Keys and values of every block for `[B, L, text_dim]`; once per prompt. `number` as in `TextCondition`."""
         text = self.condition_embedder.text_embedder(prompt_embeds.to(self.dtype))
-        return TextCondition(tuple(block.keys_values(text) for block in self.blocks))
+        return TextCondition(tuple(block.keys_values(text) for block in self.blocks), number)
 
     def encode_history(self, history: History) -> HistoryCondition:
         """Embed the history frames; once per chunk.
@@ -232,10 +267,6 @@ class HeliosTransformer(nn.Module):
     def _noisy_table(self, latents: Tensor, frame_indices: tuple[int, ...] | None) -> Tensor:
         frames, rows, columns = self.patch_embedding.grid(latents)
         return self.rotary.table(frame_indices or tuple(range(frames)), rows, columns, latents.device)
-
-    def forget_zero_timestep(self, *_: object) -> None:
-        """Call this after weights of `condition_embedder` have changed: the modulation of t = 0 is kept."""
-        self._zero_timestep = None
 
     def _history_modulation(self, modulation: Tensor) -> Tensor:
         """Rows for history tokens: those of t = 0, which are computed once, or the noisy tokens' own."""

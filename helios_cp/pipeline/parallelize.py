@@ -23,10 +23,9 @@ from helios_cp.device.device import capability, make_current
 from helios_cp.model.codec import Codec, DiagonalGaussianDistribution, as_input, denormalise, posterior_of, to_frames
 from helios_cp.model.layers import FeedForward, TokenOperations, gelu_tanh
 from helios_cp.model.text import PromptEncoder
-from helios_cp.model.transformer import TextCondition
 from helios_cp.pipeline.pipeline import Pipeline
 from helios_cp.pipeline.prepare import apply
-from helios_cp.pipeline.prompts import Branches, Prompts
+from helios_cp.pipeline.prompts import Branches
 from helios_cp.pipeline.split_vae import split_decode, split_encode
 from helios_cp.pipeline.start import Inputs, initial_state, pixels_to_encode
 from helios_cp.sampling.state import ChunkState
@@ -91,7 +90,7 @@ def load_parallel(
         BroadcastPromptEncoder(encoder, mesh.world, checkpoint.transformer.text_dim, device),
         codec,
         parts.scheduler(checkpoint),
-        SplitBranches(mesh.cfg, in_step=shard_weights) if mesh.cfg.size > 1 else Branches(),
+        SplitBranches(mesh.cfg) if mesh.cfg.size > 1 else Branches(),
         device,
         mesh=mesh,
         card=card,
@@ -152,36 +151,16 @@ class ShardedSequence:
 
 
 class SplitBranches(Branches):
-    """One branch of guidance on each of two ranks, which exchange their velocities once a step.
+    """One branch of guidance on each of two ranks, which exchange their velocities once a step."""
 
-    With `in_step` both ranks encode the prompts of both branches, for use with `OwnPrompts`.
-    """
-
-    def __init__(self, group: Group, in_step: bool = False) -> None:
+    def __init__(self, group: Group) -> None:
         self.group = group
-        self.in_step = in_step
-        self.own = (0, 1) if in_step else (group.rank,)
+        self.own = (group.rank,)
 
     def exchange(self, velocities: list[Tensor]) -> tuple[Tensor, Tensor]:
         (own,) = velocities
         prompt, negative = self.group.all_gather(own, [own.shape[0]] * 2, 0)
         return prompt, negative
-
-
-class OwnPrompts:
-    """This rank's branch of prompts that all ranks encode in step, as it takes all of them to gather sharded weights.
-
-    Prompts change at other times than the negative prompt, so a rank that encoded its own alone would wait for ever.
-    """
-
-    def __init__(self, prompts: Prompts, branch: int) -> None:
-        self.prompts = prompts
-        self.branch = branch
-
-    def at(self, chunk: int) -> list[TextCondition]:
-        """As `Prompts.at`, of one branch."""
-        conditions = self.prompts.at(chunk)
-        return [conditions[self.branch % len(conditions)]]  # there is only one where nothing is guided
 
 
 class BroadcastPromptEncoder:
@@ -238,12 +217,6 @@ class ParallelPipeline(Pipeline):
     def __init__(self, *parts, mesh: Mesh, **options) -> None:
         super().__init__(*parts, **options)
         self.mesh = mesh
-
-    def encode_prompts(self, request: Request, inputs: Inputs | None = None) -> Prompts | OwnPrompts:
-        prompts = super().encode_prompts(request, inputs)
-        if isinstance(self.branches, SplitBranches) and self.branches.in_step:
-            return OwnPrompts(prompts, self.branches.group.rank)
-        return prompts
 
     def initial_state(self, request: Request, inputs: Inputs | None = None) -> ChunkState:
         inputs = inputs or Inputs()

@@ -25,7 +25,10 @@ class Branches:
 
 
 class Prompts:
-    """The embedded prompts of a request; computes the conditions of a chunk, again only when the prompt changes."""
+    """The embedded prompts of a request; computes the conditions of a chunk, again only when the prompt changes.
+
+    `negative` is `None` where nothing is guided: every rank then has the prompt's branch.
+    """
 
     def __init__(
         self,
@@ -39,22 +42,32 @@ class Prompts:
         self.request = request
         self.embeds = embeds
         self.branches = branches.own if negative is not None else (0,)
-        self.negative = transformer.encode_text(negative) if 1 in self.branches else None
-        self._current: tuple[object, TextCondition] | None = None
+        self._texts: dict[int, TextCondition] = {}
+        self._key: object = ()
+        if negative is not None:
+            self._encode(negative, 1)
 
     def at(self, chunk: int) -> list[TextCondition]:
         """Cross-attention keys and values of a chunk, one a branch of this rank."""
-        return [self._prompt(chunk) if branch == 0 else self.negative for branch in self.branches]
-
-    def _prompt(self, chunk: int) -> TextCondition:
         key = None
         if self.request.prompt_schedule:
             lengths = tuple(entry.chunks for entry in self.request.prompt_schedule)
             key = prompt_blend(lengths, self.request.interpolation_steps, chunk)
-        if self._current is None or self._current[0] != key:
-            self._current = None  # the old keys and values go before the new ones are made
-            self._current = (key, self.transformer.encode_text(self._embedding(key)))
-        return self._current[1]
+        if self._key != key:
+            self._key = ()
+            self._encode(self._embedding(key), 0)
+            self._key = key
+        return [self._texts[branch] for branch in self.branches]
+
+    def _encode(self, embeds: Tensor, branch: int) -> None:
+        """Keys and values of a branch, kept if it is this rank's.
+
+        Every rank encodes both branches, as it takes all ranks to gather sharded weights.
+        """
+        self._texts.pop(branch, None)  # the old keys and values go before the new ones are made
+        text = self.transformer.encode_text(embeds, branch)
+        if branch in self.branches:
+            self._texts[branch] = text
 
     def _embedding(self, key: PromptBlend | None) -> Tensor:
         if key is None:

@@ -173,7 +173,7 @@ class AdapterState:
                 self.source.fill(destination, updates)
         self.current, self._touched = adapters, frozenset(updates)
         if any(name.startswith("condition_embedder.") for name in touched):
-            self._model.forget_zero_timestep()
+            self._model.weights_changed()
 
 
 def stored_transformer(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
