@@ -127,7 +127,7 @@ def read_cases(options: argparse.Namespace) -> list[Case]:
             num_frames=options.num_frames or (33 if options.quick else 66),
             pyramid_num_inference_steps_list=tuple(options.pyramid_steps) if options.pyramid_steps else None,
         ).resolve(checkpoint)
-        variants = options.variant or default_variants(checkpoint, device)
+        variants = options.variant or default_variants(checkpoint, device, dtype)
         if options.quick and not options.variant:
             variants = [variant for variant in variants if variant != "--compile"]
         cases.append(Case(checkpoint, name, bool(options.random_weights), request, dtype, device, tuple(variants)))

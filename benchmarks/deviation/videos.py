@@ -19,11 +19,12 @@ from helios_cp.config.errors import RequestError
 from helios_cp.config.execution import Execution
 from helios_cp.config.request import Request
 from helios_cp.config.sampling_plan import SamplingPlan
-from helios_cp.device.device import capability, dtype_name, has_tf32
+from helios_cp.device.device import dtype_name, has_tf32
 from helios_cp.device.streams import wait_for
 from helios_cp.pipeline.pipeline import Pipeline
 from helios_cp.pipeline.start import Inputs
-from helios_cp.weights.quantize import check_quantization, components, is_quantised
+from helios_cp.weights.check import check_execution
+from helios_cp.weights.quantize import components, is_quantised
 from parallel.mesh import Degrees, Mesh
 
 VARIANTS = (
@@ -103,13 +104,13 @@ def weight_bytes(pipeline: Pipeline) -> int:
     )
 
 
-def default_variants(checkpoint: Checkpoint, device: torch.device) -> list[str]:
+def default_variants(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> list[str]:
     """Those of `VARIANTS` that go with a checkpoint and change something on a device."""
     found = []
     for variant in VARIANTS:
         execution = parse_variant(variant)
         try:
-            execution.check(device=device.type, capability=capability(device), is_distilled=checkpoint.is_distilled)
+            check_execution(checkpoint, execution, device, dtype)
         except RequestError:
             continue
         if execution.tf32 or has_tf32(device):
@@ -188,8 +189,7 @@ class Case:
     def build(self, execution: Execution) -> Pipeline:
         """A pipeline for an execution that goes with it. Raises `RequestError` for one that does not."""
         checkpoint, dtype, device = self.checkpoint, self.dtype, self.device
-        execution.check(device=device.type, capability=capability(device), is_distilled=checkpoint.is_distilled)
-        check_quantization(execution.quantize, checkpoint.transformer, dtype=dtype, device=device)
+        execution = check_execution(checkpoint, execution, device, dtype)
         if not self.is_built:
             return Pipeline.from_pretrained(checkpoint, dtype=dtype, device=device, execution=execution)
         return build_random(checkpoint, Mesh.build(Degrees()), dtype=dtype, device=device, execution=execution)

@@ -41,12 +41,12 @@ from helios_cp.config.arguments import OneLineParser, add_flags, check_bounds, g
 from helios_cp.config.checkpoint import Checkpoint
 from helios_cp.config.errors import CheckpointError, RequestError
 from helios_cp.config.execution import Execution
-from helios_cp.config.layout import AskedLayout, Layout
+from helios_cp.config.layout import AskedLayout, Layout, segment_lengths
 from helios_cp.config.paths import cache_folder, user_path
 from helios_cp.config.ranks import Ranks, parse_on_rank
 from helios_cp.config.request import Request
 from helios_cp.config.sampling_plan import SamplingPlan
-from helios_cp.device.device import capability, pick_device, pick_dtype
+from helios_cp.device.device import pick_device, pick_dtype
 from helios_cp.files.whole_files import check_file_target, check_folder_target
 from helios_cp.pipeline.environment import prepare
 from helios_cp.pipeline.parallelize import ParallelPipeline, load_parallel
@@ -56,8 +56,8 @@ from helios_cp.plan.choose import choose_layout
 from helios_cp.plan.configs import part_configs
 from helios_cp.plan.predict import Workload
 from helios_cp.plan.vae_cost import VaeConfig
+from helios_cp.weights.check import check_execution, with_stored_quantization
 from helios_cp.weights.load import resolve
-from helios_cp.weights.quantize import agreed_quantization, check_quantization, stored_quantization
 from parallel.mesh import Mesh
 
 OURS, EAGER = "ours", "ours, eager"
@@ -185,15 +185,15 @@ def check(arguments: argparse.Namespace, asked: AskedLayout, ranks: Ranks) -> Jo
         name: setting_request(name, checkpoint, **fields) for name in getattr(arguments, "settings", None) or own
     }
     execution = Execution(**given(Execution, arguments))
-    if model not in full_size.NAMES:
-        execution = dataclasses.replace(execution, quantize=agreed_quantization(execution, checkpoint.folder))
-        if arguments.compare and stored_quantization(checkpoint.folder) is not None:
-            raise RequestError(
-                f"--compare {arguments.compare[0]}: the weights in {model} are {execution.quantize} already"
-            )
     if execution.compile_cache is not None:
         check_folder_target("--compile-cache", execution.compile_cache)
-    execution.check(device=device.type, capability=capability(device), is_distilled=checkpoint.is_distilled)
+    layout = choose_layout(asked, checkpoint, list(requests.values()), ranks.size, device, dtype, execution)
+    backend = pick_backend(asked.backend, device, ranks)
+    sequences = {lengths for request in requests.values() for lengths in segment_lengths(request, checkpoint)}
+    execution = check_execution(checkpoint, execution, device, dtype, layout, backend=backend, sequences=sequences)
+    stored = with_stored_quantization(checkpoint, Execution()).quantize
+    if arguments.compare and stored is not None:
+        raise RequestError(f"--compare {arguments.compare[0]}: the weights in {model} are {stored} already")
     prepare(execution, ranks.size, os.environ)
     if PEER in arguments.compare and ranks.size > 1:
         raise RequestError(
@@ -202,17 +202,13 @@ def check(arguments: argparse.Namespace, asked: AskedLayout, ranks: Ranks) -> Jo
         )
     if "eager" in arguments.compare and execution == Execution():
         raise RequestError("--compare eager: no flag of speed or memory is given, so this is what runs anyway")
-    layout = choose_layout(asked, checkpoint, list(requests.values()), ranks.size, device, dtype)
-    execution.check_layout(layout.shard_weights)
-    ffn_tp = layout.degrees.ffn_tp
-    check_quantization(execution.quantize, checkpoint.transformer, dtype=dtype, device=device, ffn_tp=ffn_tp)
     return Job(
         checkpoint,
         model,
         device,
         dtype,
         layout,
-        pick_backend(asked.backend, device, ranks),
+        backend,
         execution,
         requests,
         tuple(arguments.compare),

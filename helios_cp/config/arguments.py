@@ -196,7 +196,7 @@ def _fits(value: float, about: Flag) -> bool:
 
 def _allowed(about: Flag) -> str:
     if about.above is not None:
-        return f"a number above {_shown(about.above)} is allowed" + (
+        return f"a finite number above {_shown(about.above)} is allowed" + (
             "" if about.most is None else f", up to {_shown(about.most)}"
         )
     if about.least is not None and about.most is not None:

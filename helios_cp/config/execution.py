@@ -9,7 +9,6 @@ import dataclasses
 import math
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from helios_cp.config.arguments import flag
@@ -19,6 +18,8 @@ from helios_cp.config.json_types import check_types
 from helios_cp.config.paths import absolute_path_text, expand
 
 QUANTIZATIONS = ("fp8", "int8", "int4")
+FEATURE_MULTIPLES = {"fp8": 16, "int8": 1, "int4": 32}
+"""The features of a quantised linear layer are a multiple of this; with fp8 on CUDA only."""
 OFFLOADS = ("none", "model", "group")
 OWN_ENGINES = ("native", "cudnn", "flash")
 """Attention whose messages are our own, of which it is known what a graph makes of them."""
@@ -112,105 +113,12 @@ class Execution:
         "skip a step's other blocks while the first one's output changes by less than this share, such as 0.08; Base "
         "and Mid; not exact (default: off)",
         "THRESHOLD",
+        above=0.0,
     )
-
-    def check(self, *, device: str, capability: tuple[int, int] | None, is_distilled: bool) -> None:
-        """Raises `RequestError` for what does not go together, or not on this kind of device.
-
-        `capability` is the CUDA compute capability of the card, where there is one.
-        """
-        for name, value, allowed in (
-            ("--quantize", self.quantize, (None, *QUANTIZATIONS)),
-            ("--offload", self.offload, OFFLOADS),
-            ("--vae-dtype", self.vae_dtype, DTYPES),
-        ):
-            if value not in allowed:
-                raise RequestError(f"{name} {value}: allowed are {', '.join(filter(None, allowed))}")
-        if self.compile_cache is not None and not self.compile:
-            raise RequestError(f"--compile-cache {self.compile_cache}: only allowed beside --compile")
-        if self.cuda_graphs:
-            self._check_graphs(device)
-        if self.quantize == "fp8" and device == "cuda" and capability is not None and capability < (9, 0):
-            raise RequestError(
-                f"--quantize fp8: this card has compute capability {capability[0]}.{capability[1]}, 9.0 or higher is "
-                "needed (Hopper and newer); int8 and int4 run on older cards"
-            )
-        if self.block_cache is not None:
-            if not (math.isfinite(self.block_cache) and self.block_cache > 0):
-                raise RequestError(f"--block-cache {self.block_cache:g}: a finite number above 0 is allowed")
-            if is_distilled:
-                raise RequestError(
-                    f"--block-cache {self.block_cache:g}: Helios-Distilled has too few steps for it; only Base and Mid "
-                    "take it"
-                )
-        for adapter in self.lora:
-            if not Path(adapter.path).exists():
-                raise RequestError(f"--lora {adapter.path}: there is no such file or folder")
-
-    def check_all(
-        self,
-        target: Target,
-        *,
-        is_distilled: bool,
-        backend: str = "gloo",
-        ranks: int = 1,
-        shard_weights: bool = False,
-        attention: str = "native",
-    ) -> None:
-        """All of `check`, `check_layout` and `check_graphs`, before anything is loaded. Raises `RequestError`."""
-        self.check(device=target.kind, capability=target.capability, is_distilled=is_distilled)
-        self.check_layout(shard_weights)
-        self.check_graphs(backend, ranks, shard_weights, attention)
-
-    def check_layout(self, shard_weights: bool) -> None:
-        """Raises `RequestError` for what does not go with weights that are sharded over the ranks."""
-        if shard_weights and self.offload != "none":
-            raise RequestError(
-                f"--shard-weights with --offload {self.offload}: give one of the two; --offload needs least of the "
-                "card, --shard-weights little of the host"
-            )
-        if shard_weights and self.quantize is not None:
-            raise RequestError(
-                f"--shard-weights with --quantize {self.quantize}: give one of the two, as sharded weights are "
-                "gathered in the dtype of the model; with --layout auto add --no-shard-weights"
-            )
 
     def home(self, device: Any) -> Any:
         """Where weights are loaded that are to work on `device`."""
         return device if self.offload == "none" else "cpu"
-
-    def _check_graphs(self, device: str) -> None:
-        if device != "cuda":
-            raise RequestError(f"--cuda-graphs: not on {device}; only --device cuda has them")
-        if self.offload != "none":
-            raise RequestError(
-                f"--cuda-graphs with --offload {self.offload}: give one of the two; a graph needs its weights in one "
-                "place on the card"
-            )
-        if self.block_cache is not None:
-            raise RequestError(
-                f"--cuda-graphs with --block-cache {self.block_cache:g}: give one of the two; a graph skips no block"
-            )
-
-    def check_graphs(self, backend: str, ranks: int, shard_weights: bool, attention: str = "native") -> None:
-        """Raises `RequestError` where a graph cannot hold what this layout does in a forward."""
-        if not self.cuda_graphs:
-            return
-        if ranks > 1 and backend == "gloo":
-            raise RequestError(
-                "--cuda-graphs with --backend gloo: give --backend nccl; a graph cannot hold messages that the host "
-                "sends"
-            )
-        if shard_weights:
-            raise RequestError(
-                "--cuda-graphs with --shard-weights: give one of the two; a graph needs its weights in one place on "
-                "the card"
-            )
-        if attention not in OWN_ENGINES:
-            raise RequestError(
-                f"--cuda-graphs with --attention {attention}: allowed are {', '.join(OWN_ENGINES)}; that package's "
-                "messages are not made to be captured"
-            )
 
     def bits(self) -> dict[str, Any]:
         """What decides bits of the video, by flag: a resumed run must not change it."""

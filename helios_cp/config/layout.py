@@ -8,7 +8,6 @@ from typing import Any
 
 from helios_cp.config.arguments import flag, flag_name
 from helios_cp.config.checkpoint import Checkpoint
-from helios_cp.config.errors import RequestError
 from helios_cp.config.execution import Execution
 from helios_cp.config.paths import user_path_text
 from helios_cp.config.request import Request
@@ -89,14 +88,6 @@ class Layout:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Layout:
         return cls(Degrees(**values["degrees"]), values["attention"], values["shard_weights"])
-
-
-def check_shard(shard_weights: bool, ffn_tp: int) -> None:
-    """Raises `RequestError` for both ways to spread weights at once."""
-    if shard_weights and ffn_tp > 1:
-        raise RequestError(
-            f"--shard-weights with --ffn-tp {ffn_tp}: give one of the two; --shard-weights saves more memory"
-        )
 
 
 def refusal(given: dict[str, int], world_size: int, **limits: Any) -> str | None:

@@ -17,10 +17,11 @@ from helios_cp.config.call import Call
 from helios_cp.config.checkpoint import Checkpoint
 from helios_cp.config.errors import RequestError
 from helios_cp.config.execution import Execution, Target
-from helios_cp.config.layout import DEGREES, AskedLayout, Layout
+from helios_cp.config.layout import DEGREES, AskedLayout, Layout, segment_lengths
 from helios_cp.config.ranks import Ranks
+from helios_cp.config.refusals import check_call
 from helios_cp.config.request import Request
-from helios_cp.device.device import capability, device_name, dtype_name, pick_device, pick_dtype
+from helios_cp.device.device import device_name, dtype_name, pick_device, pick_dtype
 from helios_cp.files.clips import check_video
 from helios_cp.files.pictures import check_image
 from helios_cp.files.whole_files import check_file_target, check_folder_target
@@ -30,10 +31,9 @@ from helios_cp.generate.report import versions
 from helios_cp.generate.run_folder import MadeWith, Run, RunFolder
 from helios_cp.pipeline.world import device_of_rank, pick_backend
 from helios_cp.plan.choose import choose_layout, planning_hardware
+from helios_cp.weights.check import check_execution, with_stored_quantization
 from helios_cp.weights.load import resolve
-from helios_cp.weights.lora import check_adapters
 from helios_cp.weights.presets import PRESETS
-from helios_cp.weights.quantize import agreed_quantization, check_quantization
 
 DEFAULT_MODEL = "tiny-distilled"
 
@@ -126,7 +126,7 @@ def check(call: Call, cache: Path | None, ranks: Ranks | None = None, target: Ta
     done on, where that is not the device given, as with a cluster's cards seen from a machine without one.
     """
     ranks = ranks or Ranks()
-    _check_combinations(call)
+    check_call(call)
     resume, prompt_file = call.resume, call.prompt_file
     saved = RunFolder.open(resume).run if resume is not None and prompt_file is None else None
     model = absolute_model(call.model or (saved.model if saved else DEFAULT_MODEL))
@@ -166,9 +166,6 @@ def check(call: Call, cache: Path | None, ranks: Ranks | None = None, target: Ta
         check_same_run(run, replace(run, model=model, dtype=dtype_name(dtype)), each)
     checkpoint = resolve(model, cache, weights=())
     model = pinned(model, checkpoint.folder)
-    execution = replace(execution, quantize=agreed_quantization(execution, checkpoint.folder))
-    target = target or Target(device.type, capability(device))
-    execution.check(device=target.kind, capability=target.capability, is_distilled=checkpoint.is_distilled)
     waiting = [Job(job.request.resolve(checkpoint), job.output) for job in waiting]
     skipped = [Job(job.request.resolve(checkpoint), job.output) for job in skipped]
     for job, each in zip(waiting, folders, strict=True):
@@ -183,21 +180,20 @@ def check(call: Call, cache: Path | None, ranks: Ranks | None = None, target: Ta
         ranks.size,
         device,
         dtype,
-        execution,
+        with_stored_quantization(checkpoint, execution),
         ranks_of_node=ranks.local_size,
     )
-    execution.check_layout(layout.shard_weights)
-    sends = backend if target.kind == device.type else call.layout.backend or "nccl"
-    execution.check_graphs(sends, ranks.size, layout.shard_weights, layout.attention)
-    check_quantization(
-        execution.quantize,
-        checkpoint.transformer,
-        dtype=dtype,
-        device=torch.device(target.kind),
-        ffn_tp=layout.degrees.ffn_tp,
+    execution = check_execution(
+        checkpoint,
+        execution,
+        device,
+        dtype,
+        layout,
+        backend=backend if target is None else call.layout.backend or "nccl",
+        sequences={lengths for request in requests for lengths in segment_lengths(request, checkpoint)},
+        target=target,
     )
-    check_adapters(execution.lora, checkpoint.transformer)
-    made_with = MadeWith(layout, device_name(device) if target.kind == device.type else None, versions())
+    made_with = MadeWith(layout, device_name(device) if target is None else None, versions())
     return Session(
         checkpoint=checkpoint,
         model=model,
@@ -290,28 +286,6 @@ def is_finished(job: Job) -> bool:
     except (av.FFmpegError, OSError, IndexError):
         return True
     return frames == 0 or frames >= job.request.num_chunks * job.request.frames_per_chunk
-
-
-def _check_combinations(call: Call) -> None:
-    if call.resume is not None and call.checkpoint_dir is not None:
-        raise RequestError(
-            f"--resume {call.resume} and --checkpoint-dir {call.checkpoint_dir}: give one of the two; --resume goes on "
-            "saving in its folder"
-        )
-    if call.prompt_file is None:
-        for name, value in (("--image-folder", call.image_folder), ("--interpolate-time", call.interpolate_time)):
-            if value is not None:
-                raise RequestError(f"{name} {value}: only allowed beside --prompt-file")
-        return
-    if call.save_latents is not None:
-        raise RequestError(
-            f"--save-latents {call.save_latents}: not with --prompt-file; --checkpoint-dir keeps the latents of every "
-            "video"
-        )
-    if call.output is not None and call.output.suffix.lower() == ".mp4":
-        raise RequestError(f"--output {call.output}: with --prompt-file this is a folder; leave out .mp4")
-    if call.resume is not None and not call.resume.is_dir():
-        raise RequestError(f"--resume {call.resume}: there is no such folder; start with --checkpoint-dir")
 
 
 def _jobs(call: Call, saved: Run | None) -> list[Job]:

@@ -17,9 +17,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from helios_cp.config.checkpoint import WEIGHT_FOLDERS, Checkpoint
-from helios_cp.config.execution import Execution, Target
+from helios_cp.config.execution import Execution
+from helios_cp.config.layout import Layout
 from helios_cp.config.request import Request
-from helios_cp.device.device import capability, make_current
+from helios_cp.device.device import make_current
 from helios_cp.model.codec import Codec, DiagonalGaussianDistribution, as_input, denormalise, posterior_of, to_frames
 from helios_cp.model.layers import FeedForward, TokenOperations, gelu_tanh
 from helios_cp.model.text import PromptEncoder
@@ -29,6 +30,7 @@ from helios_cp.pipeline.prompts import Branches
 from helios_cp.pipeline.split_vae import split_decode, split_encode
 from helios_cp.pipeline.start import Inputs, initial_state, pixels_to_encode
 from helios_cp.sampling.state import ChunkState
+from helios_cp.weights.check import check_execution
 from helios_cp.weights.load import resolve
 from helios_cp.weights.loader import Loader
 from helios_cp.weights.placement import FeedForwardSlices, Placement, Whole
@@ -63,15 +65,9 @@ def load_parallel(
     """
     weights = ("transformer",) if denoise_only else WEIGHT_FOLDERS
     checkpoint = model if isinstance(model, Checkpoint) else resolve(model, cache, weights=weights)
-    execution, device = execution or Execution(), torch.device(device)
-    execution.check_all(
-        Target(device.type, capability(device)),
-        is_distilled=checkpoint.is_distilled,
-        backend=dist.get_backend() if mesh.world.size > 1 else "gloo",
-        ranks=mesh.world.size,
-        shard_weights=shard_weights,
-        attention=attention,
-    )
+    device, layout = torch.device(device), Layout(mesh.degrees, attention, shard_weights)
+    backend = dist.get_backend() if mesh.world.size > 1 else None
+    execution = check_execution(checkpoint, execution or Execution(), device, dtype, layout, backend=backend)
     make_current(device)
     home = execution.home(device)
     sequence = ShardedSequence(mesh, attention, device)

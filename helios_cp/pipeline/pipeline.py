@@ -15,10 +15,10 @@ from torch import Tensor
 
 from helios_cp.config.checkpoint import Checkpoint
 from helios_cp.config.errors import RequestError
-from helios_cp.config.execution import Adapter, Execution, Target
+from helios_cp.config.execution import Adapter, Execution
 from helios_cp.config.request import Request
 from helios_cp.config.sampling_plan import SamplingPlan
-from helios_cp.device.device import capability, has_streams, make_current
+from helios_cp.device.device import has_streams, make_current
 from helios_cp.device.memory import MemoryMeter
 from helios_cp.device.streams import Pace, to_device
 from helios_cp.device.timing import Stopwatch, make_mark
@@ -36,6 +36,7 @@ from helios_cp.runtime.offload import Card
 from helios_cp.sampling.denoise import Step, denoise
 from helios_cp.sampling.noise import normal
 from helios_cp.sampling.state import ChunkState
+from helios_cp.weights.check import check_execution
 from helios_cp.weights.load import load_scheduler, load_text_encoder, load_vae, resolve
 from helios_cp.weights.transformer import AdapterState, load_adaptable
 
@@ -95,8 +96,8 @@ class Pipeline:
         Raises `RequestError` for an `execution` that does not go together, or not on this device.
         """
         checkpoint = model if isinstance(model, Checkpoint) else resolve(model, cache)
-        execution, device = execution or Execution(), torch.device(device)
-        execution.check_all(Target(device.type, capability(device)), is_distilled=checkpoint.is_distilled)
+        device = torch.device(device)
+        execution = check_execution(checkpoint, execution or Execution(), device, dtype)
         make_current(device)
         home = execution.home(device)
         transformer, adapters = load_adaptable(checkpoint, dtype, device, execution)

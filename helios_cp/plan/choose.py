@@ -15,17 +15,14 @@ from helios_cp.config.layout import (
     PLAIN,
     AskedLayout,
     Layout,
-    check_shard,
     fill_degrees,
     flags_of,
-    segment_lengths,
     smallest_tokens,
 )
 from helios_cp.config.request import Request
 from helios_cp.config.sampling_plan import SamplingPlan
 from helios_cp.plan.detect import Hardware, detect_hardware, find_hardware
 from helios_cp.plan.search import choose
-from parallel.engines import unavailable_engine
 
 
 def choose_layout(
@@ -65,11 +62,6 @@ def choose_layout(
         degrees.check(world_size, **limits)
     except ValueError as error:
         raise RequestError(f"{flags_of(given)}: {error}") from None
-    check_shard(shard_weights, degrees.ffn_tp)
-    sequences = {lengths for request in requests for lengths in segment_lengths(request, checkpoint)}
-    reason = unavailable_engine(attention, device, dtype, degrees, sequences, limits["heads"], asked.backend)
-    if reason is not None:
-        raise RequestError(f"--attention {attention}: {reason}")
     return Layout(degrees, attention, shard_weights)
 
 

@@ -12,8 +12,9 @@ from typing import Any
 
 from helios_cp.config.checkpoint import Checkpoint
 from helios_cp.config.errors import RequestError
-from helios_cp.config.execution import Execution
-from helios_cp.config.layout import PLAIN, Layout, check_shard, refusal, smallest_tokens
+from helios_cp.config.execution import FEATURE_MULTIPLES, Execution
+from helios_cp.config.layout import PLAIN, Layout, refusal, smallest_tokens
+from helios_cp.config.refusals import Setting, check_setting
 from helios_cp.config.request import Request
 from helios_cp.plan.card_memory import FITTING_SHARE
 from helios_cp.plan.configs import part_configs
@@ -22,15 +23,11 @@ from helios_cp.plan.forward_cost import forward_cost
 from helios_cp.plan.predict import Candidate, Prediction, predict
 from helios_cp.plan.rank_shares import whole
 from helios_cp.plan.workload import Workload
-from helios_cp.weights.quantize import INT4_GROUP
 from parallel.mesh import Degrees
 from parallel.tensor import shard_sizes
 
 Given = Mapping[str, int | bool]
 """What must keep its value: degrees by the names of `Degrees`, `shard_weights`, `decoders`."""
-
-QUANTISED_MULTIPLE = {None: 1, "int8": 1, "fp8": 16, "int4": INT4_GROUP}
-"""Of features of a linear layer; see `helios_cp.weights.quantize.check_quantization`."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +155,7 @@ def _vae_degrees(sequence: int, rows: int, decoders: int, given: Given) -> list[
 def _ffn_degrees(sequence: int, workload: Workload, execution: Execution, given: Given) -> list[int]:
     if "ffn_tp" in given:
         return [given["ffn_tp"]]
-    features, multiple = workload.config.ffn_dim, QUANTISED_MULTIPLE[execution.quantize]
+    features, multiple = workload.config.ffn_dim, FEATURE_MULTIPLES.get(execution.quantize or "", 1)
     return [
         degree
         for degree in sorted({1, 2, 4, 8, sequence})
@@ -214,8 +211,8 @@ def best_prediction(
     `decoders` ranks beside the others do nothing but decode.
     """
     given = dict(given or {})
-    check_shard(given.get("shard_weights", False), given.get("ffn_tp", 1))
-    execution.check_layout(given.get("shard_weights", False))
+    asked = Layout(Degrees(ffn_tp=given.get("ffn_tp", 1)), shard_weights=given.get("shard_weights", False))
+    check_setting(Setting(execution, asked))
     configs = part_configs(checkpoint)
     kinds = dict.fromkeys(Workload.of(checkpoint, request, dtype, *configs) for request in requests)
     workload, *others = sorted(kinds, key=flops, reverse=True)

@@ -14,22 +14,16 @@ torchao is imported where it is used, because that takes a second.
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from helios_cp.config.checkpoint import TransformerConfig
-from helios_cp.config.errors import CheckpointError, RequestError
+from helios_cp.config.errors import CheckpointError
+from helios_cp.config.execution import FEATURE_MULTIPLES
 from helios_cp.files.tensor_files import Slices, StoredTensor, read_json
-from parallel.tensor import shard_sizes
-
-if TYPE_CHECKING:
-    from helios_cp.config.execution import Execution
 
 COMPONENTS = ("qdata", "scale")
 Components = dict[str, Tensor]
@@ -38,7 +32,7 @@ Components = dict[str, Tensor]
 MARKER = "quantization_config"
 METHOD = "helios_cp"
 FORMAT = 1
-INT4_GROUP = 32
+INT4_GROUP = FEATURE_MULTIPLES["int4"]
 """Values of a row that share a scale."""
 SMALLEST = 1e-12
 """The largest value of a row or token counts as at least this: a scale of 0 would turn zeros into NaN in float8."""
@@ -198,60 +192,3 @@ def check_stored(stored: Mapping[str, StoredTensor], layers: set[str], kind: str
             where = stored[f"{name}.{component}"]
             if where.dtype != dtype:
                 raise CheckpointError(f"{where.file}: {name}.{component} is {where.dtype}; {kind} has {dtype} there")
-
-
-def agreed_quantization(execution: Execution, folder: Path) -> str | None:
-    """How a checkpoint's blocks will be quantised. Raises `RequestError` where it says otherwise already."""
-    try:
-        stored = stored_quantization(folder)
-    except CheckpointError as error:
-        raise RequestError(f"--model {folder}: {error}") from None
-    if stored is None:
-        return execution.quantize
-    if execution.quantize not in (None, stored):
-        raise RequestError(
-            f"--quantize {execution.quantize}: the weights in {folder} are {stored} already; leave it out, or give the "
-            "folder that they were made from"
-        )
-    if execution.lora:
-        raise RequestError(
-            f"--lora {execution.lora[0].path}: the weights in {folder} are {stored} already and cannot be adapted; "
-            f"give the folder that they were made from, with --quantize {stored}"
-        )
-    return stored
-
-
-def check_quantization(
-    kind: str | None, config: TransformerConfig, *, dtype: torch.dtype, device: torch.device, ffn_tp: int = 1
-) -> None:
-    """Raises `RequestError` where this kind does not run with this dtype, device or model. See `Execution.check`."""
-    if kind is None:
-        return
-    if importlib.util.find_spec("torchao") is None:
-        raise RequestError(f"--quantize {kind}: it needs torchao; run `pip install torchao`")
-    if kind == "fp8" and device.type == "cuda" and dtype is not torch.bfloat16:
-        raise RequestError(f"--quantize fp8 with --dtype {str(dtype)[6:]}: on CUDA only bfloat16 is allowed")
-    if kind == "fp8" and device.type == "cpu" and not _cpu_scales_by_row():
-        raise RequestError(f"--quantize fp8: torch {torch.__version__} has no such product on a CPU; use int8 or int4")
-    if kind == "int8" and dtype is torch.float16:
-        raise RequestError(
-            "--quantize int8 with --dtype float16: sums of products would exceed its range; use bfloat16 or float32"
-        )
-    multiple = {"fp8": 16 if device.type == "cuda" else 1, "int8": 1, "int4": INT4_GROUP}[kind]
-    sizes = [("the model's width", config.dim), ("ffn_dim", config.ffn_dim)]
-    sizes += [(f"ffn_dim over --ffn-tp {ffn_tp}", size) for size in shard_sizes(config.ffn_dim, ffn_tp) if ffn_tp > 1]
-    for name, size in sizes:
-        if size % multiple:
-            raise RequestError(f"--quantize {kind}: {name} is {size}; a multiple of {multiple} is needed")
-
-
-@functools.cache
-def _cpu_scales_by_row() -> bool:
-    """Products of float8 with a scale a row are in some releases of torch only."""
-    a, b = (torch.zeros(16, 16).to(torch.float8_e4m3fn) for _ in range(2))
-    scale = torch.ones(16, 1)
-    try:
-        torch._scaled_mm(a, b.t(), scale_a=scale, scale_b=scale.t(), out_dtype=torch.bfloat16)
-    except RuntimeError:
-        return False
-    return True

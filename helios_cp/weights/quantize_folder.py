@@ -18,12 +18,13 @@ from torch import Tensor
 
 from helios_cp.config.checkpoint import CONFIG_FILES, Checkpoint
 from helios_cp.config.errors import RequestError
-from helios_cp.config.execution import Adapter
+from helios_cp.config.execution import Adapter, Execution
 from helios_cp.files.tensor_files import Reader, read_json
 from helios_cp.files.whole_files import write_json, write_tensors
 from helios_cp.model.transformer import empty_model
+from helios_cp.weights.check import check_execution
 from helios_cp.weights.lora import read_updates, shapes_of
-from helios_cp.weights.quantize import MARKER, check_quantization, quantise, quantization_marker, stored_quantization
+from helios_cp.weights.quantize import MARKER, quantise, quantization_marker, stored_quantization
 from helios_cp.weights.transformer import STEM, Updates, check_transformer, quantised_layers, stored_transformer
 from helios_cp.weights.updates import merged
 
@@ -47,7 +48,7 @@ def quantize_folder(
     if stored_quantization(checkpoint.folder) is not None:
         raise RequestError(f"IN {checkpoint.folder}: its weights are quantised already; give what they were made from")
     # Values are the same on every device. Whether a device can multiply by them is checked when they are loaded.
-    check_quantization(kind, checkpoint.transformer, dtype=torch.bfloat16, device=torch.device("meta"))
+    check_execution(checkpoint, Execution(quantize=kind), torch.device("meta"), torch.bfloat16)
     model = empty_model(checkpoint.transformer, torch.float32)
     shapes, layers, stored = shapes_of(model), quantised_layers(model), stored_transformer(checkpoint)
     check_transformer(checkpoint, stored, shapes, layers, None)

@@ -31,9 +31,7 @@ from helios_cp.model.transformer import HeliosTransformer, empty_model
 from helios_cp.weights.lora import read_updates, shapes_of
 from helios_cp.weights.placement import Destination, Moved, Placement, Whole
 from helios_cp.weights.quantize import (
-    agreed_quantization,
     assemble,
-    check_quantization,
     check_stored,
     empty_components,
     is_block_linear,
@@ -83,13 +81,12 @@ def load_adaptable(
     home = torch.device(execution.home(device))
     stored = stored_transformer(checkpoint)
     stored_kind = stored_quantization(checkpoint.folder)
-    kind = agreed_quantization(execution, checkpoint.folder)
+    kind = execution.quantize or stored_kind
     if kind is not None and not placement.takes_quantised:
         raise ValueError("quantised and sharded weights: give one of the two; FSDP gathers no quantised weights")
     model = empty_model(checkpoint.transformer, dtype)
     shapes = shapes_of(model)
     check_transformer(checkpoint, stored, shapes, quantised_layers(model), stored_kind)
-    check_quantization(kind, checkpoint.transformer, dtype=dtype, device=device)
     updates = read_updates(execution.lora, shapes)
     assert not list(model.buffers()), "buffers are not part of a checkpoint and would stay empty"
 

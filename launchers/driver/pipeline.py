@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 
 from helios_cp.config.execution import Execution, Target
 from helios_cp.config.layout import Layout
 from helios_cp.config.request import Request
+from helios_cp.device.device import pick_dtype
 from helios_cp.generate.run_folder import RunFolder
+from helios_cp.weights.check import check_execution
 from helios_cp.weights.load import resolve
 from launchers.cluster.worker import Worker
 from launchers.driver.conductor import Conductor
@@ -61,13 +64,9 @@ class ChunkPipeline:
         layout = layout or Layout()
         backend = backend or ("nccl" if device == "cuda" else "gloo")
         execution = execution or Execution()
-        execution.check_all(
-            Target(device),
-            is_distilled=self.checkpoint.is_distilled,
-            backend=backend,
-            ranks=layout.degrees.world,
-            shard_weights=layout.shard_weights,
-            attention=layout.attention,
+        on = torch.device(device)
+        check_execution(
+            self.checkpoint, execution, on, pick_dtype(dtype, on), layout, backend=backend, target=Target(device)
         )
         loading = Loading(model, dtype, device, backend, layout, timeout, cache, execution)
         context = ray.get_runtime_context()

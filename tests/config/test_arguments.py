@@ -181,8 +181,8 @@ class Bounded:
     [
         ({"count": 0}, "--count 0: allowed is 1 to 4"),
         ({"count": 5}, "--count 5: allowed is 1 to 4"),
-        ({"share": 0.0}, "--share 0: a number above 0 is allowed"),
-        ({"share": float("nan")}, "--share nan: a number above 0 is allowed"),
+        ({"share": 0.0}, "--share 0: a finite number above 0 is allowed"),
+        ({"share": float("nan")}, "--share nan: a finite number above 0 is allowed"),
         ({"sizes": (2, 0)}, "--sizes 2 0: at least 1 is allowed"),
     ],
 )

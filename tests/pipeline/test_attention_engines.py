@@ -14,11 +14,13 @@ from benchmarks.ranks.pool import shared_pool
 from helios_cp.config import arguments
 from helios_cp.config.checkpoint import Checkpoint
 from helios_cp.config.errors import RequestError
+from helios_cp.config.execution import Execution
 from helios_cp.config.layout import AskedLayout, segment_lengths, smallest_tokens
 from helios_cp.config.request import Request
 from helios_cp.model.sequence import WholeSequence
 from helios_cp.pipeline.pipeline import Pipeline
 from helios_cp.plan.choose import choose_layout
+from helios_cp.weights.check import check_execution
 from parallel.engines import ENGINES
 from parallel.mesh import Degrees, Mesh
 
@@ -72,7 +74,10 @@ def test_segment_lengths_of_the_default_size(presets):
 def choose(presets, sizes, ranks, **flags):
     checkpoint = Checkpoint.read(presets["tiny-distilled"])
     requests = [Request(prompt=("a fox",), height=h, width=w).resolve(checkpoint) for h, w in sizes]
-    return choose_layout(AskedLayout(**flags), checkpoint, requests, ranks, CPU, torch.float32)
+    layout = choose_layout(AskedLayout(**flags), checkpoint, requests, ranks, CPU, torch.float32)
+    sequences = [lengths for request in requests for lengths in segment_lengths(request, checkpoint)]
+    check_execution(checkpoint, Execution(), CPU, torch.float32, layout, sequences=sequences)
+    return layout
 
 
 @needs_yunchang

@@ -8,8 +8,9 @@ import torch
 from helios_cp.config.checkpoint import Checkpoint
 from helios_cp.config.errors import RequestError
 from helios_cp.config.layout import AskedLayout, Layout, smallest_tokens
+from helios_cp.config.ranks import Ranks
 from helios_cp.config.request import Request
-from helios_cp.pipeline.world import Ranks, device_of_rank, pick_backend
+from helios_cp.pipeline.world import device_of_rank, pick_backend
 from helios_cp.plan.choose import choose_layout
 from parallel.mesh import Degrees
 
@@ -55,8 +56,6 @@ def test_defaults_follow_from_what_is_given(presets, name, ranks, flags, expecte
         (PLAIN, 4, {"ulysses": 4, "vae_parallel": 3}, "vae 3: must divide or equal"),
         (PLAIN, 10, {"ring": 10}, "no layout of 10 ranks works with 4 heads and 9 tokens"),
         (PLAIN, 16, {}, "nearest number of ranks"),
-        (PLAIN, 2, {"ulysses": 2, "ffn_tp": 2, "shard_weights": True}, "--shard-weights with --ffn-tp 2"),
-        (PLAIN, 2, {"attention": "flash"}, "--attention flash"),
         (PLAIN, 2, {"ulysses": -2}, "--ulysses -2"),
         (GUIDED, 3, {"cfg_parallel": 3}, "cfg 3: allowed is 1 or 2"),
     ],
@@ -77,14 +76,6 @@ def test_smallest_stage(presets):
 def test_layouts_travel_as_json():
     layout = Layout(Degrees(cfg=2, ring=3, ulysses=4, ffn_tp=2, vae=6), "flash", True)
     assert Layout.from_json(layout.to_json()) == layout
-
-
-def test_ranks_come_from_the_environment():
-    assert Ranks.of({}) == Ranks()
-    torchrun = {"RANK": "5", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "WORLD_SIZE": "8"}
-    assert Ranks.of(torchrun) == Ranks(5, 1, 4, 8)
-    with pytest.raises(RequestError, match="WORLD_SIZE 'many'"):
-        Ranks.of({"WORLD_SIZE": "many"})
 
 
 def test_devices_and_backends(monkeypatch):

@@ -25,6 +25,7 @@ from benchmarks.ranks.pool import shared_pool
 from helios_cp.config.checkpoint import Checkpoint
 from helios_cp.config.errors import RequestError
 from helios_cp.config.execution import Execution
+from helios_cp.config.refusals import Setting, check_setting
 from helios_cp.config.request import Request
 from helios_cp.generate.__main__ import main
 from helios_cp.model import layers
@@ -247,7 +248,7 @@ def test_the_command_line_sets_it(cache, tmp_path, monkeypatch):
 
 def test_refused():
     with pytest.raises(RequestError, match="--compile-cache cache: only allowed beside --compile"):
-        Execution(compile_cache="cache").check(device="cpu", capability=None, is_distilled=False)
+        check_setting(Setting(Execution(compile_cache="cache")))
 
 
 def test_split_decoders_stay_eager(presets):

@@ -22,6 +22,8 @@ from torch import Tensor
 from helios_cp.config.checkpoint import Checkpoint
 from helios_cp.config.errors import RequestError
 from helios_cp.config.execution import Execution, Target
+from helios_cp.config.layout import Layout
+from helios_cp.config.refusals import Setting, check_setting
 from helios_cp.config.request import Request
 from helios_cp.generate.__main__ import build_parser
 from helios_cp.generate.check import check
@@ -311,13 +313,16 @@ def test_whole_video(presets, captures):
     ],
 )
 def test_refused_by_layout(backend, ranks, sharded, attention, message):
-    execution = Execution(cuda_graphs=True)
+    def check(graphs: bool, backend: str, ranks: int, sharded: bool = False, attention: str = "native") -> None:
+        layout = Layout(Degrees(ulysses=ranks), attention, sharded)
+        check_setting(Setting(Execution(cuda_graphs=graphs), layout, backend=backend))
+
     with pytest.raises(RequestError, match=message) as raised:
-        execution.check_graphs(backend, ranks, sharded, attention)
+        check(True, backend, ranks, sharded, attention)
     assert "\n" not in str(raised.value)
-    execution.check_graphs("gloo", 1, False)
-    execution.check_graphs("nccl", 2, False, "flash")
-    Execution().check_graphs("gloo", 2, True, "xfuser")
+    check(True, "gloo", 1)
+    check(True, "nccl", 2, attention="flash")
+    check(False, "gloo", 2, True, "xfuser")
 
 
 AMPERE, ADA, HOPPER, BLACKWELL = (8, 0), (8, 9), (9, 0), (10, 0)
@@ -370,10 +375,10 @@ def test_what_goes_together_on_which_card(fields, target, is_distilled, message)
     """Cards by their compute capability, none of which needs to be here."""
     execution = Execution(**fields)
     if message is None:
-        execution.check_all(target, is_distilled=is_distilled)
+        check_setting(Setting(execution, target=target, is_distilled=is_distilled))
         return
     with pytest.raises(RequestError) as raised:
-        execution.check_all(target, is_distilled=is_distilled)
+        check_setting(Setting(execution, target=target, is_distilled=is_distilled))
     assert str(raised.value).startswith(message) and "\n" not in str(raised.value)
 
 

@@ -23,14 +23,15 @@ from safetensors.torch import load_file, save_file
 from benchmarks.ranks.pool import shared_pool
 from helios_cp.config.checkpoint import Checkpoint, TransformerConfig
 from helios_cp.config.errors import CheckpointError, RequestError
-from helios_cp.config.execution import QUANTIZATIONS, Adapter, Execution
+from helios_cp.config.execution import QUANTIZATIONS, Adapter, Execution, Target
+from helios_cp.config.layout import Layout
+from helios_cp.config.refusals import Setting, check_setting
 from helios_cp.config.request import Request
 from helios_cp.pipeline.pipeline import Pipeline
 from helios_cp.weights.__main__ import main
+from helios_cp.weights.check import _cpu_scales_by_row, check_execution
 from helios_cp.weights.quantize import (
-    _cpu_scales_by_row,
     assemble,
-    check_quantization,
     components,
     is_block_linear,
     is_quantised,
@@ -397,6 +398,9 @@ def test_refused_on_the_command_line(folders, tmp_path, capsys, monkeypatch, no_
     assert stopped.value.code == 2 and len(lines) == 1 and expected.format(**names) in lines[0]
 
 
+FULL = Checkpoint(Path("14b"), "distilled", False, TransformerConfig())
+
+
 @pytest.mark.parametrize(
     ("kind", "device", "dtype", "ffn_tp", "expected"),
     [
@@ -411,7 +415,8 @@ def test_refused_on_the_command_line(folders, tmp_path, capsys, monkeypatch, no_
 )
 def test_sizes_and_dtypes(kind, device, dtype, ffn_tp, expected):
     def check() -> None:
-        check_quantization(kind, TransformerConfig(), dtype=dtype, device=torch.device(device), ffn_tp=ffn_tp)
+        layout = Layout(Degrees(ffn_tp=ffn_tp))
+        check_execution(FULL, Execution(quantize=kind), torch.device("cpu"), dtype, layout, target=Target(device))
 
     if expected is None:
         check()
@@ -424,12 +429,12 @@ def test_sizes_and_dtypes(kind, device, dtype, ffn_tp, expected):
 def test_without_torchao(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(RequestError, match="it needs torchao; run `pip install torchao`"):
-        check_quantization("int8", TransformerConfig(), dtype=torch.bfloat16, device=torch.device("cpu"))
+        check_execution(FULL, Execution(quantize="int8"), torch.device("cpu"), torch.bfloat16)
 
 
 def test_sharded_weights_stay_as_they_are():
     with pytest.raises(RequestError, match="--shard-weights with --quantize fp8"):
-        Execution(quantize="fp8").check_layout(shard_weights=True)
+        check_setting(Setting(Execution(quantize="fp8"), Layout(shard_weights=True)))
 
 
 @pytest.mark.gpu
