@@ -115,68 +115,49 @@ def _matrix_update(found: Entries, shape: tuple[int, ...], scale: Scale) -> LowR
         raise CheckpointError(f"{_first_key(found)} belongs to no layer of the model whose weight is a matrix")
     if len(makers) > 1:
         raise CheckpointError(f"{_first_key(found)} is of a layer with adapters of two kinds; one a layer is allowed")
-    return makers[0](found, shape, scale)
+    try:
+        update = makers[0](found, scale)
+        fits = update.product(torch.empty(shape, device="meta")).shape == shape
+    except (IndexError, RuntimeError):  # the shapes do not go together
+        fits = False
+    if not fits:
+        factors = [entry for word, entry in found.items() if word.startswith(("lora_A", "lora_B", "hada_", "lokr_"))]
+        sizes = ", ".join(f"{entry.key} {tuple(entry.tensor.shape)}" for entry in factors)
+        raise CheckpointError(f"{sizes}: these shapes make no weight {shape}")
+    return update
 
 
-def _low_rank(found: Entries, shape: tuple[int, ...], scale: Scale) -> LowRank:
-    down, up = _factors(found, ("lora_A", "lora_B"), ".weight")
-    rows, *columns = shape
-    rank = down.tensor.shape[0] if down.tensor.ndim else 0
-    if rank == 0 or list(down.tensor.shape[1:]) != columns:
-        raise _wrong_shape(down, f"(rank, {', '.join(map(str, columns))})")
-    if up.tensor.ndim < 2 or up.tensor.shape[:2] != (rows, rank) or up.tensor.numel() != rows * rank:
-        raise _wrong_shape(up, f"{(rows, rank)}, of the rank of lora_A")
-    return LowRank(down.tensor, up.tensor, scale(rank))
+def _low_rank(found: Entries, scale: Scale) -> LowRank:
+    down, up = _factors(found, "lora_A", "lora_B", ending=".weight")
+    return LowRank(down, up, scale(down.shape[0]))
 
 
-def _hadamard(found: Entries, shape: tuple[int, ...], scale: Scale) -> Hadamard:
-    a, b, c, d = _factors(found, ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"))
-    rows, columns = shape[0], math.prod(shape[1:])
-    rank = b.tensor.shape[0] if b.tensor.ndim else 0
-    for up, down in ((a, b), (c, d)):
-        if tuple(up.tensor.shape) != (rows, rank) or rank == 0:
-            raise _wrong_shape(up, f"({rows}, rank)")
-        if tuple(down.tensor.shape) != (rank, columns):
-            raise _wrong_shape(down, f"{(rank, columns)}")
-    return Hadamard((a.tensor, b.tensor), (c.tensor, d.tensor), scale(rank))
+def _hadamard(found: Entries, scale: Scale) -> Hadamard:
+    a, b, c, d = _factors(found, "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+    return Hadamard((a, b), (c, d), scale(b.shape[0]))
 
 
-def _kronecker(found: Entries, shape: tuple[int, ...], scale: Scale) -> Kronecker:
-    sides, ranks = [], []
-    for name in ("lokr_w1", "lokr_w2"):
-        words = (name,) if name in found else (f"{name}_a", f"{name}_b")
-        factors = _factors(found, words)
-        for factor in factors:
-            if factor.tensor.ndim < 2 or 0 in factor.tensor.shape:
-                raise _wrong_shape(factor, "a matrix")
-        if len(factors) == 2:
-            ranks.append(factors[1].tensor.shape[0])
-            if factors[0].tensor.shape[1] != ranks[-1]:
-                raise _wrong_shape(factors[0], f"({factors[0].tensor.shape[0]}, {ranks[-1]})")
-        sides.append(factors)
-    rows = math.prod(factors[0].tensor.shape[0] for factors in sides)
-    columns = math.prod(math.prod(factors[-1].tensor.shape[1:]) for factors in sides)
-    if (rows, columns) != (shape[0], math.prod(shape[1:])):
-        raise CheckpointError(
-            f"{sides[0][0].key} makes a matrix of {(rows, columns)} with the other factors; it must be "
-            f"{(shape[0], math.prod(shape[1:]))}"
-        )
-    left, right = (tuple(factor.tensor for factor in factors) for factors in sides)
+def _kronecker(found: Entries, scale: Scale) -> Kronecker:
+    left, right = (
+        _factors(found, name) if name in found else _factors(found, f"{name}_a", f"{name}_b")
+        for name in ("lokr_w1", "lokr_w2")
+    )
+    ranks = [side[1].shape[0] for side in (left, right) if len(side) == 2]
     return Kronecker(left, right, scale(ranks[0] if ranks else None))
 
 
-MAKERS: Sequence[tuple[set[str], Callable[[Entries, tuple[int, ...], Scale], LowRank | Hadamard | Kronecker]]] = (
+MAKERS: Sequence[tuple[set[str], Callable[[Entries, Scale], LowRank | Hadamard | Kronecker]]] = (
     ({"lora_A", "lora_B"}, _low_rank),
     ({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}, _hadamard),
     ({"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"}, _kronecker),
 )
 
 
-def _factors(found: Entries, words: tuple[str, ...], ending: str = "") -> list[Entry]:
+def _factors(found: Entries, *words: str, ending: str = "") -> tuple[Tensor, ...]:
     for word in words:
         if word not in found:
             raise CheckpointError(f"{_first_key(found)} has no {word}{ending} beside it")
-    return [found[word] for word in words]
+    return tuple(found[word].tensor for word in words)
 
 
 def _difference(entry: Entry, shape: tuple[int, ...] | None, scale: float) -> Difference:
@@ -213,6 +194,8 @@ def _scale(layer: str, found: Entries, config: Mapping[str, Any], rank: int | No
     if rank is None:
         return 1.0
     alpha = _setting(layer, config, "alpha_pattern", ("lora_alpha", "alpha"))
+    if rank == 0:
+        raise CheckpointError(f"{_first_key(found)} is of rank 0")
     if "alpha" in found:
         entry = found["alpha"]
         if entry.tensor.numel() != 1:

@@ -21,7 +21,7 @@ class Addition:
     """An update that adds to the weight something that does not depend on it."""
 
     def product(self, like: Tensor) -> Tensor:
-        """What to add, in fp32, with the shape and on the device of `like`."""
+        """What to add, in fp32, with the shape and on the device of `like`. Raises `RuntimeError` if it cannot be."""
         raise NotImplementedError
 
     def apply(self, total: Tensor, weight: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ class LowRank(Addition):
     scale: float
 
     def product(self, like: Tensor) -> Tensor:
-        return self.scale * _multiplied((self.up, self.down), like.device).view_as(like)
+        return self.scale * _multiplied((self.up, self.down), like.device).unflatten(1, like.shape[1:])
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Hadamard(Addition):
 
     def product(self, like: Tensor) -> Tensor:
         left, right = (_multiplied(factors, like.device) for factors in (self.left, self.right))
-        return self.scale * (left * right).view_as(like)
+        return self.scale * (left * right).unflatten(1, like.shape[1:])
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Kronecker(Addition):
 
     def product(self, like: Tensor) -> Tensor:
         left, right = (_multiplied(factors, like.device) for factors in (self.left, self.right))
-        return self.scale * torch.kron(left, right).view_as(like)
+        return self.scale * torch.kron(left, right).unflatten(1, like.shape[1:])
 
 
 @dataclass(frozen=True)

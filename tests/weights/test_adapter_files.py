@@ -205,6 +205,11 @@ def put(key: str, *shape: int):
     return lambda tensors: tensors.update({f"transformer.blocks.0.{key}": torch.zeros(shape)})
 
 
+def put_all(layer: str, words: dict[str, tuple[int, ...]]):
+    added = {f"transformer.blocks.0.{layer}.{word}": torch.zeros(shape) for word, shape in words.items()}
+    return lambda tensors: tensors.update(added)
+
+
 DAMAGES = [
     (put("attn3.to_q.lora_A.weight", 4, 96), {}, "attn3.to_q.lora_A.weight belongs to no layer"),
     (put("attn1.to_k.lora_magnitude_vector", 96), {}, "to_k.lora_magnitude_vector has no lora_A.weight beside it"),
@@ -224,9 +229,30 @@ DAMAGES = [
     (put("attn1.to_q.lora_up.weight", 96, 4), {}, "says the same as"),
     (put("attn1.norm_q.lora_A.weight", 4, 96), {}, "norm_q.lora_A.weight belongs to no layer"),
     (put("attn1.to_k.lora_A.weight", 4, 96), {}, "to_k.lora_A.weight has no lora_B.weight beside it"),
-    (put("attn1.to_q.lora_A.weight", 3, 96), {}, "lora_B.weight has shape (96, 4); it must be (96, 3)"),
-    (put("attn1.to_q.lora_A.weight", 4, 97), {}, "lora_A.weight has shape (4, 97); it must be (rank, 96)"),
-    (put("attn1.to_q.lora_B.weight", 95, 4), {}, "lora_B.weight has shape (95, 4); it must be (96, 4)"),
+    (
+        put("attn1.to_q.lora_A.weight", 3, 96),
+        {},
+        "lora_B.weight (96, 4): these shapes make no weight (96, 96)",
+    ),
+    (
+        put("attn1.to_q.lora_A.weight", 4, 97),
+        {},
+        "lora_A.weight (4, 97), transformer.blocks.0.attn1.to_q.lora_B",
+    ),
+    (put("attn1.to_q.lora_B.weight", 95, 4), {}, "lora_B.weight (95, 4): these shapes make no weight (96, 96)"),
+    (put("attn1.to_q.lora_B.weight", 1, 4), {}, "lora_B.weight (1, 4): these shapes make no weight (96, 96)"),
+    (put("attn1.to_q.lora_B.weight", 96), {}, "lora_B.weight (96,): these shapes make no weight (96, 96)"),
+    (
+        put_all("attn1.to_k", {"lora_A.weight": (8, 48), "lora_B.weight": (192, 8)}),
+        {},
+        "(192, 8): these shapes make no weight",
+    ),
+    (put_all("attn1.to_k", {"lora_A.weight": (0, 96), "lora_B.weight": (96, 0)}), {}, "lora_A.weight is of rank 0"),
+    (
+        put_all("attn1.to_k", {"lokr_w1": (4, 4), "lokr_w2": (24, 23)}),
+        {},
+        "lokr_w2 (24, 23): these shapes make no weight (96",
+    ),
     (put("attn1.to_q.lora_B.bias", 95), {}, "lora_B.bias has shape (95,); it must be (96,)"),
     (put("attn1.to_q.alpha", 2), {}, "to_q.alpha has shape (2,); it must be one number"),
     (lambda tensors: None, {"lora_adapter_metadata": "["}, "lora_adapter_metadata in its header is no JSON object"),
@@ -279,5 +305,5 @@ def test_refused_on_the_command_line(cache, tmp_path, capsys, monkeypatch, no_we
         main(["--prompt", "a fox", "--height", "64", "--width", "64", "--lora", f"{file}:0.5"])
     assert stopped.value.code == 2
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and "attn1.to_q.lora_B.weight has shape (96, 4)" in lines[0]
+    assert len(lines) == 1 and "attn1.to_q.lora_B.weight (96, 4)" in lines[0]
     assert not list(tmp_path.glob("*.mp4"))
