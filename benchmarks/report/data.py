@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from helios_cp.plan.detect import MEASUREMENTS
+from helios_cp.plan.hardware import MEASUREMENTS
 
 
 @dataclass(frozen=True)

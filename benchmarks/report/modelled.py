@@ -12,7 +12,8 @@ import torch
 from helios_cp.config.layout import smallest_tokens
 from helios_cp.config.request import Request
 from helios_cp.plan.configs import BuiltInCheckpoint, part_configs
-from helios_cp.plan.detect import MEASUREMENTS, PROFILES, Hardware, read_profile
+from helios_cp.plan.hardware import MEASUREMENTS, Hardware, read_profile
+from helios_cp.plan.machines import PROFILES
 from helios_cp.plan.predict import Prediction, Workload
 from helios_cp.plan.search import make_plan
 

@@ -43,7 +43,8 @@ from helios_cp.config.paths import user_path
 from helios_cp.device.device import dtype_name
 from helios_cp.files.whole_files import check_file_target
 from helios_cp.plan.configs import part_configs
-from helios_cp.plan.detect import Hardware, find_hardware
+from helios_cp.plan.hardware import Hardware
+from helios_cp.plan.machines import find_hardware
 from helios_cp.plan.predict import Candidate, predict
 from helios_cp.plan.vae_cost import VaeConfig
 from helios_cp.plan.workload import Workload

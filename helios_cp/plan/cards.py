@@ -118,7 +118,7 @@ def chunk_seconds(workload, choice: Choice, profile: str) -> float:
     `--offload group`, and before it with `--offload model`."""
     from helios_cp.config.layout import Layout
     from helios_cp.plan.card_memory import transformer_bytes
-    from helios_cp.plan.detect import PROFILES
+    from helios_cp.plan.machines import PROFILES
     from helios_cp.plan.predict import Candidate, predict
     from helios_cp.plan.vae_cost import FP32, decoder_parameters
 

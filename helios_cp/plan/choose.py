@@ -21,7 +21,8 @@ from helios_cp.config.layout import (
 )
 from helios_cp.config.request import Request
 from helios_cp.config.sampling_plan import SamplingPlan
-from helios_cp.plan.detect import Hardware, detect_hardware, find_hardware
+from helios_cp.plan.hardware import Hardware
+from helios_cp.plan.machines import detect_hardware, find_hardware
 from helios_cp.plan.search import choose
 
 

@@ -16,8 +16,8 @@ from helios_cp.config.execution import Execution
 from helios_cp.config.layout import PLAIN, Layout
 from helios_cp.plan import vae_cost, weight_cost
 from helios_cp.plan.card_memory import card_memory
-from helios_cp.plan.detect import Hardware
 from helios_cp.plan.forward_cost import ForwardCost, Traffic, forward_cost, guidance_traffic
+from helios_cp.plan.hardware import Hardware
 from helios_cp.plan.rank_shares import shares
 from helios_cp.plan.split_vae_cost import decode_kernels, split_extra
 from helios_cp.plan.workload import Workload

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from helios_cp.config.request import Request
-from helios_cp.plan.detect import Hardware
 from helios_cp.plan.forward_cost import forward_cost, repeated_flops
+from helios_cp.plan.hardware import Hardware
 from helios_cp.plan.predict import Candidate, Prediction, StageCost, limit_fps
 from helios_cp.plan.rank_shares import whole
 from helios_cp.plan.weight_cost import parameters

@@ -17,7 +17,7 @@ from helios_cp.config.paths import cache_folder
 from helios_cp.config.request import Request
 from helios_cp.plan import report as plan_report
 from helios_cp.plan.configs import BUILT_IN, BuiltInCheckpoint, part_configs
-from helios_cp.plan.detect import find_hardware
+from helios_cp.plan.machines import find_hardware
 from helios_cp.plan.search import make_plan
 from helios_cp.plan.workload import Workload
 

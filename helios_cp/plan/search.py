@@ -18,8 +18,9 @@ from helios_cp.config.refusals import Setting, check_setting
 from helios_cp.config.request import Request
 from helios_cp.plan.card_memory import FITTING_SHARE
 from helios_cp.plan.configs import part_configs
-from helios_cp.plan.detect import Hardware, detect_hardware
 from helios_cp.plan.forward_cost import forward_cost
+from helios_cp.plan.hardware import Hardware
+from helios_cp.plan.machines import detect_hardware
 from helios_cp.plan.predict import Candidate, Prediction, predict
 from helios_cp.plan.rank_shares import whole
 from helios_cp.plan.workload import Workload

@@ -31,7 +31,7 @@ from benchmarks.gpu_suite.scope import Scope
 from benchmarks.measuring.machine import CHECKOUT
 from benchmarks.models import full_size
 from helios_cp.config.execution import Execution
-from helios_cp.plan.detect import read_profile
+from helios_cp.plan.hardware import read_profile
 from parallel.mesh import Degrees
 from tests.benchmarks.test_gpu_suite_runner import is_running, read, wait_until
 

@@ -27,7 +27,7 @@ from benchmarks.validate_plan.ranks import WARM_UP, ChunkTimes, Model, make_requ
 from helios_cp.config.checkpoint import Checkpoint, TransformerConfig
 from helios_cp.config.layout import Layout, segment_lengths, smallest_tokens
 from helios_cp.plan.configs import part_configs
-from helios_cp.plan.detect import CPU
+from helios_cp.plan.machines import CPU
 from helios_cp.plan.predict import Candidate, predict
 from helios_cp.plan.search import make_plan
 from helios_cp.plan.vae_cost import VaeConfig

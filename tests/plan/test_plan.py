@@ -23,8 +23,8 @@ from helios_cp.plan.__main__ import main
 from helios_cp.plan.card_memory import FITTING_SHARE
 from helios_cp.plan.choose import choose_layout
 from helios_cp.plan.configs import part_configs
-from helios_cp.plan.detect import CPU, H100, PROFILES, RTX4090
 from helios_cp.plan.forward_cost import Traffic, forward_cost, repeated_flops
+from helios_cp.plan.machines import CPU, H100, PROFILES, RTX4090
 from helios_cp.plan.predict import Candidate, limit_fps, message_seconds, predict
 from helios_cp.plan.rank_shares import shares
 from helios_cp.plan.report import Subject, command, stage_counts

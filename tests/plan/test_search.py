@@ -17,7 +17,8 @@ from helios_cp.config.layout import AskedLayout, Layout
 from helios_cp.config.request import Request
 from helios_cp.plan.choose import choose_layout, planning_hardware
 from helios_cp.plan.configs import BuiltInCheckpoint
-from helios_cp.plan.detect import H100, RTX4090, Hardware
+from helios_cp.plan.hardware import Hardware
+from helios_cp.plan.machines import H100, RTX4090
 from helios_cp.plan.search import best_prediction, candidates, choose
 from parallel.mesh import Degrees
 from tests.plan.workloads import workload

@@ -19,7 +19,7 @@ from helios_cp.config.layout import Layout
 from helios_cp.model.codec import to_frames
 from helios_cp.pipeline.split_vae import split_decode
 from helios_cp.plan import split_vae_cost, vae_cost
-from helios_cp.plan.detect import CPU, H100
+from helios_cp.plan.machines import CPU, H100
 from helios_cp.plan.predict import Candidate, predict
 from helios_cp.plan.split_vae_cost import decode_kernels, split_extra
 from helios_cp.plan.vae_cost import VaeConfig
