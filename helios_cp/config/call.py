@@ -55,8 +55,9 @@ class Call:
     )
     prompt_file: Path | None = flag(
         None,
-        ".txt with a prompt a line, or .csv with id and prompt (and image_name, or prompt_index for interactive "
-        "videos); writes NAME.mp4 each and skips those that exist",
+        ".txt with a prompt a line, as a pipe may give too; or .csv, .tsv or .jsonl with id and prompt (and "
+        "image_name, or prompt_index for interactive videos); writes NAME.mp4 each, skips those that exist, and shares "
+        "the work with other calls on the same file and folder",
         "FILE",
         group="many videos",
     )

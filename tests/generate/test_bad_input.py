@@ -98,7 +98,7 @@ CASES: dict[str, tuple[str, ...]] = {
     ),
     # prompt files
     "prompt file not there": ("--prompt-file none.txt", "--prompt-file none.txt: ", "No such file"),
-    "prompt file with another suffix": ("--prompt-file prompts.json", "--prompt-file prompts.json", ".txt and .csv"),
+    "prompt file with another suffix": ("--prompt-file prompts.json", "--prompt-file prompts.json", ".txt, .csv"),
     "prompt file empty": ("--prompt-file blank.txt", "--prompt-file blank.txt: ", "no prompt"),
     "prompt file that is a folder": ("--prompt-file folder.txt", "--prompt-file folder.txt: ", "cannot be read"),
     "prompt file not in UTF-8": ("--prompt-file latin.txt", "--prompt-file latin.txt: ", "UTF-8"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -131,6 +132,85 @@ def test_more_files_that_are_refused(tmp_path, content, says):
     with pytest.raises(RequestError, match=says) as caught:
         read(tmp_path / "p.csv", content)
     assert str(caught.value).startswith(f"--prompt-file {tmp_path / 'p.csv'}")
+
+
+READ = {
+    "semicolons": ("csv", "id;prompt\r\n1;a fox, red\r\n", {"1": "a fox, red"}),
+    "the line for Excel": ("csv", "sep=;\r\nid;prompt\r\n1;fox\r\n", {"1": "fox"}),
+    "tabs": ("csv", "id\tprompt\n1\tfox\n", {"1": "fox"}),
+    "tabs by suffix": ("tsv", "id\tprompt\n1\ta fox, red; small\n", {"1": "a fox, red; small"}),
+    "UTF-16": ("csv", "id,prompt\r\n1,füchslein\r\n".encode("utf-16"), {"1": "füchslein"}),
+    "UTF-16, a prompt a line": ("txt", "a fox\r\nan owl\r\n".encode("utf-16"), {"0": "a fox", "1": "an owl"}),
+    "empty rows at the end": ("csv", "id,prompt,more\n1,fox,5\n,,\n , ,\n", {"1": "fox"}),
+    "an empty column": ("csv", "id,prompt,\n1,fox,\n2,owl,,,\n", {"1": "fox", "2": "owl"}),
+    "a column without a name": ("csv", ",id,prompt\n0,a,fox\n1,b,owl\n", {"a": "fox", "b": "owl"}),
+    "capitals and blanks in the header": ("csv", "ID , Prompt\n1, fox\n", {"1": "fox"}),
+    "quotes after blanks": ("csv", 'id, prompt\n1, "a fox, red"\n', {"1": "a fox, red"}),
+    "carriage returns": ("csv", "id,prompt\r1,fox\r2,owl\r", {"1": "fox", "2": "owl"}),
+    "a quote in the middle": ("csv", 'id,prompt\n1,a 5" fox\n', {"1": 'a 5" fox'}),
+    "an id with the suffix": ("csv", "id,prompt\nfox.mp4,a\n", {"fox": "a"}),
+    "objects": ("jsonl", '{"id": 7, "prompt": "fox"}\n\n{"ID": "b", "prompt": null, "refined_prompt": "owl"}\n',
+                {"7": "fox", "b": "owl"}),
+    "objects without ids": ("jsonl", '{"prompt": "fox", "seconds": 5}\n{"prompt": "owl"}\n', {"0": "fox", "1": "owl"}),
+    "lines without a suffix": ("", "a fox\nan owl", {"0": "a fox", "1": "an owl"}),
+    "rows without a suffix": ("", "id,prompt\na,fox", {"a": "fox"}),
+    "objects without a suffix": ("", '{"prompt": "fox"}', {"0": "fox"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", READ)
+def test_as_spreadsheets_and_programs_write_them(tmp_path, name):
+    suffix, content, expected = READ[name]
+    jobs = read(tmp_path / f"p.{suffix}" if suffix else tmp_path / "p", content)
+    assert prompts(jobs) == {f"videos/{name}.mp4": (prompt,) for name, prompt in expected.items()}
+
+
+@pytest.mark.parametrize(
+    ("suffix", "content", "says"),
+    [
+        ("csv", "id,prompt\n1,a “fox”\n".encode("cp1252"), "line 2: this is no UTF-8 text; save the file as UTF-8"),
+        ("txt", "a fox\nan\0 owl\n", "line 2: a zero byte"),
+        ("csv", 'id,prompt\n"a\nb",fox\n', "no /, .*, line break"),
+        ("csv", "id,prompt,Prompt\n1,fox,owl\n", "column prompt stands there twice"),
+        ("csv", "sep=;\nid;prompt\n1;fox\n1;owl\n", "line 4: '1' stands there twice"),
+        ("csv", "id,prompt_index,prompt\na,0.5,x\n", "'0.5' of 'a' is no whole number"),
+        ("jsonl", '{"prompt": "fox"}\n{"prompt"\n', "line 2: it is no valid JSON"),
+        ("jsonl", '["fox"]\n', "line 1: an object is allowed, such as"),
+        ("jsonl", '{"prompt": ["fox"]}\n', r"line 1: prompt is \[\"fox\"\]; a text is allowed"),
+        ("jsonl", '{"id": "a"}\n', "the prompt of 'a' is empty"),
+        ("json", "[]", "allowed are .txt, .csv, .tsv, .jsonl or none"),
+    ],
+)
+def test_what_is_not_clear_is_refused_with_line_and_cure(tmp_path, suffix, content, says):
+    with pytest.raises(RequestError, match=says):
+        read(tmp_path / f"p.{suffix}", content)
+
+
+def test_whole_numbers_as_pandas_writes_them(tmp_path):
+    (job,) = read(tmp_path / "p.csv", "id,prompt_index,prompt\na,1.0,y\na,0.0,x\n")
+    assert [entry.prompt for entry in job.request.prompt_schedule] == ["x", "y"]
+
+
+def test_pictures_as_windows_names_them(tmp_path):
+    (tmp_path / "img").mkdir()
+    (tmp_path / "img" / "fox.png").touch()
+    (job,) = read(tmp_path / "p.csv", "id,image_name,prompt\n1,img\\fox.png,fox\n")
+    assert job.request.image == str(tmp_path / "img" / "fox.png")
+    with pytest.raises(RequestError, match="there is fox[.]png, and capitals matter"):
+        read(tmp_path / "p.csv", "id,image_name,prompt\n1,img/FOX.png,fox\n")
+
+
+def test_a_pipe_is_read_once_and_may_be_asked_twice():
+    """One call is checked several times on a cluster."""
+    reads, writes = os.pipe()
+    os.write(writes, b"a fox\n")
+    os.close(writes)
+    try:
+        for _ in range(2):
+            jobs = read_prompt_file(Path(f"/dev/fd/{reads}"), Request(), Path("videos"))
+            assert prompts(jobs) == {"videos/0.mp4": ("a fox",)}
+    finally:
+        os.close(reads)
 
 
 # Names of the outputs
