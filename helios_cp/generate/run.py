@@ -176,6 +176,7 @@ def _finished_files(chunks: ChunkFiles, session: Session, job: Job, stop: StopSi
     try:
         yield
     except BaseException:
+        stop.leave()
         with suppress(Exception):  # the error under way matters more than one of joining, say on a full disk
             join()
         raise

@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 
 STDERR = 2
 
@@ -46,7 +46,7 @@ class StopSignal:
     """Turns a signal into a `Stopped`: at the next `check`, or at once at the second SIGINT.
 
     Once `Stopped` is on its way further signals do nothing, so that closing the files is never interrupted. With
-    `patience`, a process that does not come to its next `check` for so many seconds after a signal that all ranks get
+    `patience`, a process that has not come to a `check` or to `leave` so many seconds after a signal that all ranks get
     is ended, after its `last_words`: it may be waiting for a rank that is gone.
     """
 
@@ -55,20 +55,25 @@ class StopSignal:
         self.number: int | None = None
         self.raised = False
         self.last_words: Callable[[], None] | None = None
-        self._timer: threading.Timer | None = None
+        self._leaves = threading.Event()
 
     def check(self) -> None:
         """Raises `Stopped` if a signal has come."""
         if self.number is not None and not self.raised:
             self.raised = True
-            if self._timer is not None:
-                self._timer.cancel()
+            self.leave()
             raise Stopped(self.number)
+
+    def leave(self) -> None:
+        """This process is about to end by itself, however long that takes."""
+        self._leaves.set()
 
     @contextmanager
     def installed(self) -> Iterator[StopSignal]:
         """Handle signals inside the `with`; only in the main thread."""
-        with handled(self._handle):
+        with handled(self._handle), ExitStack() as stack:
+            if self.patience is not None:
+                stack.callback(_watch(self._end))
             yield self
 
     def _handle(self, number: int, _: object) -> None:
@@ -78,38 +83,53 @@ class StopSignal:
             return
         self.number = number
         if number in TO_ALL and self.patience is not None:
-            self._timer = threading.Timer(self.patience, self._end)
-            self._timer.daemon = True
-            self._timer.start()
             return
         with suppress(OSError):  # the terminal may be gone
             # Not by print: a handler may run while the same buffer is being written.
             os.write(STDERR, b"stopping after this step; Ctrl-C again stops at once\n")
 
-    def _end(self) -> None:
-        if self.last_words is not None:
-            self.last_words()
-        os._exit(128 + self.number)
+    def _end(self, number: int) -> None:
+        if number in TO_ALL and not self._leaves.wait(self.patience):
+            if self.last_words is not None:
+                self.last_words()
+            os._exit(128 + number)
 
 
 def exit_late(patience: float) -> None:
     """For a rank whose files another rank writes: it leaves the stopping to that one.
 
-    From now on SIGTERM and SIGHUP end this process only after `patience` seconds, even if its main thread waits in a
-    library: torchrun sends them to all ranks as soon as one is lost, and the one that notices needs a moment to say so.
-    Other signals do nothing, as this rank ends with the others.
+    From now on SIGTERM and SIGHUP end this process only after `patience` seconds: torchrun sends them to all ranks as
+    soon as one is lost, and the one that notices needs a moment to say so. Other signals do nothing, as this rank ends
+    with the others.
+    """
+
+    def end(number: int) -> None:
+        if number in TO_ALL:
+            time.sleep(patience)
+            os._exit(128 + number)
+
+    for number in SIGNALS:
+        signal.signal(number, lambda *_: None)
+    _watch(end)
+
+
+def _watch(act: Callable[[int], None]) -> Callable[[], None]:
+    """Call `act` with each signal that is handled in Python, from a thread of its own; returns what ends that.
+
+    A handler runs when the main thread comes back to Python; this thread does not wait for one that is in a library.
     """
     reads, writes = os.pipe()
     os.set_blocking(writes, False)
-    # The number of a signal is written there at once; a handler in Python runs when the main thread comes back.
-    signal.set_wakeup_fd(writes, warn_on_full_buffer=False)
-    for number in SIGNALS:
-        signal.signal(number, (lambda *_: None) if number in TO_ALL else signal.SIG_IGN)
 
     def watch() -> None:
-        while (number := os.read(reads, 1)[0]) not in TO_ALL:
-            pass
-        time.sleep(patience)
-        os._exit(128 + number)
+        while number := os.read(reads, 1):
+            act(number[0])
+        os.close(reads)
+
+    def end() -> None:
+        signal.set_wakeup_fd(previous)
+        os.close(writes)
 
     threading.Thread(target=watch, daemon=True).start()
+    previous = signal.set_wakeup_fd(writes, warn_on_full_buffer=False)  # it gets the number of each signal
+    return end

@@ -122,7 +122,29 @@ def test_a_folder_that_not_even_root_can_write_to():
     assert "/proc cannot be written" in folder_refusal("/proc/run")
 
 
+def test_a_link_is_followed_and_a_pipe_or_device_refused(tmp_path):
+    (tmp_path / "out.mp4").symlink_to("big/out.mp4")
+    check_file_target("--output", tmp_path / "out.mp4", ".mp4")
+    (tmp_path / "loop.mp4").symlink_to("loop.mp4")
+    assert "points to itself" in refusal(tmp_path / "loop.mp4")
+    os.mkfifo(tmp_path / "pipe.mp4")
+    (tmp_path / "null.mp4").symlink_to("/dev/null")
+    (tmp_path / "proc.mp4").symlink_to("/proc/out.mp4")
+    for name in ("pipe.mp4", "null.mp4"):
+        assert "this is a pipe, a socket or a device; give the name of a file" in refusal(tmp_path / name)
+    assert "/proc cannot be written" in refusal(tmp_path / "proc.mp4")
+
+
 # Writing
+
+
+def test_a_link_is_written_through(tmp_path):
+    (tmp_path / "big").mkdir()
+    (tmp_path / "r.json").symlink_to("big/real.json")
+    for values in ([1], [2]):
+        write_json(tmp_path / "r.json", values)
+        assert (tmp_path / "r.json").is_symlink() and json.loads((tmp_path / "big/real.json").read_text()) == values
+    assert [each.name for each in (tmp_path / "big").iterdir()] == ["real.json"]
 
 
 def test_folders_are_made(tmp_path):

@@ -30,9 +30,10 @@ def faulty(forward):
             print(f"fault at {time.time()}", flush=True)
             if FAULT == "raise":
                 raise ArithmeticError("broken on purpose")
-            if FAULT == "kill":
+            if FAULT == "kill" or (FAULT == "kill-once" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"):
                 os.kill(os.getpid(), signal.SIGKILL)
-            time.sleep(1000)
+            if FAULT == "hang":
+                time.sleep(1000)
         return forward(*args, **kwargs)
 
     return run

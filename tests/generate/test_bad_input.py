@@ -101,7 +101,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "prompt file with another suffix": ("--prompt-file prompts.json", "--prompt-file prompts.json", ".txt, .csv"),
     "prompt file empty": ("--prompt-file blank.txt", "--prompt-file blank.txt: ", "no prompt"),
     "prompt file that is a folder": ("--prompt-file folder.txt", "--prompt-file folder.txt: ", "cannot be read"),
-    "prompt file not in UTF-8": ("--prompt-file latin.txt", "--prompt-file latin.txt: ", "UTF-8"),
+    "prompt file not in UTF-8": ("--prompt-file latin.txt", "--prompt-file latin.txt, line 1: ", "UTF-8"),
     "prompt file beside a prompt": ("--prompt fox --prompt-file good.txt", "--prompt-file good.txt: ", "no --prompt"),
     "prompt file beside a schedule": (
         "--prompt-schedule 1 owl --prompt-file good.txt",

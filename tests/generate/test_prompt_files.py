@@ -196,7 +196,7 @@ def test_pictures_as_windows_names_them(tmp_path):
     (tmp_path / "img" / "fox.png").touch()
     (job,) = read(tmp_path / "p.csv", "id,image_name,prompt\n1,img\\fox.png,fox\n")
     assert job.request.image == str(tmp_path / "img" / "fox.png")
-    with pytest.raises(RequestError, match="there is fox[.]png, and capitals matter"):
+    with pytest.raises(RequestError, match=r"there is fox\.png, and capitals matter"):
         read(tmp_path / "p.csv", "id,image_name,prompt\n1,img/FOX.png,fox\n")
 
 

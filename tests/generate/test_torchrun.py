@@ -99,6 +99,15 @@ def test_three_ranks_make_the_video_of_one_and_resume(alone, tmp_path, environme
     assert (latents - alone).abs().max() <= 1e-4 * (alone.max() - alone.min())
 
 
+def test_torchrun_starts_a_job_again_that_goes_on(tmp_path, environment):
+    """Rank 1 is killed once in the second chunk; torchrun gives the same command to all ranks again."""
+    faulty = ["--max-restarts", "1", "-m", "tests.generate.faulty", "kill-once", "1"]
+    code, stdout, stderr = torchrun(2, [*faulty, *REQUEST, "--checkpoint-dir", "run"], tmp_path, environment)
+    assert code == 0, stderr
+    assert "out.mp4: 66 frames" in stdout and frames_in(tmp_path / "out.mp4") == 99
+    assert not list(tmp_path.glob(".*")) and not (tmp_path / "run" / "lock").exists()
+
+
 @pytest.mark.parametrize("fault", ["kill", "hang"])
 def test_a_lost_rank_ends_the_job(tmp_path, environment, fault):
     """Rank 0 of one job and rank 1 of another, side by side, as most of the time is spent waiting."""
