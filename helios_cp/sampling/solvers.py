@@ -7,12 +7,26 @@ has caught up. Here all of that stays on the CPU, where the schedule is, and the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from helios_cp.device.device import has_float64
+
+UNIPC = {
+    "scheduler_type": "unipc",
+    "prediction_type": "flow_prediction",
+    "predict_x0": True,
+    "use_flow_sigmas": True,
+    "thresholding": False,
+    "solver_p": None,
+    "solver_order": 2,
+    "solver_type": "bh2",
+    "lower_order_final": True,
+    "disable_corrector": [],
+}
+"""The configuration of every Helios checkpoint's `HeliosScheduler`, as far as it decides on the steps."""
 
 Solver = Callable[[Tensor, Tensor], Tensor]
 """`(velocity, latents) -> latents of the next step`, called for the steps of one stage in order."""
@@ -26,25 +40,14 @@ def solver_on(device: torch.device, scheduler, start: Tensor) -> Solver:
 def make_solver(scheduler, start: Tensor) -> Solver:
     """The solver for a stage that begins with the latents `start`, after `scheduler.set_timesteps(…, device="cpu")`.
 
-    What no Helios checkpoint has (solvers of a higher order, other predictions) is left to the scheduler's own step.
+    What no Helios checkpoint has (Euler, other orders, other predictions) is left to the scheduler's own step.
     """
     from diffusers import HeliosDMDScheduler, HeliosScheduler  # a second, which planning need not wait for
 
-    config = scheduler.config
-    if type(scheduler) is HeliosDMDScheduler and config.stages > 1:
+    if type(scheduler) is HeliosDMDScheduler and scheduler.config.stages > 1:
         return DmdSolver(scheduler.sigmas, scheduler.timesteps, start)
-    if type(scheduler) is HeliosScheduler and config.prediction_type == "flow_prediction":
-        if config.scheduler_type == "euler":
-            return EulerSolver(scheduler.sigmas)
-        is_known = config.predict_x0 and config.use_flow_sigmas and not config.thresholding and not config.solver_p
-        if config.scheduler_type == "unipc" and config.solver_order <= 2 and is_known:
-            return UniPcSolver(
-                scheduler.sigmas,
-                order=config.solver_order,
-                is_bh1=config.solver_type == "bh1",
-                lower_order_final=config.lower_order_final,
-                disable_corrector=config.disable_corrector,
-            )
+    if type(scheduler) is HeliosScheduler and UNIPC.items() <= scheduler.config.items():
+        return UniPcSolver(scheduler.sigmas)
     return SchedulerSteps(scheduler, start)
 
 
@@ -90,43 +93,20 @@ class DmdSolver:
         return ((1 - sigma) * clean.double() + sigma * self.start.double()).to(self.start.dtype)
 
 
-class EulerSolver:
-    """Euler's method; the latents come out in the dtype of the velocity."""
-
-    def __init__(self, sigmas: Tensor) -> None:
-        self.sigmas = sigmas
-        self.index = 0
-
-    def __call__(self, velocity: Tensor, latents: Tensor) -> Tensor:
-        change = self.sigmas[self.index + 1] - self.sigmas[self.index]
-        self.index += 1
-        return (latents.float() + change * velocity).to(velocity.dtype)
-
-
 class UniPcSolver:
-    """UniPC of order 1 or 2 for data prediction (arXiv:2302.04867, algorithms 5 and 6).
+    """UniPC of order 2 with B(h) = e^h − 1, for data prediction (arXiv:2302.04867, algorithms 5 and 6).
+
+    The first step, and the last, are of order 1.
 
     Coefficients are tensors without dims on the CPU, in the dtype of the schedule: such a tensor goes into a kernel as
     a number, and leaves the dtype of the latents alone.
     """
 
-    def __init__(
-        self,
-        sigmas: Tensor,
-        *,
-        order: int = 2,
-        is_bh1: bool = False,
-        lower_order_final: bool = True,
-        disable_corrector: Sequence[int] = (),
-    ) -> None:
+    def __init__(self, sigmas: Tensor) -> None:
         self.sigmas = sigmas
         self.alphas = 1 - sigmas
         self.clamped = sigmas.clamp(min=1e-8)
         self.lambdas = self.alphas.log() - self.clamped.log()
-        self.order = order
-        self.is_bh1 = is_bh1
-        self.lower_order_final = lower_order_final
-        self.disable_corrector = disable_corrector
         self.index = 0
         self.clean: list[Tensor] = []  # predictions of the steps before, the latest last
         self.last_order = 0
@@ -135,11 +115,10 @@ class UniPcSolver:
     def __call__(self, velocity: Tensor, latents: Tensor) -> Tensor:
         index, steps = self.index, len(self.sigmas) - 1
         clean = latents - self.sigmas[index] * velocity
-        if index > 0 and index - 1 not in self.disable_corrector:
+        if index > 0:
             latents = self._correct(clean)
-        self.clean = [*self.clean, clean][-self.order :]
-        order = min(self.order, steps - index) if self.lower_order_final else self.order
-        self.last_order = min(order, index + 1)
+        self.clean = [*self.clean, clean][-2:]
+        self.last_order = min(2, steps - index, index + 1)
         self.last_latents = latents
         self.index += 1
         return self._predict(latents)
@@ -147,18 +126,18 @@ class UniPcSolver:
     def _predict(self, latents: Tensor) -> Tensor:
         """From the latents of step `index - 1` to those of step `index`."""
         target, source = self.index, self.index - 1
-        scaled, phi, bound, _ = self._exponentials(target, source, latents)
+        scaled, phi, _ = self._exponentials(target, source, latents)
         following = scaled - self.alphas[target] * phi * self.clean[-1]
         if self.last_order == 2:
             ratio = self._ratio(target, source, source - 1)
             slope = (self.clean[-2] - self.clean[-1]) / ratio
-            following = following - self.alphas[target] * bound * (0.5 * slope)
+            following = following - self.alphas[target] * phi * (0.5 * slope)
         return following.to(latents.dtype)
 
     def _correct(self, clean: Tensor) -> Tensor:
         """The latents of step `index` once more, with what was predicted there."""
         target, source = self.index, self.index - 1
-        scaled, phi, bound, h = self._exponentials(target, source, self.last_latents)
+        scaled, phi, h = self._exponentials(target, source, self.last_latents)
         before = self.clean[-1]
         following = scaled - self.alphas[target] * phi * before
         change = clean - before
@@ -166,28 +145,27 @@ class UniPcSolver:
             correction = 0.5 * change
         else:
             ratio = self._ratio(target, source, source - 1)
-            weights = self._weights(ratio, phi, bound, h).to(clean.dtype)
+            weights = self._weights(ratio, phi, h).to(clean.dtype)
             slope = (self.clean[-2] - before) / ratio
             correction = weights[0] * slope + weights[1] * change
-        return (following - self.alphas[target] * bound * correction).to(self.last_latents.dtype)
+        return (following - self.alphas[target] * phi * correction).to(self.last_latents.dtype)
 
-    def _exponentials(self, target: int, source: int, latents: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """σt/σs · latents, e^(−h) − 1, B(h) and −h, where h is the step in log signal-to-noise."""
+    def _exponentials(self, target: int, source: int, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """σt/σs · latents, e^(−h) − 1 and −h, where h is the step in log signal-to-noise."""
         h = -(self.lambdas[target] - self.lambdas[source])
-        phi = torch.expm1(h)
-        return self.clamped[target] / self.clamped[source] * latents, phi, h if self.is_bh1 else phi, h
+        return self.clamped[target] / self.clamped[source] * latents, torch.expm1(h), h
 
     def _ratio(self, target: int, source: int, earlier: int) -> Tensor:
         step = self.lambdas[target] - self.lambdas[source]
         return (self.lambdas[earlier] - self.lambdas[source]) / step
 
     @staticmethod
-    def _weights(ratio: Tensor, phi: Tensor, bound: Tensor, h: Tensor) -> Tensor:
+    def _weights(ratio: Tensor, phi: Tensor, h: Tensor) -> Tensor:
         """Of the slope before and the one just found, so that the corrector is of order 2 (equation 10)."""
         ratios = torch.stack([ratio, torch.ones_like(ratio)])
         second = phi / h - 1
         third = second / h - 0.5
-        right = torch.stack([second / bound, third * 2 / bound])
+        right = torch.stack([second / phi, third * 2 / phi])
         return torch.linalg.solve(torch.stack([torch.ones_like(ratios), ratios]), right)
 
 
