@@ -26,7 +26,12 @@ CONFIG_FILES = {
     "tokenizer": "tokenizer_config.json",
     "scheduler": "scheduler_config.json",
 }
-WEIGHT_FOLDERS = ("transformer", "vae", "text_encoder")
+WEIGHT_STEMS = {
+    "transformer": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "text_encoder": "model",
+}
+"""The parts that have weights, and how the names of their safetensors files begin."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,8 @@ class Checkpoint:
     """A checkpoint folder in the diffusers layout, read from its JSON files only.
 
     `variant` comes from `model_index.json`: `HeliosPipeline` is base, `HeliosPyramidPipeline` is distilled if
-    `is_distilled`, else mid.
+    `is_distilled`, else mid. `source` is what `--model` takes to mean the same files on any rank or machine: of a hub
+    id it names the commit.
     """
 
     folder: Path
@@ -112,6 +118,7 @@ class Checkpoint:
     is_cfg_zero_star: bool
     transformer: TransformerConfig
     random_weights: bool = False
+    source: str = dataclasses.field(default="", compare=False)
 
     @property
     def is_pyramid(self) -> bool:
@@ -140,9 +147,6 @@ class Checkpoint:
         if missing:
             raise RequestError(f"--model {folder}: the folder(s) {', '.join(missing)} are missing from the checkpoint")
         configs = {part: _read_json(folder, f"{part}/{name}") for part, name in CONFIG_FILES.items()}
-        for part in WEIGHT_FOLDERS:
-            if not any((folder / part).glob("*.safetensors")):
-                raise RequestError(f"--model {folder}: {part} holds no weights (.safetensors files); download it again")
         try:
             transformer = TransformerConfig.from_dict(configs["transformer"])
         except RequestError as error:

@@ -6,6 +6,7 @@ Nothing here imports torch before a tensor is read.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,25 +39,11 @@ def stored_tensors(folder: Path, stem: str) -> dict[str, StoredTensor]:
     The files are `<stem>.safetensors`, or those that `<stem>.safetensors.index.json` names. Raises `CheckpointError`
     for a missing or damaged file and for an index that does not tell the truth.
     """
+    files = weight_files(folder, stem)
     index = folder / f"{stem}.safetensors.index.json"
-    single = folder / f"{stem}.safetensors"
-    promised: dict[str, str] = {}
-    if index.is_file():
-        promised = read_json(index).get("weight_map")
-        if not promised or not isinstance(promised, dict):
-            raise CheckpointError(f"{index}: has no weight_map; download it again")
-        files = [folder / name for name in dict.fromkeys(promised.values())]
-    elif single.is_file():
-        files = [single]
-    else:
-        pickles = sorted(file.name for file in folder.glob("*") if file.suffix in PICKLES)
-        found = f"; {pickles[0]} is a pickle, which could run code and is never read" if pickles else ""
-        raise CheckpointError(f"{folder}: {single.name} is missing{found}; safetensors files are needed")
-
+    promised: dict[str, str] = read_json(index)["weight_map"] if index.is_file() else {}
     stored: dict[str, StoredTensor] = {}
     for file in files:
-        if not file.is_file():
-            raise CheckpointError(f"{file}: this shard is missing, {index.name} names it; download it again")
         with open_file(file) as shard:
             for name in shard.keys():  # noqa: SIM118 - a safetensors file is no mapping
                 if name in stored:
@@ -67,6 +54,51 @@ def stored_tensors(folder: Path, stem: str) -> dict[str, StoredTensor]:
         if name not in stored or stored[name].file.name != file_name:
             raise CheckpointError(f"{folder / file_name}: {name} is not in this shard, though {index.name} says so")
     return stored
+
+
+def weight_files(folder: Path, stem: str) -> list[Path]:
+    """`<stem>.safetensors`, or the files that `<stem>.safetensors.index.json` names; none is opened.
+
+    Raises `CheckpointError` where one of them is missing, with what is there in its place.
+    """
+    index = folder / f"{stem}.safetensors.index.json"
+    single = folder / f"{stem}.safetensors"
+    if not index.is_file():
+        if single.is_file():
+            return [single]
+        raise CheckpointError(f"{single} is missing{_in_its_place(folder, stem)}")
+    promised = read_json(index).get("weight_map")
+    if not promised or not isinstance(promised, dict):
+        raise CheckpointError(f"{index}: has no weight_map; download it again")
+    files = [folder / str(name) for name in dict.fromkeys(promised.values())]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{folder / missing[0]}: this shard is missing{and_others(missing)}, {index.name} names it; download it "
+            "again"
+        )
+    return files
+
+
+def _in_its_place(folder: Path, stem: str) -> str:
+    """What a folder without the weights that are looked for holds, and what to do."""
+    names = sorted(file.name for file in folder.glob("*"))
+    shards = [name for name in names if re.fullmatch(re.escape(stem) + r"-\d{5}-of-\d{5}\.safetensors", name)]
+    variants = [name for name in names if name.endswith(".safetensors") and name not in shards]
+    pickles = [name for name in names if name.endswith(PICKLES)]
+    if shards:
+        return (
+            f"; {shards[0]}{and_others(shards)} is a shard, and {stem}.safetensors.index.json, which says what is in "
+            "which, is missing too: download that"
+        )
+    if variants:
+        return (
+            f"; {variants[0]}{and_others(variants)} has another name, as a variant or a format of another program has: "
+            f"rename it to {stem}.safetensors if it holds the same keys, or download the model again without a variant"
+        )
+    if pickles:
+        return f"; {pickles[0]} is a pickle, which could run code and is never read: safetensors files are needed"
+    return "; download it again"
 
 
 def check_fit(folder: Path, stored: Mapping[str, StoredTensor], expected: Mapping[str, tuple[int, ...]]) -> None:

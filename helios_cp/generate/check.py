@@ -32,6 +32,7 @@ from helios_cp.generate.run_folder import MadeWith, Run, RunFolder
 from helios_cp.pipeline.world import device_of_rank, pick_backend
 from helios_cp.plan.choose import choose_layout, planning_hardware
 from helios_cp.weights.check import check_execution, with_stored_quantization
+from helios_cp.weights.hub import HubId, snapshot_in
 from helios_cp.weights.load import resolve
 from helios_cp.weights.presets import PRESETS
 
@@ -165,7 +166,7 @@ def check(call: Call, cache: Path | None, ranks: Ranks | None = None, target: Ta
     for each, run in runs.items():
         check_same_run(run, replace(run, model=model, dtype=dtype_name(dtype)), each)
     checkpoint = resolve(model, cache, weights=())
-    model = pinned(model, checkpoint.folder)
+    model = checkpoint.source
     waiting = [Job(job.request.resolve(checkpoint), job.output) for job in waiting]
     skipped = [Job(job.request.resolve(checkpoint), job.output) for job in skipped]
     for job, each in zip(waiting, folders, strict=True):
@@ -216,16 +217,13 @@ def check(call: Call, cache: Path | None, ranks: Ranks | None = None, target: Ta
 
 
 def absolute_model(model: str) -> str:
-    """A folder's path is made absolute, so that a run can be resumed from elsewhere; other names stay."""
-    folder = os.path.expanduser(model)
-    return os.path.abspath(folder) if model not in PRESETS and os.path.isdir(folder) else model
-
-
-def pinned(model: str, folder: Path) -> str:
-    """A model of the hub with its commit, so that all ranks and all calls of a run load the same; others stay."""
-    if os.path.isdir(model) or folder.parent.name != "snapshots":  # the hub's cache has a folder for each commit
+    """A folder by its absolute path, so that a run can be resumed from elsewhere, and a model's page by its hub id."""
+    if model in PRESETS:
         return model
-    return f"{model.partition('@')[0]}@{folder.name}"
+    folder = Path(os.path.expanduser(model))
+    if os.path.isdir(folder):
+        return os.path.abspath(snapshot_in(folder))
+    return str(HubId.parse(model) or model)
 
 
 def _with_commit(model: str, runs: Iterable[Run]) -> str:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from helios_cp.config.checkpoint import WEIGHT_FOLDERS, Checkpoint
+from helios_cp.config.checkpoint import WEIGHT_STEMS, Checkpoint
 from helios_cp.config.execution import Execution
 from helios_cp.config.layout import Layout
 from helios_cp.config.request import Request
@@ -63,7 +63,7 @@ def load_parallel(
     gives the plain pipeline. Raises `ValueError` for `shard_weights` where the mesh splits the feed-forward weights
     already, and for an `attention` engine that cannot run here, and `RequestError` for an `execution` that cannot.
     """
-    weights = ("transformer",) if denoise_only else WEIGHT_FOLDERS
+    weights = ("transformer",) if denoise_only else WEIGHT_STEMS
     checkpoint = model if isinstance(model, Checkpoint) else resolve(model, cache, weights=weights)
     device, layout = torch.device(device), Layout(mesh.degrees, attention, shard_weights)
     backend = dist.get_backend() if mesh.world.size > 1 else None

@@ -8,15 +8,16 @@ they are used, so that `resolve` stays quick.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helios_cp.config.checkpoint import CONFIG_FILES, VAE_SPATIAL, VAE_TEMPORAL, WEIGHT_FOLDERS, Checkpoint
+from helios_cp.config.checkpoint import VAE_SPATIAL, VAE_TEMPORAL, WEIGHT_STEMS, Checkpoint
 from helios_cp.config.errors import CheckpointError, RequestError
-from helios_cp.files.tensor_files import and_others, read_json, stored_tensors
+from helios_cp.files.tensor_files import and_others, read_json, stored_tensors, weight_files
+from helios_cp.weights.hub import HubId, describe, download_weights, snapshot_in
 from helios_cp.weights.presets import DEFAULT_CACHE, PRESETS, preset_folder
 
 if TYPE_CHECKING:
@@ -26,58 +27,52 @@ if TYPE_CHECKING:
 
 SCHEDULERS = ("HeliosScheduler", "HeliosDMDScheduler")
 
-DESCRIPTIONS = ("model_index.json", *(f"{part}/*{end}" for part in CONFIG_FILES for end in (".json", ".txt", ".model")))
-HUB_ID = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>\w[\w./-]*))?")
 
-
-def resolve(model: str, cache: Path | None = None, *, weights: Iterable[str] = WEIGHT_FOLDERS) -> Checkpoint:
+def resolve(model: str, cache: Path | None = None, *, weights: Iterable[str] = tuple(WEIGHT_STEMS)) -> Checkpoint:
     """The checkpoint that `model` stands for, without reading weights.
 
     `model` is, in this order, the name of a preset (written below `cache` on first use), a folder in the diffusers
-    layout, or a hub id `owner/name` or `owner/name@revision`. Of a hub id the missing files are downloaded: small ones
-    that describe it, and the `weights` of these parts; `()` is enough to check a request. Raises `RequestError` if it
-    is none of these, or not to be had.
+    layout or of the hub's cache, or a hub id (`helios_cp.weights.hub`). Of a hub id the missing files are downloaded:
+    small ones that describe it, and the `weights` of these parts; `()` is enough to check a request. A folder must hold
+    all weights in any case. Raises `RequestError` if it is none of these, or not to be had.
     """
-    folder = Path(os.path.expanduser(model))
+    folder, parts = Path(os.path.expanduser(model)), tuple(WEIGHT_STEMS)
     if model in PRESETS:
-        try:
-            folder = preset_folder(model, cache)
-        except OSError as error:
-            raise RequestError(
-                f"--model {model}: the cache folder {cache or DEFAULT_CACHE} cannot be written: "
-                f"{error.strerror or error}; set HELIOS_CP_CACHE to one that can"
-            ) from None
-    elif not os.path.isdir(folder):
-        hub_id = HUB_ID.fullmatch(model)
+        folder, source = _preset_folder(model, cache), model
+    elif os.path.isdir(folder):
+        folder = snapshot_in(folder)
+        source = os.path.abspath(folder)
+    else:
+        hub_id = HubId.parse(model)
         if hub_id is None or os.path.exists(folder):
-            raise RequestError(f"--model {model}: no such folder; give a folder, a hub id owner/name or {_presets()}")
-        folder = _download(model, hub_id["repository"], hub_id["revision"], tuple(weights))
-    return Checkpoint.read(folder)
-
-
-def _presets() -> str:
-    return f"a preset: {', '.join(PRESETS)}"
-
-
-def _download(model: str, repository: str, revision: str | None, weights: tuple[str, ...]) -> Path:
-    import huggingface_hub
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
-
-    get = f"hf download {repository}{f' --revision {revision}' if revision else ''} --local-dir DIR"
+            raise RequestError(
+                f"--model {model}: no such folder; give a folder, a hub id owner/name or a preset: {', '.join(PRESETS)}"
+            )
+        folder, parts = describe(hub_id), tuple(weights)
+        source = f"{hub_id.repository}@{folder.name}"
+        download_weights(hub_id, folder, parts)
+    checkpoint = Checkpoint.read(folder)
     try:
-        patterns = [*DESCRIPTIONS, *(f"{part}/*.safetensors" for part in weights)]
-        return Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=patterns))
-    except GatedRepoError:
-        reason = "the hub asks to accept its terms on its page, and then for `hf auth login`"
-    except RepositoryNotFoundError:
-        reason = "neither a folder nor a public model on the hub"
-    except RevisionNotFoundError:
-        reason = f"the hub has no revision {revision!r} of it"
-    except HFValidationError:
-        reason = "neither a folder nor a valid hub id"
-    except Exception as error:  # every transport has exceptions of its own, and the advice is the same for all
-        reason = f"no such folder, and it could not be downloaded ({type(error).__name__})"
-    raise RequestError(f"--model {model}: {reason}; run `{get}` where it works and give DIR, or use {_presets()}")
+        for part in parts:
+            weight_files(folder / part, WEIGHT_STEMS[part])
+    except CheckpointError as error:
+        raise RequestError(f"--model {model}: {error}") from None
+    return replace(checkpoint, source=source)
+
+
+def _preset_folder(name: str, cache: Path | None) -> Path:
+    try:
+        return preset_folder(name, cache)
+    except OSError as error:
+        raise RequestError(
+            f"--model {name}: the cache folder {cache or DEFAULT_CACHE} cannot be written: "
+            f"{error.strerror or error}; set HELIOS_CP_CACHE to one that can"
+        ) from None
+    except RuntimeError:  # of `Path.expanduser`
+        raise RequestError(
+            f"--model {name}: this user has no home folder for the cache {DEFAULT_CACHE}; set HELIOS_CP_CACHE to a "
+            "folder"
+        ) from None
 
 
 def load_vae(

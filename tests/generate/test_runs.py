@@ -19,7 +19,7 @@ from helios_cp.config.request import Request
 from helios_cp.files.chunk_files import ChunkFiles
 from helios_cp.generate import run as runner
 from helios_cp.generate.__main__ import main
-from helios_cp.generate.check import pinned, with_saved_layout
+from helios_cp.generate.check import with_saved_layout
 from helios_cp.generate.claims import InUseError, claimed, turns
 from helios_cp.generate.progress import ProgressReporter
 from helios_cp.generate.prompt_files import Job
@@ -214,14 +214,6 @@ def test_resuming_takes_over_the_layout_of_as_many_ranks(ranks, asked, expected)
     saved = Run(Request(prompt=("a",)), "tiny-base", "float32", ("a.mp4",), made_with=made_with)
     kept = vars(with_saved_layout(AskedLayout(**asked), saved, ranks))
     assert expected.items() <= kept.items()
-
-
-def test_a_model_of_the_hub_is_pinned_to_its_commit(tmp_path):
-    snapshot = tmp_path / "models--owner--name" / "snapshots" / "0123abc"
-    assert pinned("owner/name", snapshot) == pinned("owner/name@main", snapshot) == "owner/name@0123abc"
-    assert pinned("tiny-base", tmp_path / "tiny-base") == "tiny-base"
-    snapshot.mkdir(parents=True)
-    assert pinned(str(snapshot), snapshot) == str(snapshot)
 
 
 # Failures

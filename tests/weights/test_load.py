@@ -13,19 +13,11 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from unittest.mock import MagicMock
 
-import huggingface_hub
 import pytest
 import torch
 import transformers
 from diffusers import AutoencoderKLWan, HeliosTransformer3DModel
-from huggingface_hub.errors import (
-    GatedRepoError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 from safetensors.torch import load_file, save_file
 from transformers import UMT5EncoderModel
 
@@ -122,19 +114,6 @@ def test_an_unwritable_cache_is_said(tmp_path):
     assert "HELIOS_CP_CACHE" in refused("tiny-base", tmp_path / "file")
 
 
-@pytest.mark.parametrize(("model", "revision"), [("owner/name", None), ("owner/name@v1.0", "v1.0")])
-def test_a_hub_id_is_downloaded(model, revision, checkpoint, monkeypatch):
-    calls = []
-
-    def download(repository, **options):
-        calls.append((repository, options["revision"]))
-        return str(checkpoint.folder)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert resolve(model) == checkpoint
-    assert calls == [("owner/name", revision)]
-
-
 @pytest.fixture
 def progress_bars():
     """Shown, whatever tests before have left."""
@@ -153,59 +132,33 @@ def test_a_preset_is_written_without_a_word(progress_bars, tmp_path, capfd):
     assert progress_bars.is_progress_bar_enabled()
 
 
-DESCRIBING = ["model_index.json", "transformer/config.json", "tokenizer/spiece.model", "tokenizer/merges.txt"]
-SAFETENSORS = ["transformer/diffusion_pytorch_model-00001-of-00002.safetensors", "text_encoder/model.safetensors"]
-OTHERS = ["README.md", "demo.mp4", "text_encoder/pytorch_model.bin", "vae/weights.pt", "extra/model.safetensors"]
+VARIANTS = {
+    "a variant": (
+        lambda folder: (folder / "model.safetensors").rename(folder / "model.fp16.safetensors"),
+        ["text_encoder/model.safetensors is missing; model.fp16.safetensors has another name", "rename it"],
+    ),
+    "shards without their index": (
+        lambda folder: (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors"),
+        ["model-00001-of-00001.safetensors is a shard", "model.safetensors.index.json", "download that"],
+    ),
+    "a file of another program": (
+        lambda folder: (folder / "model.safetensors").rename(folder / "umt5_xxl.safetensors"),
+        ["umt5_xxl.safetensors has another name"],
+    ),
+    "a shard that is missing": (
+        lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "b.safetensors"}}'),
+        ["text_encoder/b.safetensors: this shard is missing, model.safetensors.index.json names it", "download it"],
+    ),
+    "nothing": (lambda folder: (folder / "model.safetensors").unlink(), ["model.safetensors is missing; download it"]),
+}
 
 
-@pytest.mark.parametrize(
-    ("options", "weights"),
-    [({}, SAFETENSORS), ({"weights": ("text_encoder",)}, SAFETENSORS[1:]), ({"weights": ()}, [])],
-)
-def test_only_what_is_asked_for_is_downloaded_and_no_pickles(options, weights, checkpoint, monkeypatch):
-    patterns = []
-
-    def download(repository, **options):
-        patterns.extend(options["allow_patterns"])
-        return str(checkpoint.folder)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    resolve("owner/name", **options)
-    files = DESCRIBING + SAFETENSORS + OTHERS
-    assert list(huggingface_hub.utils.filter_repo_objects(files, allow_patterns=patterns)) == DESCRIBING + weights
-
-
-def test_offline_says_what_to_do(tmp_path, monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    message = refused("owner/name@v1")
-    assert "hf download owner/name --revision v1 --local-dir" in message
-    assert "tiny-base" in message
-
-
-class TransportError(Exception):
-    """What an HTTP library may raise; no kin of OSError."""
-
-
-@pytest.mark.parametrize(
-    ("error", "said"),
-    [
-        (GatedRepoError("gated", response=MagicMock()), "hf auth login"),
-        (RepositoryNotFoundError("unknown", response=MagicMock()), "neither a folder nor a public model"),
-        (RevisionNotFoundError("revision", response=MagicMock()), "no revision 'v1'"),
-        (LocalEntryNotFoundError("line one\nline two"), "could not be downloaded"),
-        (TransportError("proxy"), "could not be downloaded (TransportError)"),
-    ],
-    ids=lambda value: type(value).__name__,
-)
-def test_every_refusal_of_the_hub_is_one_line(error, said, monkeypatch):
-    def download(*_, **__):
-        raise error
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    message = refused("owner/name@v1")
-    assert said in message
-    assert "hf download owner/name" in message
+@pytest.mark.parametrize("case", VARIANTS)
+def test_weights_under_another_name_are_named_before_anything_loads(case, copied):
+    damage, said = VARIANTS[case]
+    damage(copied.folder / "text_encoder")
+    message = refused(str(copied.folder))
+    assert all(words in message for words in said), message
 
 
 # The transformer

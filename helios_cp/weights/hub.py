@@ -1,0 +1,200 @@
+"""Models of the Hugging Face hub: their files in the hub's cache on this machine, downloaded where they are missing.
+
+`huggingface_hub` does the work: the cache, its locks (a file comes once, whatever the number of processes), tokens,
+mirrors (`HF_ENDPOINT`) and fast transfers. Here is what it leaves to its callers: which files, one commit for all parts
+of a model, another try after a broken connection, room on the disk, and errors of one line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from helios_cp.config.checkpoint import CONFIG_FILES, WEIGHT_STEMS
+from helios_cp.config.console import say
+from helios_cp.config.errors import CheckpointError, RequestError
+from helios_cp.files.tensor_files import weight_files
+from helios_cp.weights.hub_errors import cause_of, may_pass, reason_of
+
+DESCRIPTIONS = ("model_index.json", *(f"{part}/*{end}" for part in CONFIG_FILES for end in (".json", ".txt", ".model")))
+"""Patterns of the small files that describe a model."""
+
+PAUSES = (1, 2, 4, 8, 16, 32)
+"""Seconds before another try of a file."""
+
+SITES = ("https://huggingface.co/", "https://hf.co/", "huggingface.co/", "hf.co/")
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class HubId:
+    """A repository of the hub, and a branch, tag or commit of it; without one its main branch is meant."""
+
+    repository: str
+    revision: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> HubId | None:
+        """From `owner/name`, `owner/name@revision` or the address of the model's page; `None` for any other text."""
+        mirror = os.environ.get("HF_ENDPOINT", "").rstrip("/")
+        for site in (f"{mirror}/", *SITES) if mirror else SITES:
+            if text.startswith(site):
+                text = text.removeprefix(site).rstrip("/").replace("/tree/", "@", 1)
+                break
+        found = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?", text)
+        return cls(found[1], found[2]) if found else None
+
+    def __str__(self) -> str:
+        return self.repository if self.revision is None else f"{self.repository}@{self.revision}"
+
+
+def describe(hub_id: HubId) -> Path:
+    """The folder in the hub's cache of the commit that is meant, with the small files that describe the model.
+
+    The folder has the commit's name. Where the hub cannot be reached, what the cache holds of it is taken. Raises
+    `RequestError`.
+    """
+    import huggingface_hub
+
+    fetch = functools.partial(
+        huggingface_hub.snapshot_download,
+        hub_id.repository,
+        revision=hub_id.revision,
+        allow_patterns=list(DESCRIPTIONS),
+        tqdm_class=_hidden_bar(),
+    )
+    with _quiet():
+        return Path(_patiently(hub_id, "", fetch))
+
+
+def download_weights(hub_id: HubId, folder: Path, parts: Iterable[str]) -> None:
+    """Bring what is missing of the weights of these parts into the folder of a commit, one file after the other.
+
+    Size and cache are told on stderr, and progress, on a terminal as a bar. Raises `RequestError`.
+    """
+    parts = [part for part in parts if not _is_whole(folder, part)]
+    if not parts:
+        return
+    import huggingface_hub
+
+    commit = folder.name
+    stems = [f"{part}/{WEIGHT_STEMS[part]}" for part in parts]
+    patterns = [f"{stem}{end}" for stem in stems for end in (".safetensors", "-?????-of-?????.safetensors")]
+    look = functools.partial(
+        huggingface_hub.snapshot_download,
+        hub_id.repository,
+        revision=commit,
+        allow_patterns=patterns,
+        dry_run=True,
+        tqdm_class=_hidden_bar(),
+    )
+    with _quiet():
+        missing = [file for file in _patiently(hub_id, "", look) if not Path(file.local_path).exists()]
+        missing.sort(key=lambda file: file.filename)
+        sizes = [(file.file_size or 0) * file.will_download for file in missing]  # other commits may share a file
+        if any(sizes):
+            _check_room(hub_id, sum(sizes))
+            say(f"{hub_id.repository}: downloading {_gigabytes(sum(sizes))} to {_cache()}")
+        for index, file in enumerate(missing):
+            fetch = functools.partial(
+                huggingface_hub.hf_hub_download, hub_id.repository, file.filename, revision=commit
+            )
+            _patiently(hub_id, file.filename, fetch)
+            if sizes[index] and not sys.stderr.isatty():
+                done = f"{_gigabytes(sum(sizes[: index + 1]))} of {_gigabytes(sum(sizes))}"
+                say(f"{hub_id.repository}: {file.filename} is here, {done}")
+
+
+def snapshot_in(folder: Path) -> Path:
+    """`folder`, or the commit that is meant where it is a model's folder in the hub's cache. Raises `RequestError`."""
+    snapshots = folder / "snapshots"
+    if (folder / "model_index.json").exists() or not snapshots.is_dir():
+        return folder
+    commits = sorted(path.name for path in snapshots.iterdir() if path.is_dir())
+    main = folder / "refs" / "main"
+    meant = main.read_text().strip() if main.is_file() else ""
+    if meant in commits:
+        return snapshots / meant
+    if len(commits) == 1:
+        return snapshots / commits[0]
+    found = f"which of its commits is meant is not said; give {snapshots}/COMMIT" if commits else "holds no commit"
+    raise RequestError(f"--model {folder}: a model's folder in the hub's cache, and {found}, or its hub id owner/name")
+
+
+def _is_whole(folder: Path, part: str) -> bool:
+    try:
+        return bool(weight_files(folder / part, WEIGHT_STEMS[part]))
+    except CheckpointError:
+        return False
+
+
+def _patiently(hub_id: HubId, file: str, fetch: Callable[[], Result]) -> Result:
+    """What `fetch` returns, after some tries where that may help; `file` is what it fetches, if it is one file."""
+    for pause in (*PAUSES, None):
+        try:
+            _cache()
+            return fetch()
+        except Exception as error:  # every transport has exceptions of its own
+            cause = cause_of(error)
+            reason = reason_of(cause, hub_id.repository, hub_id.revision)
+            reason = f"{file} could not be downloaded: {reason}" if file else reason
+            if pause is None or not may_pass(cause, under_way=bool(file)):
+                raise RequestError(f"--model {hub_id}: {reason}") from None
+        say(f"{hub_id.repository}: {reason.split(';')[0]}; another try in {pause} s")
+        time.sleep(pause)
+    raise AssertionError("the last try returns or raises")
+
+
+def _cache() -> Path:
+    """The hub's cache. Raises `RequestError` where there is no home folder to have it in."""
+    from huggingface_hub import constants
+
+    try:
+        return Path(constants.HF_HUB_CACHE).expanduser()
+    except RuntimeError:
+        raise RequestError("this user has no home folder for the hub's cache; set HF_HOME to a folder") from None
+
+
+def _check_room(hub_id: HubId, size: int) -> None:
+    """Raises `RequestError` where the disk of the cache has less than `size` bytes."""
+    folder = _cache()
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if size > free:
+        raise RequestError(
+            f"--model {hub_id}: its weights take {_gigabytes(size)}, and the disk of {folder} has {_gigabytes(free)} "
+            "left; free some, or set HF_HOME to a folder with room"
+        )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warnings of the hub's library, which tell of tries by addresses that are signed, so secret."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _hidden_bar() -> Callable[..., object]:
+    from huggingface_hub.utils import tqdm
+
+    return functools.partial(tqdm, disable=True)
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
