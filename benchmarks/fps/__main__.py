@@ -146,10 +146,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     arguments, ranks = parse_on_rank(parser, argv, os.environ)
     try:
-        asked = AskedLayout(**given(AskedLayout, arguments))
-        check_bounds(asked)
-        world = World(ranks, asked.timeout)
-        job = check(arguments, asked, ranks)
+        world = World(ranks, asked_layout(arguments).timeout)
+        job = check(arguments, ranks)
     except RequestError as error:
         parser.error(str(error))
     try:
@@ -166,13 +164,13 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def check(arguments: argparse.Namespace, asked: AskedLayout, ranks: Ranks) -> Job:
+def check(arguments: argparse.Namespace, ranks: Ranks) -> Job:
     """Raises `RequestError` before anything is loaded."""
     check_file_target("--output", arguments.output, ".json")
     for name, least in (("chunks", 2), ("warmup", 0)):
         if getattr(arguments, name) < least:
             raise RequestError(f"--{name} {getattr(arguments, name)}: must be {least} or more")
-    device = device_of_rank(pick_device(arguments.device), ranks)
+    asked, device = asked_layout(arguments), device_of_rank(pick_device(arguments.device), ranks)
     dtype = pick_dtype(arguments.dtype, device)
     checkpoint, model = find_model(arguments, device)
     fields = {"num_frames": frames_for(arguments.chunks, arguments.warmup)}
@@ -215,6 +213,13 @@ def check(arguments: argparse.Namespace, asked: AskedLayout, ranks: Ranks) -> Jo
         arguments.chunks,
         arguments.warmup,
     )
+
+
+def asked_layout(arguments: argparse.Namespace) -> AskedLayout:
+    """Raises `RequestError` for numbers out of bounds."""
+    asked = AskedLayout(**given(AskedLayout, arguments))
+    check_bounds(asked)
+    return asked
 
 
 def find_model(arguments: argparse.Namespace, device: torch.device) -> tuple[Checkpoint, str]:

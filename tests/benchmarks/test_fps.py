@@ -370,7 +370,7 @@ def test_on_several_ranks():
             ["--random-weights", "tiny", "--quantize", "int8", "--dtype", "float16"],
             "--quantize int8 with --dtype float16",
         ),
-        (["--timeout", "0"], "--timeout 0: a number of seconds above 0"),
+        (["--timeout", "0"], "--timeout 0: a finite number above 0"),
         (["--settings", "all"], "--settings: invalid choice: 'all'"),
         (["--model", "/nowhere"], "--model /nowhere"),
         (["--output", "fps.txt"], "--output fps.txt"),
