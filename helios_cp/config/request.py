@@ -154,6 +154,10 @@ class Request:
     )
     num_latent_frames_per_chunk: int = flag(9, "9 are 33 frames, as trained", "N", least=1)
 
+    def with_prompt(self, text: str) -> Request:
+        """The same with one prompt for all videos, in place of its prompts and schedule."""
+        return dataclasses.replace(self, prompt=(text,) * self.batch_size, prompt_schedule=())
+
     @property
     def batch_size(self) -> int:
         return 1 if self.prompt_schedule else len(self.prompt)

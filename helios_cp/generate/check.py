@@ -172,6 +172,10 @@ def check(call: Call, cache: Path | None, ranks: Ranks | None = None, target: Ta
     for job, each in zip(waiting, folders, strict=True):
         if each in runs:
             check_same_run(runs[each], Run(job.request, model, dtype_name(dtype), (), execution), each)
+    waiting = [
+        Job(RunFolder(each, runs[each]).current(job.request), job.output) if each in runs else job
+        for job, each in zip(waiting, folders, strict=True)
+    ]
     requests = [job.request for job in (*waiting, *skipped)]
     planned = planning_hardware(call.layout, device.type, ranks.local_size)
     layout = choose_layout(

@@ -4,7 +4,7 @@ run.json                  the request, the model, the dtype, and what the run wa
 chunk-00002.safetensors   latents `[B, C, T, h, w]` of a finished chunk
 chunk-00002-0.mp4         its frames, one file a video of the batch
 state-00003.safetensors   what chunk 3 starts from
-state.json                how many chunks are finished: the commit, written last
+state.json                how many chunks are finished, and which prompts were given meanwhile: the commit, written last
 lock                      there while a call works in the folder
 """
 
@@ -150,12 +150,23 @@ class RunFolder(ChunkFiles):
     def count(self) -> int:
         return self.finished_chunks()
 
-    def commit(self, chunk: Chunk, segments: Sequence[bytes]) -> None:
-        """Save a chunk with its MP4 segments, one a video of the batch, and count it as finished."""
+    def current(self, request: Request) -> Request:
+        """The run's request with the last prompt that was given while it was made: what the next chunk is made of."""
+        prompts = self._commit()["prompts"]
+        return request.with_prompt(prompts[-1][1]) if prompts else request
+
+    def commit(self, chunk: Chunk, segments: Sequence[bytes], prompt: str | None = None) -> None:
+        """Save a chunk with its MP4 segments, one a video of the batch, and count it as finished.
+
+        `prompt`: what the chunk shows since a change of prompt; `None` if there was no change in this call.
+        """
+        prompts = self._commit()["prompts"]
+        if prompt is not None and (not prompts or prompts[-1][1] != prompt):
+            prompts.append((chunk.index, prompt))
         self.save(chunk.index, segments, chunk.latents)
         state = f"state-{chunk.state.index:05d}.safetensors"
         write_tensors(self.path / state, chunk.state.to_tensors())
-        write_json(self.path / "state.json", {"chunks": chunk.state.index, "state": state})
+        write_json(self.path / "state.json", {"chunks": chunk.state.index, "state": state, "prompts": prompts})
         for stale in self.path.glob("state-*.safetensors"):
             if stale.name != state:
                 stale.unlink(missing_ok=True)
@@ -189,11 +200,12 @@ class RunFolder(ChunkFiles):
         try:
             values = json.loads((self.path / "state.json").read_text(encoding="utf-8"))
             commit = {"chunks": int(values["chunks"]), "state": str(values["state"])}
+            commit["prompts"] = [(int(first), str(text)) for first, text in values.get("prompts", [])]
             if not 0 <= commit["chunks"] <= self.run.request.num_chunks:
                 raise ValueError(f"{commit['chunks']} chunks of {self.run.request.num_chunks}")
             return commit
         except FileNotFoundError:
-            return {"chunks": 0, "state": None}
+            return {"chunks": 0, "state": None, "prompts": []}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RequestError(f"run folder {self.path}: state.json cannot be read: {_reason(error)}") from None
 

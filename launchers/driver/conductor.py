@@ -230,7 +230,7 @@ class Conductor:
         await self.crew.settled(video.key)
         left = video.files_left_open()
         if left is not None:
-            await self.crew.work(Unit(video.key, Stage.WRITE, video.ready), "close", lambda: left)
+            await self.crew.work(Unit(video.key, Stage.WRITE, video.ready), "close", lambda: [left])
 
     async def _finish_at_once(self, video: Video) -> None:
         """By the writer, or in this process if there is none or it does not answer."""
@@ -239,11 +239,11 @@ class Conductor:
             return
         if writer.is_ready:
             with contextlib.suppress(Exception):  # it may hang or be lost, and so may the cluster itself
-                await asyncio.wait_for(writer.call("close", left), CLOSING_SECONDS)
+                await asyncio.wait_for(writer.call("close", [left]), CLOSING_SECONDS)
                 return
         writer.stop()
         try:
-            VideoWriter().close(*left)
+            VideoWriter().close(left)
         except Exception as error:
             _warn(video, error)
 

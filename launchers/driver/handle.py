@@ -63,14 +63,12 @@ class VideoHandle:
         *,
         streams: bool,
         keep_latents: bool,
-        saved_in: Path | None,
         on_chunk: Callable[[VideoChunk], None] | None,
     ) -> None:
         self.key = key
         self.streams = streams
         self._maker = maker
         self._latents: list[np.ndarray] | None = [] if keep_latents else None
-        self._saved_in = saved_in
         self._on_chunk = on_chunk
         self._chunks: deque[VideoChunk] = deque()
         self._changed = threading.Condition()
@@ -109,17 +107,12 @@ class VideoHandle:
         self._maker.cancel(self.key)
 
     def update_prompt(self, text: str) -> None:
-        """From the next chunk to be denoised on, show this.
+        """From the next chunk to be denoised on, show this. A run folder keeps it with the chunk.
 
-        Raises `RequestError` for an empty text, and for a video that is saved in a run folder.
+        Raises `RequestError` for an empty text.
         """
         if not text.strip():
             raise RequestError(f"prompt {text!r}: a prompt must hold more than white space")
-        if self._saved_in is not None:
-            raise RequestError(
-                f"video {self.key} is saved in {self._saved_in}, from where it could not be made again with another "
-                "prompt; submit it without a folder"
-            )
         self._maker.update_prompt(self.key, text)
 
     def result(self, timeout: float | None = None) -> VideoResult:

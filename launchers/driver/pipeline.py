@@ -124,7 +124,6 @@ class ChunkPipeline:
             next(self._keys),
             streams=submission.streams,
             keep_latents=keep_latents,
-            saved_in=folder and folder.path,
             on_chunk=on_chunk,
         )
         self._conductor.add(handle, submission)

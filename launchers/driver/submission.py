@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from helios_cp.config.checkpoint import Checkpoint
 from helios_cp.config.errors import RequestError
@@ -25,8 +24,8 @@ from launchers.workers import ahead
 class Submission:
     """A checked request; see `ChunkPipeline.submit`.
 
-    Of a run that goes on, `state` is what its first unfinished chunk starts from, and `denoised` the latents and
-    following states of the chunks that are denoised and not finished.
+    Of a run that goes on, `state` is what its first unfinished chunk starts from, and `denoised` the chunks that are
+    denoised and not finished.
     """
 
     request: Request
@@ -38,7 +37,7 @@ class Submission:
     is_guided: bool = False
     starts: bool = False
     state: ChunkState | None = None
-    denoised: Sequence[tuple[Tensor, ChunkState]] = field(default=(), repr=False)
+    denoised: Sequence[ahead.Kept] = field(default=(), repr=False)
 
     @classmethod
     def of(
@@ -62,6 +61,8 @@ class Submission:
             if state is not None and state.index == request.num_chunks:
                 raise RequestError(f"{folder.path}: all {state.index} chunks are finished; nothing is left to make")
             denoised = ahead.load(folder, 0 if state is None else state.index)
+            changed = [kept.prompt for kept in denoised if kept.prompt is not None]
+            request = request.with_prompt(changed[-1]) if changed else folder.current(request)
         return cls(
             request,
             output=tuple(Path(path).absolute() for path in output),

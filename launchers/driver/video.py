@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,11 @@ from launchers.schedule.terms import Stage, Unit
 
 @dataclass
 class Made:
-    """A denoised chunk: its latents, and what the chunk after starts from."""
+    """A denoised chunk: its latents, what the chunk after starts from, and its prompt if that was changed."""
 
     latents: Payload
     after: Payload
+    prompt: str | None
     spans: dict[str, Span] = field(default_factory=dict)
 
 
@@ -50,6 +51,7 @@ class Video:
         self._delivers = delivers
         self._has_room = asyncio.Event()
         self._prompt = 0
+        self._changed: str | None = None
         self._text: tuple[int, Payload] | None = None
         self._is_writing = submission.first > 0
         self._target = submission.target(self.key) if submission.writes else None
@@ -62,7 +64,7 @@ class Video:
 
     def change_prompt(self, text: str) -> None:
         """From the next chunk that a worker gets."""
-        self.request = replace(self.request, prompt=(text,) * self.request.batch_size, prompt_schedule=())
+        self.request, self._changed = self.request.with_prompt(text), text
         self._prompt += 1
 
     def taken(self) -> None:
@@ -84,17 +86,17 @@ class Video:
         while self.delivered < self.chunks:
             await self._room()
 
-    def files_left_open(self) -> tuple[Target] | None:
+    def files_left_open(self) -> Target | None:
         """What `VideoWriter.close` needs for a video that ends early; `None` if it has no files yet."""
-        return (self._target,) if self._target is not None and self._is_writing else None
+        return self._target if self._is_writing else None
 
     # Chunks
 
     async def _make_chunks(self, finishing: asyncio.TaskGroup) -> None:
         before, last, index = await self._start(), None, self.submission.first
-        for latents, after in self.submission.denoised:
-            before = Payload.put(_denoised(after))
-            made = Made(Payload.put(Array.of(latents)), before)
+        for kept in self.submission.denoised:
+            before = Payload.put(_denoised(kept.after))
+            made = Made(Payload.put(Array.of(kept.latents)), before, kept.prompt)
             last = finishing.create_task(self._finish(index, made, last))
             index += 1
         for chunk in range(index, self.chunks):
@@ -118,7 +120,7 @@ class Video:
     async def _denoise(self, chunk: int, before: Payload | None) -> Made:
         found: Sequence[Payload] = ()
         while not found:  # the prompt may change while the chunk waits for a worker
-            version = self._prompt
+            version, prompt = self._prompt, self._changed
             text = await self._encoded(version)
 
             def arguments(version: int = version, text: Payload = text) -> list[Any] | None:
@@ -126,9 +128,9 @@ class Video:
                 return [job, text, before] if version == self._prompt else None
 
             found = await self._work(Stage.DENOISE, chunk, "denoise", arguments, results=2)
-        made = Made(found[1], found[0], {"denoise": found[0].value.span})
+        made = Made(found[1], found[0], prompt, {"denoise": found[0].value.span})
         if self.submission.folder is not None:  # saved at once, so that a killed driver need not denoise it again
-            saved = [self.submission.folder, chunk, made.latents, made.after]
+            saved = [self.submission.folder, chunk, made.latents, made.after, prompt]
             self._crew.errand(self._crew.workers["writer"], "keep", saved)
         return made
 
@@ -150,10 +152,9 @@ class Video:
         if chunk_before is not None:
             await chunk_before
         if submission.writes:
-            saved = [made.latents if submission.folder or submission.latents else None]
-            saved.append(made.after if submission.folder else None)
-            is_last = chunk + 1 == self.chunks
-            writing = [self._target, chunk, is_last, decoded, *saved]
+            latents = made.latents if submission.folder or submission.latents else None
+            after = made.after if submission.folder else None
+            writing = [self._target, chunk, chunk + 1 == self.chunks, decoded, latents, after, made.prompt]
             if not self._is_writing and submission.folder is None:
                 self._target.chunks.remove()  # what a killed call left
             self._is_writing = True

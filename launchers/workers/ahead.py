@@ -2,12 +2,14 @@
 
 chunk-00005.safetensors   latents, where `RunFolder` keeps them too once the chunk is finished
 ahead-00006.safetensors   what chunk 6 starts from; it says that chunk 5 is denoised, and goes when chunk 5 is finished
+ahead-00006.txt           what chunk 5 shows, if its prompt was changed
 
 `helios_cp.generate --resume` knows nothing of them and makes these chunks again, to the same bits.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,34 +17,49 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from helios_cp.config.errors import RequestError
-from helios_cp.files.whole_files import write_tensors
+from helios_cp.files.whole_files import write_bytes, write_tensors
 from helios_cp.generate.run_folder import RunFolder
 from helios_cp.sampling.state import ChunkState
 
 
-def keep(folder: RunFolder, chunk: int, latents: Tensor, after: ChunkState) -> None:
-    """Save a denoised chunk, latents `[B, C, T, h, w]`. Its state is the commit and comes last."""
-    write_tensors(folder.path / f"chunk-{chunk:05d}.safetensors", {"latents": latents.contiguous()})
-    write_tensors(_path(folder, chunk), after.to_tensors())
+@dataclass(frozen=True)
+class Kept:
+    """A denoised chunk: latents `[B, C, T, h, w]`, the state after it, and its prompt if that was changed."""
+
+    latents: Tensor
+    after: ChunkState
+    prompt: str | None = None
 
 
-def load(folder: RunFolder, first: int) -> list[tuple[Tensor, ChunkState]]:
-    """Latents and following state of the denoised chunks from `first`, the first unfinished one, on."""
-    found: list[tuple[Tensor, ChunkState]] = []
+def keep(folder: RunFolder, chunk: int, kept: Kept) -> None:
+    """Save a denoised chunk. Its state is the commit and comes last."""
+    write_tensors(folder.path / f"chunk-{chunk:05d}.safetensors", {"latents": kept.latents.contiguous()})
+    path = _path(folder, chunk)
+    if kept.prompt is None:
+        path.with_suffix(".txt").unlink(missing_ok=True)  # of an earlier try
+    else:
+        write_bytes(path.with_suffix(".txt"), kept.prompt.encode())
+    write_tensors(path, kept.after.to_tensors())
+
+
+def load(folder: RunFolder, first: int) -> list[Kept]:
+    """The denoised chunks from `first`, the first unfinished one, on."""
+    found: list[Kept] = []
     for chunk in range(first, folder.run.request.num_chunks):
+        path = _path(folder, chunk)
         try:
-            tensors = load_file(_path(folder, chunk))
-            state = ChunkState.from_tensors(chunk + 1, tensors, torch.device("cpu"))
-            found.append((folder.latents(chunk), state))
-        except (OSError, KeyError, SafetensorError, RequestError):  # not there, or not whole: it is made again
+            after = ChunkState.from_tensors(chunk + 1, load_file(path), torch.device("cpu"))
+            changed = path.with_suffix(".txt")
+            prompt = changed.read_text(encoding="utf-8") if changed.is_file() else None
+            found.append(Kept(folder.latents(chunk), after, prompt))
+        except (OSError, ValueError, KeyError, SafetensorError):  # not there, or not whole: it is made again
             break
     return found
 
 
 def forget(folder: RunFolder, finished: int) -> None:
     """Remove what is kept of the first `finished` chunks."""
-    for path in folder.path.glob("ahead-*.safetensors"):
+    for path in folder.path.glob("ahead-*"):
         if int(path.stem.removeprefix("ahead-")) <= finished:
             path.unlink(missing_ok=True)
 

@@ -21,9 +21,9 @@ class VideoWriter(Watched):
     def load(self) -> Place:
         return own_place()
 
-    def keep(self, folder: RunFolder, chunk: int, latents: Array, after: Denoised) -> None:
+    def keep(self, folder: RunFolder, chunk: int, latents: Array, after: Denoised, prompt: str | None) -> None:
         """Save a chunk as soon as it is denoised, while it is decoded."""
-        ahead.keep(folder, chunk, latents.tensor(), after.state.state(torch.device("cpu")))
+        ahead.keep(folder, chunk, ahead.Kept(latents.tensor(), after.state.state(torch.device("cpu")), prompt))
 
     def write(
         self,
@@ -33,12 +33,16 @@ class VideoWriter(Watched):
         decoded: Decoded,
         latents: Array | None,
         after: Denoised | None,
+        prompt: str | None,
     ) -> Written:
-        """Save a chunk; the last one closes. `latents` and `after` come where the target keeps them."""
+        """Save a chunk; the last one closes. `latents` and `after` come where the target keeps them.
+
+        `prompt` is the chunk's if it was changed.
+        """
         clock = Clock()
         segments = [segment.tobytes() for segment in decoded.segments]
         if isinstance(target.chunks, RunFolder):
-            target.chunks.commit(_chunk(chunk, latents, after), segments)
+            target.chunks.commit(_chunk(chunk, latents, after), segments, prompt)
             ahead.forget(target.chunks, chunk + 1)
         else:
             target.chunks.save(chunk, segments, latents and latents.tensor())
@@ -47,11 +51,14 @@ class VideoWriter(Watched):
         clock.part("write")
         return Written(clock.span())
 
-    def close(self, target: Target) -> None:
+    def close(self, target: Target) -> Written:
         """Finish the files of a video with the chunks there are."""
+        clock = Clock()
         target.chunks.join(target.paths, target.latents)
         if not isinstance(target.chunks, RunFolder):
             target.chunks.remove()
+        clock.part("close")
+        return Written(clock.span())
 
 
 def _chunk(index: int, latents: Array, after: Denoised) -> Chunk:

@@ -79,6 +79,30 @@ def test_every_part_of_the_state_matters(pipelines):
         assert (chunk.latents - second.latents).abs().max() > 1e-3
 
 
+def test_a_changed_prompt_is_resumed(pipelines, presets, tmp_path, monkeypatch):
+    """A live run changed its prompt at chunk 1 of 3 and was killed after it; the command makes the same third chunk."""
+    monkeypatch.chdir(tmp_path)
+    pipeline, model = pipelines["tiny-distilled"], str(presets["tiny-distilled"])
+    size = ["--height", "64", "--width", "64", "--num-frames", "99", "--pyramid-steps", "1", "1", "1"]
+    assert main(["--model", model, "--prompt", "a fox", *size, "--checkpoint-dir", "run", "--output", "fox.mp4"]) == 0
+    run = RunFolder.open(Path("run")).run
+    fox = list(pipeline.stream(run.request))
+    owl = run.request.with_prompt("an owl")
+    changed = [fox[0], *pipeline.stream(owl, state=fox[0].state)]
+    live = RunFolder.create(tmp_path / "live", run)
+    segment = (tmp_path / "run" / "chunk-00000-0.mp4").read_bytes()
+    live.commit(changed[0], [segment])
+    assert live.current(run.request) == run.request
+    live.commit(changed[1], [segment], "an owl")
+    assert RunFolder.open(live.path).current(run.request) == owl
+
+    assert main(["--resume", "live", "--output", "live.mp4", "--save-latents", "live.safetensors"]) == 0
+    latents = torch.cat([chunk.latents for chunk in changed], dim=2)
+    assert load_file("live.safetensors")["latents"].equal(latents)
+    assert not latents[:, :, 18:].equal(fox[2].latents), "the prompt matters"
+    assert json.loads(Path("live/state.json").read_text())["prompts"] == [[1, "an owl"]]
+
+
 @pytest.mark.parametrize("name", ["run.json", "state.json", "state-00001.safetensors"])
 @pytest.mark.parametrize("content", [b"", b"{}", b"\x00" * 40])
 def test_damaged_folders_are_refused(pipelines, tmp_path, name, content):

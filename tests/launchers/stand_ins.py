@@ -171,9 +171,7 @@ class Studio:
         self.conductor.close()
 
     def submit(self, chunks: int, output: Path | None = None, streams: bool = False, on_chunk=None) -> VideoHandle:
-        handle = VideoHandle(
-            self.conductor, next(self.keys), streams=streams, keep_latents=True, saved_in=None, on_chunk=on_chunk
-        )
+        handle = VideoHandle(self.conductor, next(self.keys), streams=streams, keep_latents=True, on_chunk=on_chunk)
         request = Request(prompt=("a fox",), num_frames=33 * chunks)
         paths = () if output is None else (output,)
         self.conductor.add(handle, Submission(request, paths, streams=streams, decodes=output is not None))

@@ -46,11 +46,11 @@ def state(chunk: int) -> ChunkState:
     )
 
 
-def keep(folder: RunFolder, *chunks: int) -> None:
+def keep(folder: RunFolder, *chunks: int, prompt: str | None = None) -> None:
     """As the worker does, with what travels to it."""
     for chunk in chunks:
         after = Denoised(StateArrays.of(state(chunk)), Span(0, 0, {}))
-        VideoWriter().keep(folder, chunk, Array.of(latents(chunk)), after)
+        VideoWriter().keep(folder, chunk, Array.of(latents(chunk)), after, prompt)
 
 
 def finish(folder: RunFolder, chunk: int) -> None:
@@ -68,15 +68,31 @@ def test_kept_chunks_are_gone_on_with(folder, request_of_run, checkpoint):
     keep(folder, 1, 2)
     found = submitted(folder, request_of_run, checkpoint)
     assert (found.first, found.chunks, len(found.denoised)) == (1, CHUNKS, 2)
-    for chunk, (kept, following) in enumerate(found.denoised, 1):
-        assert kept.equal(latents(chunk))
-        assert following.index == chunk + 1 and following.history.equal(state(chunk).history)
+    for chunk, kept in enumerate(found.denoised, 1):
+        assert kept.latents.equal(latents(chunk))
+        assert kept.after.index == chunk + 1 and kept.after.history.equal(state(chunk).history)
 
 
 def test_without_any_finished_chunk(folder, request_of_run, checkpoint):
     keep(folder, 0)
     found = submitted(folder, request_of_run, checkpoint)
-    assert found.first == 0 and [following.index for _, following in found.denoised] == [1]
+    assert found.first == 0 and [kept.after.index for kept in found.denoised] == [1]
+
+
+def test_a_changed_prompt_is_gone_on_with(folder, request_of_run, checkpoint):
+    """Kept with the chunk that it came with, and then committed with it; a chunk made again takes it back."""
+    finish(folder, 0)
+    keep(folder, 1)
+    keep(folder, 2, prompt="an owl")
+    found = submitted(folder, request_of_run, checkpoint)
+    assert found.request == request_of_run.with_prompt("an owl")
+    assert [kept.prompt for kept in found.denoised] == [None, "an owl"]
+    keep(folder, 2)
+    assert submitted(folder, request_of_run, checkpoint).request == request_of_run
+    folder.commit(Chunk(1, latents(1), None, state(1), {}), [b"segment"], "a cat")
+    assert submitted(folder, request_of_run, checkpoint).request == request_of_run.with_prompt("a cat")
+    finish(folder, 2)
+    assert folder.current(request_of_run) == request_of_run.with_prompt("a cat"), "the next chunk shows it too"
 
 
 def test_finished_chunks_need_not_be_kept(folder):
@@ -92,7 +108,7 @@ def test_finished_chunks_need_not_be_kept(folder):
 def test_a_gap_ends_what_is_kept(folder):
     """A writer that was lost keeps nothing of what it had in hand."""
     keep(folder, 0, 2)
-    assert [following.index for _, following in ahead.load(folder, 0)] == [1]
+    assert [kept.after.index for kept in ahead.load(folder, 0)] == [1]
 
 
 @pytest.mark.parametrize("name", ["ahead-00002.safetensors", "chunk-00001.safetensors"])
@@ -110,7 +126,7 @@ def test_one_process_goes_on_with_the_folder_too(folder):
     opened = RunFolder.open(folder.path)
     assert opened.finished_chunks() == 1 and opened.state(torch.device("cpu")).index == 1
     opened.commit(Chunk(1, latents(1), None, state(1), {}), [b"segment"])
-    assert [following.index for _, following in ahead.load(opened, 2)] == [3]
+    assert [kept.after.index for kept in ahead.load(opened, 2)] == [3]
 
 
 def test_all_finished_is_refused(folder, request_of_run, checkpoint):

@@ -118,7 +118,7 @@ def test_cancelled_while_the_writer_is_lost(tmp_path):
         assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
 
 
-def test_cancelled_after_the_writer_came_back(tmp_path):
+def test_cancelled_after_the_writer_came_back(tmp_path, caplog):
     with Studio(decoder=set()) as studio:
         handle = hold_the_second_write(studio, tmp_path / "a.mp4")
         writer, decoder = studio.workers["writer"], studio.workers["decoder-0"]
@@ -133,6 +133,7 @@ def test_cancelled_after_the_writer_came_back(tmp_path):
             handle.result(timeout=PATIENCE)
         assert decoder.is_ready and frames_in(tmp_path / "a.mp4") == FRAMES
         assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
+        assert "cannot be finished" not in caplog.text
 
 
 @pytest.mark.parametrize("is_lost", [False, True], ids=["writer", "no writer"])

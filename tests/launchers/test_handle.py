@@ -22,7 +22,7 @@ class Maker:
         self.made = self.used = 0
         self.undelivered = undelivered
         self.is_wanted = False
-        self.handle = VideoHandle(self, 0, streams=True, keep_latents=False, saved_in=None, on_chunk=None)
+        self.handle = VideoHandle(self, 0, streams=True, keep_latents=False, on_chunk=None)
 
     def wanted(self, key: int) -> None:
         self.is_wanted = True

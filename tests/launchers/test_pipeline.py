@@ -210,13 +210,36 @@ def test_a_run_goes_on_with_what_was_denoised(pipeline, alone, model, tmp_path):
     assert not list(folder.path.glob("ahead-*"))
     part = RunFolder.create(tmp_path / "part", folder.run)
     part.commit(made[0], [(folder.path / "chunk-00000-0.mp4").read_bytes()])
-    ahead.keep(part, 1, made[1].latents, made[1].state)
+    ahead.keep(part, 1, ahead.Kept(made[1].latents, made[1].state))
     handle = pipeline.submit(request, output=[tmp_path / "a.mp4"], folder=part, keep_latents=True)
     assert np.array_equal(handle.result(PATIENCE).latents, alone(request)[:, :, 9:])
     denoised = [event.chunk for event in list(pipeline.events) if (event.video, event.stage) == (handle.key, "denoise")]
     assert denoised == [2, 3]
     assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "whole.mp4").read_bytes()
     assert part.finished_chunks() == 4 and not list(part.path.glob("ahead-*"))
+
+
+def test_a_changed_prompt_is_saved_with_its_chunk(pipeline, alone, model, tmp_path):
+    """The video is cancelled once a chunk with the new prompt is finished; one process makes the rest of it from the
+    folder, and so does the pipeline."""
+    request = small(num_frames=6 * 33).resolve(pipeline.checkpoint)
+    folder = RunFolder.create(tmp_path / "run", Run(request, model, "float32", (str(tmp_path / "a.mp4"),)))
+    handle = pipeline.submit(request, output=[tmp_path / "a.mp4"], folder=folder, stream=True)
+    for chunk in handle:
+        if chunk.index == 0:
+            handle.update_prompt("an owl")
+        if folder.current(request) != request:
+            handle.cancel()
+            break
+    with pytest.raises(CancelledError):
+        handle.result(PATIENCE)
+    owl = request.with_prompt("an owl")
+    assert folder.current(request) == owl
+    finished = folder.finished_chunks()
+    with torch.no_grad():
+        rest = [c.latents for c in alone.pipeline.stream(owl, state=folder.state(torch.device("cpu")))]
+    result = pipeline.submit(request, output=[tmp_path / "a.mp4"], folder=folder, keep_latents=True).result(PATIENCE)
+    assert finished < 6 and np.array_equal(result.latents, torch.cat(rest, dim=2).numpy())
 
 
 def board_of(pipeline) -> ray.actor.ActorHandle:

@@ -144,7 +144,7 @@ class World:
     async def add(self, plan: Plan) -> int:
         key = len(self.plans)
         self.plans[key], self.denoised[key], self.written[key] = plan, [], []
-        handle = VideoHandle(None, key, streams=plan.streams, keep_latents=False, saved_in=None, on_chunk=None)
+        handle = VideoHandle(None, key, streams=plan.streams, keep_latents=False, on_chunk=None)
         self.handles[key] = handle
         request = Request(prompt=("a fox",), num_frames=33 * plan.chunks, image=__file__ if plan.starts else None)
         output = (Path("a.mp4"),) if plan.writes else ()

@@ -45,7 +45,7 @@ def target_of(*paths: Path, latents: Path | None = None) -> Target:
 
 
 def write(writer: VideoWriter, target: Target, chunk: int, decoded):
-    return writer.write(target, chunk, chunk + 1 == CHUNKS, decoded[chunk], None, None)
+    return writer.write(target, chunk, chunk + 1 == CHUNKS, decoded[chunk], None, None, None)
 
 
 @pytest.mark.parametrize("lost", range(CHUNKS))
@@ -82,7 +82,7 @@ def test_latents_are_written_as_they_come(decoded, tmp_path):
     target = target_of(tmp_path / "a.mp4", latents=tmp_path / "l.safetensors")
     chunks = [torch.full((1, 2, 3, 4, 4), float(chunk)) for chunk in range(CHUNKS)]
     for chunk, latents in enumerate(chunks):
-        VideoWriter().write(target, chunk, chunk + 1 == CHUNKS, decoded[chunk], Array.of(latents), None)
+        VideoWriter().write(target, chunk, chunk + 1 == CHUNKS, decoded[chunk], Array.of(latents), None, None)
     assert load_file(tmp_path / "l.safetensors")["latents"].equal(torch.cat(chunks, dim=2))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mp4", "l.safetensors"]
 
