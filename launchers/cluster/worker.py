@@ -19,7 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from launchers.cluster.cluster import Needs, shortage
 from launchers.cluster.faults import SETUP_ATTEMPTS, StartError, WorkerLostError, fault_of, one_line, start_fault_of
 from launchers.cluster.payload import Payload
-from launchers.messages.messages import Place
+from launchers.messages.messages import ActorInfo
 from launchers.messages.versions import check_versions, own_versions
 from launchers.schedule.terms import Stage
 
@@ -72,9 +72,9 @@ class Worker:
     """One worker, of one actor or a gang that lives and dies together.
 
     It is called and stopped in one event loop. `tell(worker, life, event, value)` is called from other threads: "ready"
-    with the `Place`s; "short", and when `patience` is over "unplaced", with what the cluster lacks; "lost" and "broken"
-    with an error, when it died or when its start failed by itself. `life` counts starts and stops: ignore news of
-    another `life` than that of now.
+    with an `ActorInfo` each; "short", and when `patience` is over "unplaced", with what the cluster lacks; "lost" and
+    "broken" with an error, when it died or when its start failed by itself. `life` counts starts and stops: ignore news
+    of another `life` than that of now.
 
     `standing` and the two counters are its owner's: `deaths` in a row without any finished work, and `failed_starts` in
     a row.
@@ -84,7 +84,7 @@ class Worker:
         self.recipe = recipe
         self.name = recipe.name
         self.patience = patience
-        self.places: list[Place] = []
+        self.places: list[ActorInfo] = []
         self.standing = Standing.STARTING
         self.deaths = 0
         self.failed_starts = 0

@@ -16,8 +16,8 @@ from helios_cp.files.chunk_files import ChunkFiles
 from helios_cp.generate.run_folder import RunFolder
 from helios_cp.pipeline.start import Inputs
 from helios_cp.sampling.state import ChunkState
-from launchers.messages.messages import Target
-from launchers.workers import ahead
+from launchers.messages.messages import VideoFiles
+from launchers.workers import denoised_chunks
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Submission:
     is_guided: bool = False
     starts: bool = False
     state: ChunkState | None = None
-    denoised: Sequence[ahead.Kept] = field(default=(), repr=False)
+    denoised: Sequence[denoised_chunks.DenoisedChunk] = field(default=(), repr=False)
 
     @classmethod
     def of(
@@ -60,7 +60,7 @@ class Submission:
             state = folder.state(torch.device("cpu"))
             if state is not None and state.index == request.num_chunks:
                 raise RequestError(f"{folder.path}: all {state.index} chunks are finished; nothing is left to make")
-            denoised = ahead.load(folder, 0 if state is None else state.index)
+            denoised = denoised_chunks.load(folder, 0 if state is None else state.index)
             changed = [kept.prompt for kept in denoised if kept.prompt is not None]
             request = request.with_prompt(changed[-1]) if changed else folder.current(request)
         return cls(
@@ -89,9 +89,9 @@ class Submission:
     def writes(self) -> bool:
         return bool(self.output)
 
-    def target(self, video: int) -> Target:
+    def files(self, video: int) -> VideoFiles:
         """The files of a submission that writes."""
-        return Target(video, self.output, self.folder or ChunkFiles.beside(self.output), self.latents)
+        return VideoFiles(video, self.output, self.folder or ChunkFiles.beside(self.output), self.latents)
 
 
 def _check(

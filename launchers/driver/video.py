@@ -14,7 +14,7 @@ from launchers.driver.crew import Crew
 from launchers.driver.handle import VideoChunk, VideoHandle
 from launchers.driver.submission import Submission
 from launchers.messages.arrays import Array, StateArrays
-from launchers.messages.messages import ChunkJob, Denoised, Span, Target
+from launchers.messages.messages import ChunkJob, NextStart, Span, VideoFiles
 from launchers.schedule.terms import Stage, Unit
 
 
@@ -54,7 +54,7 @@ class Video:
         self._changed: str | None = None
         self._text: tuple[int, Payload] | None = None
         self._is_writing = submission.first > 0
-        self._target = submission.target(self.key) if submission.writes else None
+        self._files = submission.files(self.key) if submission.writes else None
 
     @property
     def waits_for_reader(self) -> bool:
@@ -86,16 +86,16 @@ class Video:
         while self.delivered < self.chunks:
             await self._room()
 
-    def files_left_open(self) -> Target | None:
+    def files_left_open(self) -> VideoFiles | None:
         """What `VideoWriter.close` needs for a video that ends early; `None` if it has no files yet."""
-        return self._target if self._is_writing else None
+        return self._files if self._is_writing else None
 
     # Chunks
 
     async def _make_chunks(self, finishing: asyncio.TaskGroup) -> None:
         before, last, index = await self._start(), None, self.submission.first
         for kept in self.submission.denoised:
-            before = Payload.put(_denoised(kept.after))
+            before = Payload.put(_start_from(kept.after))
             made = Made(Payload.put(Array.of(kept.latents)), before, kept.prompt)
             last = finishing.create_task(self._finish(index, made, last))
             index += 1
@@ -110,7 +110,7 @@ class Video:
     async def _start(self) -> Payload | None:
         """What the first chunk starts from; `None` for a video that starts from nothing."""
         if self.submission.state is not None:
-            return Payload.put(_denoised(self.submission.state))
+            return Payload.put(_start_from(self.submission.state))
         if not self.submission.starts:
             return None
         media = Path(self.request.image or self.request.video)
@@ -154,9 +154,9 @@ class Video:
         if submission.writes:
             latents = made.latents if submission.folder or submission.latents else None
             after = made.after if submission.folder else None
-            writing = [self._target, chunk, chunk + 1 == self.chunks, decoded, latents, after, made.prompt]
+            writing = [self._files, chunk, chunk + 1 == self.chunks, decoded, latents, after, made.prompt]
             if not self._is_writing and submission.folder is None:
-                self._target.chunks.remove()  # what a killed call left
+                self._files.chunks.remove()  # what a killed call left
             self._is_writing = True
             (written,) = await self._work(Stage.WRITE, chunk, "write", lambda: writing)
             made.spans["write"] = written.value.span
@@ -180,5 +180,5 @@ class Video:
         await self._has_room.wait()
 
 
-def _denoised(state: ChunkState) -> Denoised:
-    return Denoised(StateArrays.of(state), Span(0, 0, {}))
+def _start_from(state: ChunkState) -> NextStart:
+    return NextStart(StateArrays.of(state), Span(0, 0, {}))

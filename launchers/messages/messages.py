@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Place:
+class ActorInfo:
     """Where an actor runs, and the versions there of what must be the same everywhere."""
 
     host: str
@@ -72,7 +72,7 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Denoised:
+class NextStart:
     """What the chunk after starts from. The latents travel beside it."""
 
     state: StateArrays
@@ -88,7 +88,7 @@ class Decoded:
 
 
 @dataclass(frozen=True)
-class Target:
+class VideoFiles:
     """The files of one video: an MP4 for each of its batch, joined in the end from `chunks`, a run folder or another.
 
     With `latents` a file of all latents is made of them too.

@@ -8,7 +8,7 @@ import ray
 import torch
 
 import helios_cp
-from launchers.messages.messages import Place
+from launchers.messages.messages import ActorInfo
 
 
 class VersionError(RuntimeError):
@@ -24,7 +24,7 @@ def own_versions() -> dict[str, str]:
     }
 
 
-def check_versions(places: Iterable[Place], own: Mapping[str, str]) -> None:
+def check_versions(places: Iterable[ActorInfo], own: Mapping[str, str]) -> None:
     """Raises `VersionError` that names the first difference."""
     for place in places:
         for name, here in own.items():

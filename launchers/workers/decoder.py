@@ -17,9 +17,9 @@ from helios_cp.device.streams import to_host, wait_for
 from helios_cp.files.mp4 import encode_segment
 from helios_cp.pipeline.start import Inputs, initial_state, pixels_to_encode
 from launchers.messages.arrays import Array, StateArrays
-from launchers.messages.messages import Clock, Decoded, Denoised, Place
+from launchers.messages.messages import ActorInfo, Clock, Decoded, NextStart
 from launchers.workers.loading import Loading
-from launchers.workers.watched import Watched, own_place
+from launchers.workers.watched import Watched, own_info
 
 
 class Decoder:
@@ -57,7 +57,7 @@ class Decoder:
         return Decoded(encoded, clock.span()), pixels.numpy() if frames else None
 
     @torch.no_grad()
-    def start(self, request: Request, media: bytes) -> Denoised:
+    def start(self, request: Request, media: bytes) -> NextStart:
         """The state before chunk 0 of a request whose picture or clip is the file content `media`."""
         clock = Clock()
         name = "image" if request.image is not None else "video"
@@ -69,7 +69,7 @@ class Decoder:
         posteriors = self.codec.encode(videos)
         state = initial_state(request, inputs, self.codec, posteriors, hidden, self.channels, self.device)
         clock.part("media")
-        return Denoised(StateArrays.of(state), clock.span())
+        return NextStart(StateArrays.of(state), clock.span())
 
 
 class VaeDecoder(Watched):
@@ -78,12 +78,12 @@ class VaeDecoder(Watched):
     def __init__(self, loading: Loading) -> None:
         self.loading = loading
 
-    def load(self) -> Place:
+    def load(self) -> ActorInfo:
         self.decoder = Decoder(self.loading)
-        return own_place()
+        return own_info()
 
     def decode(self, latents: Array, fps: float, segments: bool, frames: bool) -> tuple[Decoded, np.ndarray | None]:
         return self.decoder.decode(latents, fps, segments=segments, frames=frames)
 
-    def start(self, request: Request, media: bytes) -> Denoised:
+    def start(self, request: Request, media: bytes) -> NextStart:
         return self.decoder.start(request, media)

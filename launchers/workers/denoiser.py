@@ -15,10 +15,10 @@ import torch.distributed as dist
 from helios_cp.config.request import Request
 from helios_cp.pipeline.start import Inputs, initial_state
 from launchers.messages.arrays import Array, StateArrays
-from launchers.messages.messages import ChunkJob, Clock, Decoded, Denoised, Place, Text
+from launchers.messages.messages import ActorInfo, ChunkJob, Clock, Decoded, NextStart, Text
 from launchers.workers.decoder import Decoder
 from launchers.workers.loading import Loading
-from launchers.workers.watched import Watched, own_place
+from launchers.workers.watched import Watched, own_info
 
 
 class DenoiserRank(Watched):
@@ -40,7 +40,7 @@ class DenoiserRank(Watched):
         self._store = self._make_store(host, 0)
         return host, self._store.port
 
-    def load(self, meeting: tuple[str, int] | None) -> Place:
+    def load(self, meeting: tuple[str, int] | None) -> ActorInfo:
         """Join the group, which takes all its ranks, and load this rank's part."""
         from helios_cp.pipeline.environment import prepare
         from helios_cp.pipeline.parallelize import load_parallel
@@ -72,10 +72,10 @@ class DenoiserRank(Watched):
             execution=loading.execution,
         )
         self.decoder = Decoder(loading) if self.decodes else None
-        return own_place()
+        return own_info()
 
     @torch.no_grad()
-    def denoise(self, job: ChunkJob, text: Text, before: Denoised | None) -> tuple[Denoised | None, Array | None]:
+    def denoise(self, job: ChunkJob, text: Text, before: NextStart | None) -> tuple[NextStart | None, Array | None]:
         """The next chunk of a video: its state and its latents `[B, C, T, h, w]` fp32.
 
         `before` is what the last chunk, or the picture or clip, left; `None` for a video that starts from nothing.
@@ -94,12 +94,12 @@ class DenoiserRank(Watched):
             return None, None
         values, state = Array.of(latents), StateArrays.of(following)
         clock.part("denoise")
-        return Denoised(state, clock.span()), values
+        return NextStart(state, clock.span()), values
 
     def decode(self, latents: Array, fps: float, segments: bool, frames: bool) -> tuple[Decoded, np.ndarray | None]:
         return self.decoder.decode(latents, fps, segments=segments, frames=frames)
 
-    def start(self, request: Request, media: bytes) -> Denoised:
+    def start(self, request: Request, media: bytes) -> NextStart:
         return self.decoder.start(request, media)
 
     def forget(self, video: int) -> None:

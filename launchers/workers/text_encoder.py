@@ -8,8 +8,8 @@ import torch
 
 from helios_cp.config.request import Request
 from launchers.messages.arrays import Array
-from launchers.messages.messages import Clock, Place, Text
-from launchers.workers.watched import Watched, own_place
+from launchers.messages.messages import ActorInfo, Clock, Text
+from launchers.workers.watched import Watched, own_info
 
 
 class TextEncoder(Watched):
@@ -21,13 +21,13 @@ class TextEncoder(Watched):
         self.dtype: torch.dtype = getattr(torch, dtype)
         self.cache = cache
 
-    def load(self) -> Place:
+    def load(self) -> ActorInfo:
         from helios_cp.model.text import PromptEncoder
         from helios_cp.weights.load import load_text_encoder, resolve
 
         checkpoint = resolve(self.model, self.cache, weights=("text_encoder",))
         self.encoder = PromptEncoder(*load_text_encoder(checkpoint, self.device, self.dtype))
-        return own_place()
+        return own_info()
 
     @torch.no_grad()
     def encode(self, request: Request, is_guided: bool) -> Text:

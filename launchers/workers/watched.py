@@ -8,12 +8,12 @@ import threading
 
 import ray
 
-from launchers.messages.messages import Place
+from launchers.messages.messages import ActorInfo
 from launchers.messages.versions import own_versions
 
 
-def own_place() -> Place:
-    return Place(socket.gethostname(), ray.get_runtime_context().get_node_id(), os.getpid(), own_versions())
+def own_info() -> ActorInfo:
+    return ActorInfo(socket.gethostname(), ray.get_runtime_context().get_node_id(), os.getpid(), own_versions())
 
 
 class Watched:

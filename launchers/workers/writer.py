@@ -7,9 +7,9 @@ import torch
 from helios_cp.generate.run_folder import RunFolder
 from helios_cp.pipeline.chunk import Chunk
 from launchers.messages.arrays import Array
-from launchers.messages.messages import Clock, Decoded, Denoised, Place, Target, Written
-from launchers.workers import ahead
-from launchers.workers.watched import Watched, own_place
+from launchers.messages.messages import ActorInfo, Clock, Decoded, NextStart, VideoFiles, Written
+from launchers.workers import denoised_chunks
+from launchers.workers.watched import Watched, own_info
 
 
 class VideoWriter(Watched):
@@ -18,48 +18,52 @@ class VideoWriter(Watched):
     It keeps nothing in memory, and each call can be made again: a lost writer loses nothing.
     """
 
-    def load(self) -> Place:
-        return own_place()
+    def load(self) -> ActorInfo:
+        return own_info()
 
-    def keep(self, folder: RunFolder, chunk: int, latents: Array, after: Denoised, prompt: str | None) -> None:
+    def keep(self, folder: RunFolder, chunk: int, latents: Array, after: NextStart, prompt: str | None) -> None:
         """Save a chunk as soon as it is denoised, while it is decoded."""
-        ahead.keep(folder, chunk, ahead.Kept(latents.tensor(), after.state.state(torch.device("cpu")), prompt))
+        denoised_chunks.keep(
+            folder,
+            chunk,
+            denoised_chunks.DenoisedChunk(latents.tensor(), after.state.state(torch.device("cpu")), prompt),
+        )
 
     def write(
         self,
-        target: Target,
+        files: VideoFiles,
         chunk: int,
         is_last: bool,
         decoded: Decoded,
         latents: Array | None,
-        after: Denoised | None,
+        after: NextStart | None,
         prompt: str | None,
     ) -> Written:
-        """Save a chunk; the last one closes. `latents` and `after` come where the target keeps them.
+        """Save a chunk; the last one closes. `latents` and `after` come where the files keep them.
 
         `prompt` is the chunk's if it was changed.
         """
         clock = Clock()
         segments = [segment.tobytes() for segment in decoded.segments]
-        if isinstance(target.chunks, RunFolder):
-            target.chunks.commit(_chunk(chunk, latents, after), segments, prompt)
-            ahead.forget(target.chunks, chunk + 1)
+        if isinstance(files.chunks, RunFolder):
+            files.chunks.commit(_chunk(chunk, latents, after), segments, prompt)
+            denoised_chunks.forget(files.chunks, chunk + 1)
         else:
-            target.chunks.save(chunk, segments, latents and latents.tensor())
+            files.chunks.save(chunk, segments, latents and latents.tensor())
         if is_last:
-            self.close(target)
+            self.close(files)
         clock.part("write")
         return Written(clock.span())
 
-    def close(self, target: Target) -> Written:
+    def close(self, files: VideoFiles) -> Written:
         """Finish the files of a video with the chunks there are."""
         clock = Clock()
-        target.chunks.join(target.paths, target.latents)
-        if not isinstance(target.chunks, RunFolder):
-            target.chunks.remove()
+        files.chunks.join(files.paths, files.latents)
+        if not isinstance(files.chunks, RunFolder):
+            files.chunks.remove()
         clock.part("close")
         return Written(clock.span())
 
 
-def _chunk(index: int, latents: Array, after: Denoised) -> Chunk:
+def _chunk(index: int, latents: Array, after: NextStart) -> Chunk:
     return Chunk(index, latents.tensor(), None, after.state.state(torch.device("cpu")), {})

@@ -19,7 +19,7 @@ from launchers.cluster.worker import Standing
 from launchers.driver.conductor import Conductor
 from launchers.driver.handle import VideoHandle
 from launchers.driver.submission import Submission
-from launchers.messages.messages import Decoded, Denoised, Span, Text
+from launchers.messages.messages import Decoded, NextStart, Span, Text
 from launchers.schedule.terms import Limits, Stage
 from launchers.workers.writer import VideoWriter
 
@@ -118,10 +118,10 @@ class StandIn:
         return [Text(None, None, SPAN)]
 
     def _start(self, request, media):
-        return [Denoised(None, SPAN)]
+        return [NextStart(None, SPAN)]
 
     def _denoise(self, job, text, before):
-        return [Denoised(None, SPAN), Numbers(np.zeros((1, 1, 1, 2, 2), np.float32))]
+        return [NextStart(None, SPAN), Numbers(np.zeros((1, 1, 1, 2, 2), np.float32))]
 
     def _forget(self, video):
         return [None]

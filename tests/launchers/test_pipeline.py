@@ -30,7 +30,7 @@ from launchers.driver.pipeline import ChunkPipeline, PipelineError
 from launchers.driver.status import NAMESPACE
 from launchers.messages.arrays import Array
 from launchers.schedule.terms import Limits
-from launchers.workers import ahead
+from launchers.workers import denoised_chunks
 from parallel.mesh import Degrees
 from tests.launchers.conftest import PATIENCE, frames_in, inside, runs_actor, small
 
@@ -210,7 +210,7 @@ def test_a_run_goes_on_with_what_was_denoised(pipeline, alone, model, tmp_path):
     assert not list(folder.path.glob("ahead-*"))
     part = RunFolder.create(tmp_path / "part", folder.run)
     part.commit(made[0], [(folder.path / "chunk-00000-0.mp4").read_bytes()])
-    ahead.keep(part, 1, ahead.Kept(made[1].latents, made[1].state))
+    denoised_chunks.keep(part, 1, denoised_chunks.DenoisedChunk(made[1].latents, made[1].state))
     handle = pipeline.submit(request, output=[tmp_path / "a.mp4"], folder=part, keep_latents=True)
     assert np.array_equal(handle.result(PATIENCE).latents, alone(request)[:, :, 9:])
     denoised = [event.chunk for event in list(pipeline.events) if (event.video, event.stage) == (handle.key, "denoise")]

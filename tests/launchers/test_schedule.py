@@ -28,7 +28,7 @@ from launchers.driver.crew import PipelineError
 from launchers.driver.handle import VideoHandle
 from launchers.driver.submission import Submission
 from launchers.driver.video import Video
-from launchers.messages.messages import Decoded, Denoised, Text, Written
+from launchers.messages.messages import Decoded, NextStart, Text, Written
 from launchers.schedule.pool import Pool
 from launchers.schedule.terms import Limits, Stage
 from tests.launchers.stand_ins import SPAN, Numbers, StandIn
@@ -81,23 +81,23 @@ class Player(StandIn):
         chunk = self.world.first(job.video) if before is None else before.state
         self.world.denoised[job.video].append((chunk, job.prompt))
         self.world.arrays.append(Numbers(np.zeros((1, 1, 1, 1, 1), np.float32)))
-        return [Denoised(chunk + 1, SPAN), self.world.arrays[-1]]
+        return [NextStart(chunk + 1, SPAN), self.world.arrays[-1]]
 
     def _encode(self, request, is_guided):
         return [Text(None, None, SPAN)]
 
     def _start(self, request, media):
-        return [Denoised(0, SPAN)]
+        return [NextStart(0, SPAN)]
 
     def _decode(self, latents, fps, segments, frames):
         return [Decoded((), SPAN), None]
 
-    def _write(self, target, chunk, *_):
-        self.world.written[target.video].append(chunk)
+    def _write(self, files, chunk, *_):
+        self.world.written[files.video].append(chunk)
         return [Written(SPAN)]
 
-    def _close(self, target):
-        self.world.closed[target.video] += 1
+    def _close(self, files):
+        self.world.closed[files.video] += 1
         return [Written(SPAN)]
 
 

@@ -25,7 +25,7 @@ from launchers.cluster import worker as module
 from launchers.cluster.cluster import Needs
 from launchers.cluster.faults import PayloadLostError, StartError, WorkerLostError, fault_of, start_fault_of
 from launchers.cluster.worker import Recipe, Worker
-from launchers.messages.messages import Place
+from launchers.messages.messages import ActorInfo
 from launchers.messages.versions import VersionError, check_versions, own_versions
 from launchers.schedule.terms import Stage
 
@@ -90,7 +90,7 @@ class Ray:
     def get(self, references, timeout):
         if self.hangs:
             raise GetTimeoutError
-        return [Place("far", "node", 1, self.versions) for _ in references]
+        return [ActorInfo("far", "node", 1, self.versions) for _ in references]
 
     def kill(self, actor) -> None:
         self.killed.append(actor)
@@ -179,9 +179,9 @@ def test_another_version_on_a_node_is_told(monkeypatch, worker, news):
 
 def test_builds_of_one_version_are_the_same():
     assert "+" not in own_versions()["torch"]
-    check_versions([Place("far", "node", 1, own_versions())], own_versions())
+    check_versions([ActorInfo("far", "node", 1, own_versions())], own_versions())
     with pytest.raises(VersionError, match="far has ray None"):
-        check_versions([Place("far", "node", 1, {**own_versions(), "ray": None})], own_versions())
+        check_versions([ActorInfo("far", "node", 1, {**own_versions(), "ray": None})], own_versions())
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

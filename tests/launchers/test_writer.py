@@ -16,7 +16,7 @@ from helios_cp.files.chunk_files import ChunkFiles
 from helios_cp.files.mp4 import encode_segment
 from launchers.driver.timeline import Event, draw, overlap, union
 from launchers.messages.arrays import Array
-from launchers.messages.messages import Decoded, Span, Target
+from launchers.messages.messages import Decoded, Span, VideoFiles
 from launchers.workers.writer import VideoWriter
 from tests.launchers.conftest import frames_in
 
@@ -40,49 +40,49 @@ def whole(decoded, tmp_path_factory):
     return path.read_bytes()
 
 
-def target_of(*paths: Path, latents: Path | None = None) -> Target:
-    return Target(0, paths, ChunkFiles.beside(paths), latents)
+def files_of(*paths: Path, latents: Path | None = None) -> VideoFiles:
+    return VideoFiles(0, paths, ChunkFiles.beside(paths), latents)
 
 
-def write(writer: VideoWriter, target: Target, chunk: int, decoded):
-    return writer.write(target, chunk, chunk + 1 == CHUNKS, decoded[chunk], None, None, None)
+def write(writer: VideoWriter, files: VideoFiles, chunk: int, decoded):
+    return writer.write(files, chunk, chunk + 1 == CHUNKS, decoded[chunk], None, None, None)
 
 
 @pytest.mark.parametrize("lost", range(CHUNKS))
 @pytest.mark.parametrize("heard", [True, False], ids=["after the answer", "before the answer"])
 def test_a_lost_writer_changes_no_byte(decoded, whole, tmp_path, lost, heard):
     """Lost once it has written chunk `lost`, for the last chunk once it has closed the file."""
-    target = target_of(tmp_path / "a.mp4")
+    files = files_of(tmp_path / "a.mp4")
     writer = VideoWriter()
     chunk = 0
     while chunk < CHUNKS:
-        write(writer, target, chunk, decoded)
+        write(writer, files, chunk, decoded)
         if chunk == lost:
             writer, lost = VideoWriter(), None
             if not heard:
                 continue
         chunk += 1
-    assert target.paths[0].read_bytes() == whole
+    assert files.paths[0].read_bytes() == whole
     assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
 
 
 @pytest.mark.parametrize("finished", range(CHUNKS + 1))
 def test_a_video_that_ends_early_has_what_was_written(decoded, tmp_path, finished):
     """By a writer that never saw the chunks; and once more, of a file that is finished already."""
-    target = target_of(tmp_path / "a.mp4")
+    files = files_of(tmp_path / "a.mp4")
     for chunk in range(finished):
-        write(VideoWriter(), target, chunk, decoded)
+        write(VideoWriter(), files, chunk, decoded)
     for _ in range(2):
-        VideoWriter().close(target)
+        VideoWriter().close(files)
         assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"] * (finished > 0)
-        assert not finished or frames_in(target.paths[0]) == 5 * finished
+        assert not finished or frames_in(files.paths[0]) == 5 * finished
 
 
 def test_latents_are_written_as_they_come(decoded, tmp_path):
-    target = target_of(tmp_path / "a.mp4", latents=tmp_path / "l.safetensors")
+    files = files_of(tmp_path / "a.mp4", latents=tmp_path / "l.safetensors")
     chunks = [torch.full((1, 2, 3, 4, 4), float(chunk)) for chunk in range(CHUNKS)]
     for chunk, latents in enumerate(chunks):
-        VideoWriter().write(target, chunk, chunk + 1 == CHUNKS, decoded[chunk], Array.of(latents), None, None)
+        VideoWriter().write(files, chunk, chunk + 1 == CHUNKS, decoded[chunk], Array.of(latents), None, None)
     assert load_file(tmp_path / "l.safetensors")["latents"].equal(torch.cat(chunks, dim=2))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mp4", "l.safetensors"]
 

@@ -13,8 +13,8 @@ from helios_cp.sampling.state import ChunkState
 from helios_cp.weights.load import resolve
 from launchers.driver.submission import Submission
 from launchers.messages.arrays import Array, StateArrays
-from launchers.messages.messages import Denoised, Span
-from launchers.workers import ahead
+from launchers.messages.messages import NextStart, Span
+from launchers.workers import denoised_chunks
 from launchers.workers.writer import VideoWriter
 
 CHUNKS = 5
@@ -49,13 +49,13 @@ def state(chunk: int) -> ChunkState:
 def keep(folder: RunFolder, *chunks: int, prompt: str | None = None) -> None:
     """As the worker does, with what travels to it."""
     for chunk in chunks:
-        after = Denoised(StateArrays.of(state(chunk)), Span(0, 0, {}))
+        after = NextStart(StateArrays.of(state(chunk)), Span(0, 0, {}))
         VideoWriter().keep(folder, chunk, Array.of(latents(chunk)), after, prompt)
 
 
 def finish(folder: RunFolder, chunk: int) -> None:
     folder.commit(Chunk(chunk, latents(chunk), None, state(chunk), {}), [b"segment"])
-    ahead.forget(folder, chunk + 1)
+    denoised_chunks.forget(folder, chunk + 1)
 
 
 def submitted(folder: RunFolder, request: Request, checkpoint) -> Submission:
@@ -100,7 +100,7 @@ def test_finished_chunks_need_not_be_kept(folder):
     finish(folder, 0)
     finish(folder, 1)
     assert sorted(path.name for path in folder.path.glob("ahead-*")) == ["ahead-00003.safetensors"]
-    assert len(ahead.load(folder, 2)) == 1
+    assert len(denoised_chunks.load(folder, 2)) == 1
     finish(folder, 2)
     assert not list(folder.path.glob("ahead-*"))
 
@@ -108,7 +108,7 @@ def test_finished_chunks_need_not_be_kept(folder):
 def test_a_gap_ends_what_is_kept(folder):
     """A writer that was lost keeps nothing of what it had in hand."""
     keep(folder, 0, 2)
-    assert [kept.after.index for kept in ahead.load(folder, 0)] == [1]
+    assert [kept.after.index for kept in denoised_chunks.load(folder, 0)] == [1]
 
 
 @pytest.mark.parametrize("name", ["ahead-00002.safetensors", "chunk-00001.safetensors"])
@@ -116,7 +116,7 @@ def test_torn_files_are_made_again(folder, name):
     keep(folder, 0, 1, 2)
     path = folder.path / name
     path.write_bytes(path.read_bytes()[:100])
-    assert len(ahead.load(folder, 0)) == 1
+    assert len(denoised_chunks.load(folder, 0)) == 1
 
 
 def test_one_process_goes_on_with_the_folder_too(folder):
@@ -126,7 +126,7 @@ def test_one_process_goes_on_with_the_folder_too(folder):
     opened = RunFolder.open(folder.path)
     assert opened.finished_chunks() == 1 and opened.state(torch.device("cpu")).index == 1
     opened.commit(Chunk(1, latents(1), None, state(1), {}), [b"segment"])
-    assert [kept.after.index for kept in ahead.load(opened, 2)] == [3]
+    assert [kept.after.index for kept in denoised_chunks.load(opened, 2)] == [3]
 
 
 def test_all_finished_is_refused(folder, request_of_run, checkpoint):

@@ -23,7 +23,7 @@ from helios_cp.sampling.state import ChunkState
 
 
 @dataclass(frozen=True)
-class Kept:
+class DenoisedChunk:
     """A denoised chunk: latents `[B, C, T, h, w]`, the state after it, and its prompt if that was changed."""
 
     latents: Tensor
@@ -31,7 +31,7 @@ class Kept:
     prompt: str | None = None
 
 
-def keep(folder: RunFolder, chunk: int, kept: Kept) -> None:
+def keep(folder: RunFolder, chunk: int, kept: DenoisedChunk) -> None:
     """Save a denoised chunk. Its state is the commit and comes last."""
     write_tensors(folder.path / f"chunk-{chunk:05d}.safetensors", {"latents": kept.latents.contiguous()})
     path = _path(folder, chunk)
@@ -42,16 +42,16 @@ def keep(folder: RunFolder, chunk: int, kept: Kept) -> None:
     write_tensors(path, kept.after.to_tensors())
 
 
-def load(folder: RunFolder, first: int) -> list[Kept]:
+def load(folder: RunFolder, first: int) -> list[DenoisedChunk]:
     """The denoised chunks from `first`, the first unfinished one, on."""
-    found: list[Kept] = []
+    found: list[DenoisedChunk] = []
     for chunk in range(first, folder.run.request.num_chunks):
         path = _path(folder, chunk)
         try:
             after = ChunkState.from_tensors(chunk + 1, load_file(path), torch.device("cpu"))
             changed = path.with_suffix(".txt")
             prompt = changed.read_text(encoding="utf-8") if changed.is_file() else None
-            found.append(Kept(folder.latents(chunk), after, prompt))
+            found.append(DenoisedChunk(folder.latents(chunk), after, prompt))
         except (OSError, ValueError, KeyError, SafetensorError):  # not there, or not whole: it is made again
             break
     return found
