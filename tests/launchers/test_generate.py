@@ -20,6 +20,7 @@ from helios_cp.generate.__main__ import main as generate_alone
 from launchers.driver.recipes import Resources
 from launchers.generate.__main__ import build_parser
 from launchers.generate.automatic_layout import most_ranks
+from launchers.generate.flags import ClusterCall
 from tests.launchers.conftest import PATIENCE, QUICK, frames_in, runs_actor
 
 pytestmark = pytest.mark.ray
@@ -154,7 +155,7 @@ def test_a_killed_driver_is_resumed(folder, cluster):
 def test_missing_resources_are_told_within_thirty_seconds(folder, cluster):
     """After `--wait`, whose default is well below, and in which even a busy cluster places the other workers; what is
     missing, and what each node has."""
-    assert build_parser().get_default("wait") <= 20
+    assert ClusterCall.of(build_parser().parse_args([])).wait <= 20
     arguments = ["--ulysses", "4", "--ring", "3", "--height", "128", "--width", "128"]
     before = jobs()
     done = run("--address", cluster.address, *arguments)
@@ -170,10 +171,10 @@ def test_missing_resources_are_told_within_thirty_seconds(folder, cluster):
 def test_layout_auto_sees_what_the_cluster_has_free(cluster):
     """Once all that earlier drivers had is given back, which takes a moment after their end."""
     wait_until(lambda: ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"])
-    arguments = build_parser().parse_args(["--layout", "auto", "--address", cluster.address, "--decoders", "3"])
-    assert most_ranks(arguments, "cpu", Resources()) == 8, "the other node has room for decoders and text encoder"
-    arguments.decoders = 4
-    assert most_ranks(arguments, "cpu", Resources()) == 7
+    flags = ["--layout", "auto", "--address", cluster.address, "--prompt", "a fox", "--decoders"]
+    three, four = (ClusterCall.of(build_parser().parse_args([*flags, decoders])) for decoders in "34")
+    assert most_ranks(three, "cpu", Resources()) == 8, "the other node has room for decoders and text encoder"
+    assert most_ranks(four, "cpu", Resources()) == 7
 
 
 def test_no_cluster_is_told(folder):
