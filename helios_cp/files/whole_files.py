@@ -105,9 +105,9 @@ def write_json(path: Path, values: Any) -> None:
     write_bytes(path, (json.dumps(values, indent=2) + "\n").encode())
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file."""
-    write_bytes(path, save(tensors))
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file, with `metadata` in its header."""
+    write_bytes(path, save(tensors, metadata))
 
 
 def _partial(path: Path) -> Path:

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from helios_cp.files.whole_files import write_tensors
 from helios_cp.model.transformer import HeliosTransformer
 from helios_cp.sampling.denoise import guide, set_timesteps
 from helios_cp.sampling.solvers import make_solver
@@ -69,7 +69,6 @@ def write_trajectories(
     teacher: HeliosTransformer, text_encoder, clips: Clips, folder: Path, count: int, *, seed: int
 ) -> None:
     """Write shards until the folder holds `count` trajectories. What is there stays."""
-    folder.mkdir(parents=True, exist_ok=True)
     stages, device = Stages(), next(teacher.parameters()).device
     for index in range(-(-count // SHARD)):
         path = folder / f"trajectories-{index:04}.safetensors"
@@ -87,10 +86,8 @@ def write_trajectories(
         tensors = {"history": past.history, "anchor": past.anchor}
         for stage, (start, end) in enumerate(points):
             tensors |= {f"start.{stage}": start, f"end.{stage}": end}
-        temporary = path.with_suffix(".tmp")
         halves = {name: value.half().cpu().contiguous() for name, value in tensors.items()}
-        save_file(halves, temporary, {"captions": json.dumps(captions)})
-        temporary.replace(path)
+        write_tensors(path, halves, {"captions": json.dumps(captions)})
         print(f"{path}: {(index + 1) * SHARD} trajectories", flush=True)
 
 

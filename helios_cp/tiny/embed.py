@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from helios_cp.files.whole_files import write_tensors
 from helios_cp.model.transformer import HeliosTransformer
 from helios_cp.tiny import forward, text, vae
 
@@ -24,7 +24,6 @@ def write_embedded(
     transformers: Mapping[str, HeliosTransformer],
 ) -> None:
     """Write `text_encoder`, `vae` with `mean` and `std` `[C]` of its latents, and a file for each transformer."""
-    folder.mkdir(parents=True, exist_ok=True)
     _write(folder / "text_encoder.safetensors", text_encoder, text.CONFIG)
     statistics = {"latents_mean": mean.tolist(), "latents_std": std.tolist()}
     _write(folder / "vae.safetensors", codec, {**vae.CONFIG, **statistics})
@@ -36,5 +35,5 @@ def _write(path: Path, module: nn.Module, config: dict[str, Any]) -> None:
     state = module.state_dict()
     state.pop("encoder.embed_tokens.weight", None)  # UMT5's, tied to `shared.weight`
     tensors = {name: value.to(torch.bfloat16).cpu().contiguous() for name, value in state.items()}
-    save_file(tensors, path, {"config": json.dumps(config)})
+    write_tensors(path, tensors, {"config": json.dumps(config)})
     print(f"{path.stat().st_size:>10,}  {path}", flush=True)

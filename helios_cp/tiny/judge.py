@@ -39,6 +39,10 @@ class Judge(nn.Module):
         return {key: head(x) for key, head in self.heads.items()}
 
 
+def device_of(judge: Judge) -> torch.device:
+    return judge.heads["ground"].weight.device
+
+
 def is_matrix(name: str) -> bool:
     return name.startswith("convolutions.") and name.endswith("weight")
 
@@ -64,11 +68,11 @@ def visible(scene: Scene) -> dict[str, str]:
 
 def training_loss(judge: Judge, generator: random.Random, count: int = 32) -> tuple[Tensor, dict[str, float]]:
     pairs, scenes = draw_pairs(generator, count)
-    scores = judge(pairs.to(next(judge.parameters()).device))
-    loss, figures = torch.zeros((), device=pairs.device), {}
+    scores = judge(pairs.to(device_of(judge)))
+    loss, figures = torch.zeros((), device=device_of(judge)), {}
     for key, values in LABELS.items():
         seen = [i for i, scene in enumerate(scenes) if key in visible(scene)]
-        target = torch.tensor([values.index(visible(scenes[i])[key]) for i in seen], device=scores[key].device)
+        target = torch.tensor([values.index(visible(scenes[i])[key]) for i in seen], device=device_of(judge))
         loss = loss + F.cross_entropy(scores[key][seen], target)
         figures[key] = (scores[key][seen].argmax(-1) == target).float().mean().item()
     return loss, figures
@@ -80,7 +84,7 @@ def name(judge: Judge, video: np.ndarray) -> dict[str, str]:
     firsts = np.linspace(0, len(video) - 1 - APART, 8).round().astype(int)
     frames = torch.from_numpy(video[np.concatenate([firsts, firsts + APART])]).permute(0, 3, 1, 2).float() / 127.5 - 1
     size = (HEIGHT, round(HEIGHT * video.shape[2] / video.shape[1]))
-    pairs = torch.cat(F.interpolate(frames, size=size, mode="area").chunk(2), 1)
+    pairs = torch.cat(F.interpolate(frames, size=size, mode="area").chunk(2), 1).to(device_of(judge))
     return {key: LABELS[key][int(v.softmax(-1).mean(0).argmax())] for key, v in judge(pairs).items()}
 
 
@@ -89,7 +93,7 @@ def accuracy(judge: Judge, count: int = 256, seed: int = 1) -> dict[str, float]:
     """The share of labels named right from single pairs as in training, every seventh of a held-out combination."""
     torch.manual_seed(seed)
     pairs, scenes = draw_pairs(random.Random(seed), count)
-    scores = judge(pairs.to(next(judge.parameters()).device))
+    scores = judge(pairs.to(device_of(judge)))
     right: dict[str, list[bool]] = {key: [] for key in LABELS}
     for index, scene in enumerate(scenes):
         named = {key: values[int(scores[key][index].argmax())] for key, values in LABELS.items()}

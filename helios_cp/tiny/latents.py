@@ -11,9 +11,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from helios_cp.files.whole_files import write_tensors
 from helios_cp.tiny.clips import render
 from helios_cp.tiny.world import Scene, draw_scene
 
@@ -55,7 +55,6 @@ def _read(path: Path) -> tuple[dict[str, Tensor], list[Scene]]:
 @torch.no_grad()
 def write_clips(vae, folder: Path, count: int, *, seed: int, height: int, width: int) -> None:
     """Write shards until the folder holds `count` clips. What is there stays; a shard appears whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
     for index in range(-(-count // SHARD)):
         path = folder / f"clips-{index:04}.safetensors"
         if path.exists():
@@ -64,9 +63,7 @@ def write_clips(vae, folder: Path, count: int, *, seed: int, height: int, width:
         scenes = [draw_scene(generator) for _ in range(SHARD)]
         parts = [encode_scene(vae, scene, height, width) for scene in scenes]
         tensors = {name: torch.stack([part[name] for part in parts]).contiguous() for name in parts[0]}
-        temporary = path.with_suffix(".tmp")
-        save_file(tensors, temporary, {"scenes": json.dumps([dataclasses.asdict(scene) for scene in scenes])})
-        temporary.replace(path)
+        write_tensors(path, tensors, {"scenes": json.dumps([dataclasses.asdict(scene) for scene in scenes])})
         print(f"{path}: {(index + 1) * SHARD} clips", flush=True)
 
 

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from helios_cp.files.whole_files import write_tensors
 
 WARM_UP = 30
 SAVE_SECONDS = 60
@@ -81,11 +82,8 @@ class Learner:
         for name, optimizer in (("muon", self.muon), ("adam", self.adam)):
             for index, state in optimizer.state_dict()["state"].items():
                 tensors |= {f"{name}.{index}.{key}": value for key, value in state.items()}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
         metadata = {"step": str(self.step), "seconds": f"{self.seconds:.0f}"}
-        save_file({key: value.contiguous() for key, value in tensors.items()}, temporary, metadata)
-        temporary.replace(path)
+        write_tensors(path, {key: value.contiguous() for key, value in tensors.items()}, metadata)
 
     def load(self, path: Path) -> None:
         """What `save` wrote."""

@@ -114,18 +114,3 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(tmp_path, monkeypatch):
         assert torch.equal(value, second.average[name])
         assert torch.equal(whole.parameters[name], second.parameters[name])
     assert not torch.equal(whole.average["0.weight"], first.average["0.weight"])
-
-
-def test_a_stop_while_saving_loses_no_state(tmp_path, monkeypatch):
-    learner, state = made_learner(), tmp_path / "state.safetensors"
-    run(learner, state, 2)
-    before = state.read_bytes()
-
-    def stop(tensors, path, metadata):
-        Path(path).write_bytes(b"half")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(loop, "save_file", stop)
-    with pytest.raises(KeyboardInterrupt):
-        learner.save(state)
-    assert state.read_bytes() == before
