@@ -149,15 +149,16 @@ class Pipeline:
         """Yield each chunk as soon as it is denoised and decoded; nothing of earlier chunks is kept.
 
         Frames come to the host, or stay on the device with `keep_on_device`. On an accelerator a chunk is decoded and
-        copied beside the denoising of the next (`pipeline.decoding`), and comes between two steps of that; its frames
-        then lie in pinned memory, which is used again once they are dropped. `state` goes on from a saved chunk.
-        `on_step` is called after every denoising step. Raises `RequestError` for a bad request before any work is done.
+        copied beside the denoising of the next (`pipeline.decoding`), and comes between two steps of that; the first of
+        a size is decoded in turn, to measure whether both fit. Frames then lie in pinned memory, which is used again
+        once they are dropped. `state` goes on from a saved chunk. `on_step` is called after every denoising step.
+        Raises `RequestError` for a bad request before any work is done.
         """
         if output_type not in OUTPUT_TYPES:
             raise RequestError(f"output_type {output_type!r}: allowed are {', '.join(OUTPUT_TYPES)}")
         request, inputs = (inputs or Inputs()).merged(request)
         request = request.resolve(self.checkpoint)
-        size = (request.batch_size, *request.latent_size, request.max_sequence_length)
+        size = (request.batch_size, *request.latent_size, request.max_sequence_length, output_type)
         if self.card is not None:
             self.card.expect(self._offloaded.get(size, {}))
         watch = Stopwatch(self.device)
@@ -168,9 +169,9 @@ class Pipeline:
                 state = self.initial_state(request, inputs)
         may_be_beside = output_type != "latent" and not keep_on_device and self._decodes_alone
         decoder = self._decoder(output_type, keep_on_device, self._side if may_be_beside else None)
-        measured = functools.partial(self.room.measured, size)
-        if not may_be_beside or self.decodes_beside is not None:
-            measured = contextlib.nullcontext  # of no use
+        measured = contextlib.nullcontext
+        if may_be_beside and self.decodes_beside is None and self.codec.vae is not None:
+            measured = functools.partial(self.room.measured, size)
 
         def decode(denoised: Denoised) -> Chunk:
             with measured("decode"):

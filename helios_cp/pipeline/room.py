@@ -21,8 +21,11 @@ class Room:
 
     @contextmanager
     def measured(self, size: Hashable, work: str) -> Iterator[None]:
-        """Notes what one of `WORK` needs, which runs inside, and nothing beside it. The first time only."""
-        if work in self._needed[size]:
+        """Notes what one of `WORK` needs, which runs inside, and nothing beside it. The first time only.
+
+        Nothing is noted where nobody can tell how much is free.
+        """
+        if work in self._needed[size] or self.meter.free() is None:
             yield
             return
         self.meter.begin()

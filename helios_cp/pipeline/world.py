@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -185,7 +186,12 @@ class World:
             thread.join()
 
     def _wait_for_cause(self) -> None:
-        """Let the rank speak that failed first, which may still be putting its files in order."""
+        """Let the rank speak that failed first, which may still be putting its files in order.
+
+        torchrun's SIGTERM does not cut this short: the process ends by itself right after.
+        """
+        with contextlib.suppress(ValueError):  # in another thread than the main one
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         end = time.monotonic() + GRACE
         with contextlib.suppress(Exception):
             while self._store.add("helios_cp/ended", 0) == 0 and time.monotonic() < end:
