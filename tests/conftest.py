@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
+import os
+import shutil
+import site
 import sys
+import tempfile
 
 import pytest
 import torch
 from PIL import Image
 
 from helios_cp.weights.presets import PRESETS, preset_folder
+
+# A home of this run's own, so that nothing that the programs and their libraries keep there is the user's, or left to
+# them. Packages that the user has installed there are still found.
+os.environ.setdefault("PYTHONUSERBASE", site.getuserbase())
+os.environ["HOME"] = tempfile.mkdtemp(prefix="home-")
+atexit.register(shutil.rmtree, os.environ["HOME"], ignore_errors=True)
 
 # One thread: the models are tiny, and threads that wait for each other on a busy machine cost more than they do.
 torch.set_num_threads(1)

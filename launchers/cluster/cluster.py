@@ -10,10 +10,13 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import ray
+from ray.exceptions import RayError
 
 from launchers.cluster.address import host_and_port
+from launchers.cluster.tokens import TokenError, own_token, token_for
 
 OBJECT_STORE_BYTES = 512 * 2**20
 """Of a private instance. A chunk is some megabytes, and only a few are under way."""
@@ -38,31 +41,34 @@ def connected(address: str, *, cpus: int = 0, gpus: int = 0, wait: float = 0) ->
     Raises `ClusterError` if there is none.
     """
     options = {"logging_level": "error", "log_to_driver": False, "configure_logging": True}
-    folder = None
-    if address == "local":
-        folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # a short path: Ray's sockets lie in it
-        options |= {
-            "num_cpus": cpus,
-            "num_gpus": gpus,
-            "include_dashboard": False,
-            "object_store_memory": OBJECT_STORE_BYTES,
-            "_temp_dir": folder,
-        }
-    try:
-        knock(address, wait)
+    with contextlib.ExitStack() as stack:
+        if address == "local":
+            folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # a short path: Ray's sockets lie in it
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            stack.enter_context(own_token(Path(folder)))
+            options |= {
+                "num_cpus": cpus,
+                "num_gpus": gpus,
+                "include_dashboard": False,
+                "object_store_memory": OBJECT_STORE_BYTES,
+                "_temp_dir": folder,
+            }
+        else:
+            knock(address, wait)
+            try:
+                stack.enter_context(token_for(address))
+            except TokenError as error:
+                raise ClusterError(f"--address {address}: the Ray cluster is closed to this driver: {error}") from None
+        stack.callback(ray.shutdown)
         try:
             ray.init(address, **options)
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (ValueError, RuntimeError, OSError, RayError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ClusterError(
                 f"--address {address}: no Ray cluster answers there ({reason}); start one with `ray start --head`, or "
                 "use --address local"
             ) from None
         yield
-    finally:
-        ray.shutdown()
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def knock(address: str, wait: float) -> None:

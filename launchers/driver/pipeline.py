@@ -68,7 +68,7 @@ class ChunkPipeline:
         check_execution(
             self.checkpoint, execution, on, pick_dtype(dtype, on), layout, backend=backend, target=Target(device)
         )
-        loading = Loading(model, dtype, device, backend, layout, timeout, cache, execution)
+        loading = Loading(self.checkpoint.source, dtype, device, backend, layout, timeout, cache, execution)
         context = ray.get_runtime_context()
         node = context.get_node_id()
         made = recipes(loading, groups, decoders, resources or Resources.of(device), spread, node)

@@ -18,6 +18,8 @@ from helios_cp.generate.outcome import report_of, standing, tell_failures, write
 from helios_cp.generate.run import files_of, quiet_libraries, turns_of
 from helios_cp.generate.run_folder import RunFolder
 from helios_cp.generate.stopping import Stopped, StopSignal
+from helios_cp.weights.hub import HubId
+from helios_cp.weights.load import resolve
 from launchers.cluster.cluster import ClusterError, connected
 from launchers.cluster.faults import one_line
 from launchers.driver.handle import VideoChunk, VideoHandle
@@ -59,6 +61,7 @@ def run(parser: OneLineParser, call: ClusterCall, cache: Path | None) -> int:
             except RequestError as error:
                 parser.error(str(error))
             if call.address == "local" and session.jobs:
+                resolve(session.model, cache)  # with its weights, as workers have no terminal to show progress on
                 stack.enter_context(connected("local", cpus=len(shares), gpus=checks.cards_for(shares)))
             return _generate(session, call, device, resources, cache)
     except (ClusterError, PipelineError, CheckpointError, RequestError, OSError) as error:
@@ -78,6 +81,8 @@ def _generate(session: Session, call: ClusterCall, device: str, resources: Resou
         say(remark)
     if call.address != "local" and call.device == "auto" and device == "cpu":
         say("no node has a card by now, so all runs on CPUs; where cards come on demand, give --device cuda")
+    if call.address != "local" and HubId.parse(session.model) is not None:
+        say(f"{session.model}: each machine first downloads what its workers lack of it")
     layout = f" of {session.layout.degrees}" if session.layout.degrees.world > 1 else ""
     workers = f"{call.groups} group(s){layout}, {call.decoders} decoder(s)"
     say(f"loading {session.model} on {device} in {dtype_name(session.dtype)}: {workers}")

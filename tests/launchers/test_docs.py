@@ -55,6 +55,7 @@ STAND_INS = {
     # Its own flags end where the command begins; what is left runs here.
     "srun": """
         echo "srun $SRUN_CPUS_PER_TASK $*" >> "$RECORD"
+        echo "$RAY_AUTH_MODE $RAY_AUTH_TOKEN" >> "$RECORD.tokens"
         while [[ "$1" == --* ]]; do shift; done
         exec "$@\"""",
     # Between two knocks.
@@ -137,7 +138,7 @@ def batch(tmp_path):
         yield run
 
 
-def test_the_slurm_script(batch):
+def test_the_slurm_script(batch, tmp_path):
     """Head, then the other machine once that answers, then the driver with the user's own flags."""
     code, record, stderr, port = batch("--prompt", "a red fox", "--output", "fox.mp4")
     assert code == 0, stderr
@@ -157,6 +158,8 @@ def test_the_slurm_script(batch):
     assert arguments.groups * arguments.layout.ulysses + 0.5 * arguments.decoders + 0.5 <= 16, (
         "two machines of eight cards"
     )
+    (token,) = set((tmp_path / "record.txt.tokens").read_text().splitlines())
+    assert re.fullmatch("token [0-9a-f]{64}", token), "one for all machines, and not easily guessed"
 
 
 def test_the_slurm_script_waits_for_its_head_node(batch):
@@ -189,6 +192,7 @@ def check_manifest(manifest: dict) -> None:
     spec = manifest["spec"]
     assert flags_of(spec["entrypoint"]) <= known_flags()
     cluster = spec["rayClusterSpec"]
+    assert cluster.get("authOptions") == {"mode": "token"}, "or whoever reaches the head runs programs"
     groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
     for group in groups:
         assert all(isinstance(value, str) for value in group["rayStartParams"].values())
@@ -224,7 +228,7 @@ def test_the_manifest_has_room_for_what_it_asks(manifest):
     assert arguments.groups * arguments.layout.ulysses + 0.5 * arguments.decoders + 0.5 <= cards
 
 
-@pytest.mark.parametrize("damage", ["kind", "flag", "volume", "replicas", "home"])
+@pytest.mark.parametrize("damage", ["kind", "flag", "volume", "replicas", "home", "token"])
 def test_the_check_sees_a_broken_manifest(manifest, damage):
     worker = manifest["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
     if damage == "kind":
@@ -233,6 +237,8 @@ def test_the_check_sees_a_broken_manifest(manifest, damage):
         manifest["spec"]["entrypoint"] += " --no-such-flag"
     elif damage == "volume":
         worker["template"]["spec"]["volumes"].pop()
+    elif damage == "token":
+        del manifest["spec"]["rayClusterSpec"]["authOptions"]
     elif damage == "home":
         worker["template"]["spec"]["containers"][0]["env"][0]["value"] = "/root/.cache/huggingface"
     else:
