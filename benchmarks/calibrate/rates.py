@@ -16,13 +16,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
 from benchmarks.measuring.counting import count
 from helios_cp.device.device import dtype_name
+from helios_cp.model.vae.autoencoder import Autoencoder
+from helios_cp.model.vae.config import VaeConfig
 from helios_cp.plan.forward_cost import AttentionCall, Product
-from helios_cp.plan.vae_cost import VaeConfig, decode_flops
+from helios_cp.plan.vae_cost import decode_flops
 
 SAMPLE_SECONDS = 0.004
 """Least time between two looks at the clock: shorter calls are repeated."""
@@ -191,15 +192,7 @@ def launches(device: torch.device) -> Iterator[Program]:
 def decoding(config: VaeConfig, size: tuple[int, int, int], device: torch.device) -> Program:
     """The VAE's decoding of latents of `size` (frames, rows, columns) in fp32."""
     with device:
-        vae = AutoencoderKLWan(
-            base_dim=config.base_dim,
-            z_dim=config.z_dim,
-            dim_mult=list(config.dim_mult),
-            num_res_blocks=config.num_res_blocks,
-            temperal_downsample=list(config.temperal_downsample),
-            latents_mean=[0.0] * config.z_dim,
-            latents_std=[1.0] * config.z_dim,
-        ).eval()
+        vae = Autoencoder(config).eval()
     latents = torch.randn(1, config.z_dim, *size, device=device)
     work = decode_flops(config, *size)
     return Program("decoding", (config.base_dim, *size), torch.float32, work, lambda: vae.decode(latents))

@@ -33,7 +33,6 @@ VARIANTS = (
     "--quantize int4",
     "--vae-dtype bfloat16",
     "--vae-dtype float16",
-    "--vae-channels-last",
     "--no-tf32",
     "--block-cache 0.08",
     "--block-cache 0.5",

@@ -48,6 +48,7 @@ from helios_cp.config.request import Request
 from helios_cp.config.sampling_plan import SamplingPlan
 from helios_cp.device.device import pick_device, pick_dtype
 from helios_cp.files.whole_files import check_file_target, check_folder_target
+from helios_cp.model.vae.config import VaeConfig
 from helios_cp.pipeline.environment import prepare
 from helios_cp.pipeline.parallelize import ParallelPipeline, load_parallel
 from helios_cp.pipeline.start import Inputs
@@ -55,7 +56,6 @@ from helios_cp.pipeline.world import World, device_of_rank, pick_backend
 from helios_cp.plan.choose import choose_layout
 from helios_cp.plan.configs import part_configs
 from helios_cp.plan.predict import Workload
-from helios_cp.plan.vae_cost import VaeConfig
 from helios_cp.weights.check import check_execution, with_stored_quantization
 from helios_cp.weights.load import resolve
 from parallel.mesh import Mesh

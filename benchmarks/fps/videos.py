@@ -183,7 +183,7 @@ class PeerVideo:
         def decode_and_wait(latents: Tensor, return_dict: bool = True) -> tuple[Tensor]:
             denoise = self._clock.lap()
             video = decode(latents, return_dict=False)
-            frames = to_frames(video[0], "uint8")
+            frames = to_frames(video[0].movedim(1, -1), "uint8")
             self._made.put((denoise, self._clock.lap(), frames, latents))
             del frames
             self._wait_for_turn()

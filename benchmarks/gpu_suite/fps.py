@@ -31,7 +31,7 @@ EAGER = "ours, eager"
 COMPILED: Mapping[str, Execution] = {"ours, compiled": Execution(compile=True)}
 FP8: Mapping[str, Execution] = {
     "ours, fp8": Execution(compile=True, quantize="fp8"),
-    "ours, fp8, VAE bf16": Execution(compile=True, quantize="fp8", vae_dtype="bfloat16", vae_channels_last=True),
+    "ours, fp8, VAE bf16": Execution(compile=True, quantize="fp8", vae_dtype="bfloat16"),
 }
 GRAPHS: Mapping[str, Execution] = {"ours, graphs": Execution(compile=True, cuda_graphs=True)}
 COMPILING_SHARE = 0.5

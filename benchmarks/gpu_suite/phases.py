@@ -39,11 +39,10 @@ VAES: Mapping[str, Execution] = {
     "float32": Execution(tf32=False),
     "TF32": Execution(tf32=True),
     "bfloat16": Execution(vae_dtype="bfloat16"),
-    "bfloat16, channels last": Execution(vae_dtype="bfloat16", vae_channels_last=True),
 }
 COMPILED_VAES: Mapping[str, Execution] = {
     "TF32, compiled": Execution(compile=True),
-    "bfloat16, channels last, compiled": Execution(compile=True, vae_dtype="bfloat16", vae_channels_last=True),
+    "bfloat16, compiled": Execution(compile=True, vae_dtype="bfloat16"),
 }
 OFFLOADS: Mapping[str, Execution] = {
     "resident": Execution(),
@@ -92,7 +91,7 @@ def stage_tokens(scope: Scope) -> list[int]:
 
 
 def measure_vae(scope: Scope, record: Record) -> None:
-    """Decoding of a chunk in each dtype and memory format, and how far its frames are from those of float32.
+    """Decoding of a chunk in each dtype, and how far its frames are from those of float32.
 
     Those that need no time to compile take turns first, then the others.
     """

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan
 
 from benchmarks.measuring.counting import Counts, count
 from benchmarks.models.forward_counts import SIZE, count_forward
@@ -21,6 +20,8 @@ from benchmarks.ranks.silent import silent_mesh
 from helios_cp.config.checkpoint import VAE_SPATIAL, TransformerConfig
 from helios_cp.model.codec import Codec
 from helios_cp.model.transformer import HeliosTransformer
+from helios_cp.model.vae.autoencoder import Autoencoder
+from helios_cp.model.vae.config import VaeConfig
 from helios_cp.pipeline.parallelize import ShardedSequence, SplitBranches, SplitCodec
 from helios_cp.weights.placement import narrow_feed_forward
 from parallel.collectives import Meter
@@ -95,7 +96,7 @@ def count_rank(config: TransformerConfig, degrees: Degrees, rank: int, size: tup
 def count_decode(ranks: int, size: tuple[int, int] = SIZE) -> CountTree:
     """From the latents of one chunk to its frames as bytes, in fp32, on each kind of rank that shares the decoding."""
     with META:
-        vae = AutoencoderKLWan().eval()
+        vae = Autoencoder(VaeConfig()).eval()
     latents = torch.empty(1, vae.config.z_dim, LATENT_FRAMES, *(pixels // VAE_SPATIAL for pixels in size), device=META)
     if ranks == 1:
         return {"rank 0": _count(lambda: Codec(vae).decode(latents, "uint8"), {})}

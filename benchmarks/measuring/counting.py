@@ -11,6 +11,7 @@ everywhere, whatever stands in for it on this device, and so is an RMSNorm whose
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -20,12 +21,36 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import conv_flop_count, flop_registry
 
 aten = torch.ops.aten
 
 _ATTENTION = (aten.scaled_dot_product_attention, aten._scaled_dot_product_flash_attention_for_cpu)
-FLOP_FORMULAS = {**flop_registry, **dict.fromkeys(_ATTENTION, flop_registry[aten._scaled_dot_product_flash_attention])}
+
+
+def _convolution_flops(*arguments: Any, out_val: Tensor) -> int:
+    """A transposed one by its outputs: of rows that are cut off again nothing need be computed."""
+    states, weight, _, stride, _, _, is_transposed, *_ = arguments
+    if not is_transposed:
+        return flop_registry[aten.convolution](*arguments, out_val=out_val)
+    return 2 * out_val.numel() * states.shape[1] * math.prod(weight.shape[2:]) // math.prod(stride)
+
+
+def _onednn_flops(states: Tensor, weight: Tensor, *_: Any, out_val: Tensor, **__: Any) -> int:
+    return conv_flop_count(states.shape, weight.shape, out_val.shape)
+
+
+def _onednn_sum_flops(total: Tensor, states: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
+    return conv_flop_count(states.shape, weight.shape, total.shape)
+
+
+FLOP_FORMULAS = {
+    **flop_registry,
+    **dict.fromkeys(_ATTENTION, flop_registry[aten._scaled_dot_product_flash_attention]),
+    aten.convolution: _convolution_flops,
+    aten.mkldnn_convolution: _onednn_flops,
+    torch.ops.mkldnn._convolution_pointwise_: _onednn_sum_flops,
+}
 
 # They give out memory, or a second name for it, and touch none. All other views are known by their schema.
 _FREE = {

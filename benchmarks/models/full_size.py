@@ -22,19 +22,21 @@ from typing import Any
 import accelerate
 import diffusers
 import torch
-from diffusers import AutoencoderKLWan, HeliosTransformer3DModel
+from diffusers import HeliosTransformer3DModel
 from torch import Tensor, nn
 
+from benchmarks.models.peer_vae import peer_vae
 from helios_cp.config.checkpoint import Checkpoint, TransformerConfig
 from helios_cp.config.errors import RequestError
 from helios_cp.config.execution import Execution
 from helios_cp.config.request import Request
 from helios_cp.config.sampling_plan import SamplingPlan
 from helios_cp.model.transformer import HeliosTransformer, empty_model
+from helios_cp.model.vae.autoencoder import Autoencoder
+from helios_cp.model.vae.config import VaeConfig
 from helios_cp.pipeline.parallelize import ParallelPipeline, load_parallel
 from helios_cp.pipeline.start import Inputs
 from helios_cp.plan.configs import BuiltInCheckpoint
-from helios_cp.plan.vae_cost import VaeConfig
 from helios_cp.weights import presets
 from helios_cp.weights.loader import Loader
 from helios_cp.weights.placement import Placement, Whole
@@ -136,7 +138,7 @@ class RandomParts(Loader):
     def text_encoder(self, *_: object) -> tuple[None, None]:
         return None, None
 
-    def vae(self, checkpoint: BuiltInCheckpoint, home: torch.device) -> AutoencoderKLWan:
+    def vae(self, checkpoint: BuiltInCheckpoint, home: torch.device) -> Autoencoder:
         return random_vae(size_of(checkpoint).vae, home, self.device)
 
     def scheduler(self, checkpoint: BuiltInCheckpoint):
@@ -158,13 +160,13 @@ def random_transformer(
     return model.eval().requires_grad_(False)
 
 
-def random_vae(config: VaeConfig, home: str | torch.device, device: torch.device) -> AutoencoderKLWan:
+def random_vae(config: VaeConfig, home: str | torch.device, device: torch.device) -> Autoencoder:
     """In fp32."""
-    values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
     with torch.device("meta"):
-        vae = AutoencoderKLWan(**values)
+        vae = Autoencoder(config)
     vae.to_empty(device=home)
     fill(vae.state_dict(), device)
+    vae.fold()
     return vae.eval().requires_grad_(False)
 
 
@@ -223,7 +225,7 @@ def build_peer(pipeline: ParallelPipeline) -> diffusers.DiffusionPipeline:
     parts: dict[str, Any] = {
         "tokenizer": None,
         "text_encoder": None,
-        "vae": copy.deepcopy(pipeline.codec.vae),
+        "vae": peer_vae(pipeline.codec.vae),
         "scheduler": copy.deepcopy(pipeline.scheduler),
         "transformer": transformer.to(ours.device).eval().requires_grad_(False),
     }

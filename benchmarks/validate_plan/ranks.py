@@ -17,8 +17,8 @@ from benchmarks.ranks.groups import pinned
 from helios_cp.config.checkpoint import Checkpoint, TransformerConfig
 from helios_cp.config.layout import Layout
 from helios_cp.config.request import Request
+from helios_cp.model.vae.config import VaeConfig
 from helios_cp.pipeline.parallelize import load_parallel
-from helios_cp.plan.vae_cost import VaeConfig
 from helios_cp.weights.presets import PRESETS, TEXT_ENCODER
 from parallel.collectives import Group
 from parallel.mesh import Mesh
@@ -44,9 +44,7 @@ class Model:
         pipeline = getattr(diffusers, preset.pipeline)(
             tokenizer=ByT5Tokenizer(),
             text_encoder=UMT5EncoderModel(UMT5Config(**TEXT_ENCODER)),
-            vae=diffusers.AutoencoderKLWan(
-                **vae, latents_mean=[0.0] * self.vae.z_dim, latents_std=[1.0] * self.vae.z_dim
-            ),
+            vae=diffusers.AutoencoderKLWan(**vae),
             transformer=diffusers.HeliosTransformer3DModel(**asdict(self.transformer)),
             scheduler=getattr(diffusers, preset.scheduler)(**preset.scheduler_config),
             **preset.flags,

@@ -74,7 +74,7 @@ class Execution:
 
     compile: bool = flag(
         False,
-        "torch.compile the blocks and the VAE decoder; the first chunk waits for it",
+        "torch.compile the blocks and the norms of the VAE; the first chunk waits for it",
         group="speed and memory of each card",
     )
     compile_cache: str | None = flag(
@@ -89,8 +89,11 @@ class Execution:
         choices=QUANTIZATIONS,
     )
     vae_dtype: str = flag("float32", "of the VAE (default: float32, as trained)", choices=DTYPES)
-    vae_channels_last: bool = flag(
-        False, "lay the VAE's convolutions out channel by channel, as tensor cores read them"
+    vae_group: int | None = flag(
+        None,
+        "latent frames that go through the VAE together; fewer need less memory (default: by the free memory)",
+        "N",
+        least=1,
     )
     tf32: bool = flag(
         True,

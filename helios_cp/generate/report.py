@@ -56,6 +56,7 @@ class Report:
         self.remarks = list(remarks)
         self.resumed_from_chunk = 0
         self.peak_bytes = 0
+        self.vae_group: int | None = None
         self.error: str | None = None
         self.playable: str | None = None
         self.chunks: list[dict[str, Any]] = []
@@ -112,7 +113,7 @@ class Report:
             "device": device_name(self.device),
             "layout": {"ranks": self.layout.degrees.world, **self.layout.to_json()},
             "execution": self.execution.to_json(),
-            "vae": vae_settings(self.execution, self.device),
+            "vae": {**vae_settings(self.execution, self.device), "latent_frames_together": self.vae_group},
             "seed": list(self.request.seeds),
             "request": self.request.to_json(),
             "output": self.output,

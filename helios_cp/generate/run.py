@@ -144,6 +144,7 @@ def run_job(pipeline: ParallelPipeline | None, session: Session, number: int, st
             chunk.seconds["write"] = now - start
             report.add(chunk.index, now - last_finished, chunk.seconds, chunk.skipped)
             report.peak_bytes = pipeline.peak_bytes
+            report.vae_group = pipeline.codec.last_group
             last_finished = now
             progress.chunk(chunk)
 

@@ -1,4 +1,4 @@
-"""Pixels to latents and back, chunk by chunk, with diffusers' `AutoencoderKLWan`."""
+"""Pixels to latents and back, chunk by chunk."""
 
 from __future__ import annotations
 
@@ -9,24 +9,32 @@ from typing import Any
 
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from torch import Tensor, nn
+from torch import Tensor
 
 from helios_cp.config.execution import Execution
 from helios_cp.device.device import has_tf32
+from helios_cp.device.memory import free_host_memory, free_memory
 from helios_cp.device.streams import to_device
+from helios_cp.model.vae.autoencoder import FRAMES, Autoencoder, join
+from helios_cp.model.vae.memory import choose_group
+from helios_cp.model.vae.sweep import Rows
 
 OUTPUT_TYPES = ("uint8", "float", "latent")
 
 
 class Codec:
-    """A VAE on this rank. `helios_cp.pipeline.parallelize` has one that is split over ranks.
+    """A VAE on this rank. `pipeline.split_codec` has one that is split over ranks.
 
-    `tf32` says whether convolutions in fp32 may run on TF32 tensor cores; `None` leaves torch's setting alone.
+    `tf32` says whether convolutions in fp32 may run on TF32 tensor cores; `None` leaves torch's setting alone. `group`
+    is how many latent frames go through the VAE together; `None` leaves it to the memory that is free when a size of
+    video comes first.
     """
 
-    def __init__(self, vae, tf32: bool | None = None) -> None:
+    def __init__(self, vae: Autoencoder | None, tf32: bool | None = None, group: int | None = None) -> None:
         self.vae = vae
         self.tf32 = tf32
+        self.group = group
+        self._chosen: dict[tuple[int, ...], int] = {}
 
     @property
     def is_local(self) -> bool:
@@ -37,11 +45,14 @@ class Codec:
         """
         return self.vae is not None
 
+    @property
+    def last_group(self) -> int | None:
+        """The latent frames that went through together last, for a report; `None` before the first."""
+        return next(reversed(self._chosen.values()), None)
+
     def encode(self, videos: Sequence[Tensor]) -> list[DiagonalGaussianDistribution]:
         """The posterior of each video `[1, 3, T, H, W]` in [−1, 1], in fp32; `draw` samples from it."""
-        with self.convolutions():
-            parameters = [self.vae.encode(as_input(self.vae, video)).latent_dist.parameters for video in videos]
-        return [posterior_of(each) for each in parameters]
+        return [posterior_of(self._encode(video)) for video in videos]
 
     def draw(self, posterior: DiagonalGaussianDistribution, generator: torch.Generator) -> Tensor:
         """Normalised latents `[1, C, T/4, H/8, W/8]` in fp32, drawn from a posterior."""
@@ -54,12 +65,38 @@ class Codec:
         A chunk decodes alone: nothing of its neighbours is needed. uint8, or fp32 in [0, 1] for output type "float".
         `None` on ranks that the frames do not end on.
         """
-        with self.convolutions():
-            return to_frames(self.vae.decode(denormalise(self.vae, latents), return_dict=False)[0], output_type)
+        return self._decode(denormalise(self.vae, latents), output_type)
 
     def convolutions(self) -> AbstractContextManager[None]:
         """Convolutions inside run in the precision that this codec states."""
         return contextlib.nullcontext() if self.tf32 is None else convolution_tf32(self.tf32)
+
+    def _decode(self, latents: Tensor, output_type: str, rows: Rows | None = None) -> Tensor:
+        """Frames of these rows of denormalised latents."""
+        group = self._group(tuple(latents.shape))
+        with self.convolutions():
+            parts = (to_frames(part, output_type) for part in self.vae.decode_groups(latents, group, rows))
+            return join(list(parts))
+
+    def _encode(self, video: Tensor, rows: Rows | None = None) -> Tensor:
+        """Mean and log-variance of these rows of a video."""
+        factor = self.vae.config.spatial
+        steps = 1 + (video.shape[2] - 1) // FRAMES
+        shape = (len(video), 0, steps, video.shape[3] // factor, video.shape[4] // factor)
+        with self.convolutions():
+            return self.vae.encode(video, self._group(shape), rows)
+
+    def _group(self, shape: tuple[int, ...]) -> int:
+        """Latent frames at a time, of latents `[B, C, T, h, w]` on this rank."""
+        if shape not in self._chosen:
+            vae, device = self.vae, self.vae.device
+            free = free_host_memory() if device.type == "cpu" else free_memory(device)
+            self._chosen[shape] = self.group or self._agree(choose_group(vae.config, shape, vae.dtype.itemsize, free))
+        return self._chosen[shape]
+
+    def _agree(self, group: int) -> int:
+        """What all ranks that share the VAE can do."""
+        return group
 
 
 def vae_settings(execution: Execution, device: torch.device) -> dict[str, Any]:
@@ -67,29 +104,8 @@ def vae_settings(execution: Execution, device: torch.device) -> dict[str, Any]:
     is_tf32 = execution.tf32 and execution.vae_dtype == "float32" and has_tf32(device)
     return {
         "dtype": execution.vae_dtype,
-        "memory_format": "channels_last" if execution.vae_channels_last else "contiguous",
         "convolutions": "tf32" if is_tf32 else execution.vae_dtype,
     }
-
-
-def to_channels_last(vae: nn.Module) -> None:
-    """Lay the weights of the convolutions out channel by channel, as cuDNN's tensor-core kernels read them.
-
-    Inputs follow in `as_input`; convolutions hand the format on, and padding, norms, activations and the frames that
-    are kept for the next ones keep it. A resampling's change from videos to images is then a view, where it is a copy
-    otherwise. Kernels may add in another order, which is what results differ by.
-    """
-    for layer in vae.modules():
-        if isinstance(layer, nn.Conv3d):
-            layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last_3d)
-        elif isinstance(layer, nn.Conv2d):
-            layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
-
-
-def is_channels_last(vae: nn.Module) -> bool:
-    """Whether `to_channels_last` was called. A weight of one channel or of 1×1×1 is laid out in both ways at once."""
-    weights = [layer.weight for layer in vae.modules() if isinstance(layer, nn.Conv3d)]
-    return any(not weight.is_contiguous() for weight in weights)
 
 
 @contextmanager
@@ -129,22 +145,13 @@ def posterior_of(parameters: Tensor) -> DiagonalGaussianDistribution:
     return DiagonalGaussianDistribution(parameters.float())
 
 
-def as_input(vae, tensor: Tensor) -> Tensor:
-    """On the device and in the dtype and memory format of a VAE."""
-    memory_format = torch.channels_last_3d if is_channels_last(vae) else torch.preserve_format
-    return tensor.to(vae.device, vae.dtype, memory_format=memory_format)
-
-
-def denormalise(vae, latents: Tensor) -> Tensor:
-    """Latents as the decoder takes them."""
+def denormalise(vae: Autoencoder, latents: Tensor) -> Tensor:
+    """Latents as the decoder takes them, in fp32 on its device."""
     mean, inverse_std = latent_statistics(vae)
-    return as_input(vae, latents.to(vae.device, torch.float32) / inverse_std + mean)
+    return latents.to(vae.device, torch.float32) / inverse_std + mean
 
 
 def to_frames(video: Tensor, output_type: str) -> Tensor:
-    """`[B, 3, T, H, W]` in [−1, 1] to `[B, T, H, W, 3]`, contiguous, on the video's device.
-
-    fp32 in [0, 1] for output type "float", else uint8, rounded.
-    """
-    frames = (video.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 4, 1)
-    return (frames if output_type == "float" else (frames * 255).round().to(torch.uint8)).contiguous()
+    """Pixels in [−1, 1] to fp32 in [0, 1] for output type "float", else to uint8, rounded. Contiguous."""
+    frames = (video.float() / 2 + 0.5).clamp_(0, 1)
+    return (frames if output_type == "float" else frames.mul_(255).round_().to(torch.uint8)).contiguous()

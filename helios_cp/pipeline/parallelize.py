@@ -14,20 +14,19 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from helios_cp.config.checkpoint import WEIGHT_STEMS, Checkpoint
 from helios_cp.config.execution import Execution
 from helios_cp.config.layout import Layout
 from helios_cp.config.request import Request
 from helios_cp.device.device import make_current
-from helios_cp.model.codec import Codec, DiagonalGaussianDistribution, as_input, denormalise, posterior_of, to_frames
 from helios_cp.model.layers import FeedForward, TokenOperations, gelu_tanh
 from helios_cp.model.text import PromptEncoder
 from helios_cp.pipeline.pipeline import Pipeline
 from helios_cp.pipeline.prepare import apply
 from helios_cp.pipeline.prompts import Branches
-from helios_cp.pipeline.split_vae import split_decode, split_encode
+from helios_cp.pipeline.split_codec import SplitCodec
 from helios_cp.pipeline.start import Inputs, initial_state, pixels_to_encode
 from helios_cp.sampling.state import ChunkState
 from helios_cp.weights.check import check_execution
@@ -174,37 +173,6 @@ class BroadcastPromptEncoder:
         else:
             embeds = torch.empty(len(prompts), max_sequence_length, self.text_dim, dtype=dtype, device=self.device)
         return self.group.broadcast(embeds)
-
-
-class SplitCodec(Codec):
-    """The VAE split by rows over the ranks that share it with rank 0, where frames and posteriors end."""
-
-    def __init__(self, vae: nn.Module | None, group: Group) -> None:
-        super().__init__(vae)
-        self.group = group
-
-    @property
-    def is_local(self) -> bool:
-        return super().is_local and self.group.size == 1
-
-    def encode(self, videos: Sequence[Tensor | None]) -> list[DiagonalGaussianDistribution | None]:
-        """As `Codec.encode`; ranks other than 0 pass a `None` for each video and get one back."""
-        if self.vae is None:
-            return [None] * len(videos)
-        found = []
-        for video in videos:
-            pixels = None if video is None else as_input(self.vae, video)
-            with self.convolutions():
-                parameters = split_encode(self.vae, pixels, self.group)
-            found.append(None if parameters is None else posterior_of(parameters))
-        return found
-
-    def decode(self, latents: Tensor, output_type: str) -> Tensor | None:
-        if self.vae is None:
-            return None
-        finish = functools.partial(to_frames, output_type=output_type)
-        with self.convolutions():
-            return split_decode(self.vae, denormalise(self.vae, latents), self.group, finish=finish, dim=2)
 
 
 class ParallelPipeline(Pipeline):

@@ -7,7 +7,7 @@ from torch import nn
 
 from helios_cp.config.execution import Execution
 from helios_cp.model.block_cache import BlockCache, Total, cache_blocks, own_total
-from helios_cp.model.codec import Codec, to_channels_last
+from helios_cp.model.codec import Codec
 from helios_cp.model.transformer import HeliosTransformer
 from helios_cp.runtime.offload import Card, offload
 
@@ -34,7 +34,7 @@ def apply(
     if execution.compile:
         from helios_cp.runtime.compilation import compile_parts  # it loads all of PyTorch's compiler
 
-        compile_parts(transformer, codec.vae if codec.is_local else None, execution.compile_cache)
+        compile_parts(transformer, codec.vae, execution.compile_cache)
     if execution.cuda_graphs:
         from helios_cp.runtime.cuda_graphs import capture_forwards
 
@@ -43,10 +43,8 @@ def apply(
 
 
 def prepare_codec(codec: Codec, execution: Execution) -> None:
-    """Bring a codec's VAE, where it has one, into the dtype, memory format and precision of an execution."""
+    """Bring a codec's VAE, where it has one, into the dtype, precision and groups of an execution."""
     codec.tf32 = execution.tf32
-    if codec.vae is None:
-        return
-    nn.Module.to(codec.vae, getattr(torch, execution.vae_dtype))  # diffusers' own warns of layers that there are not
-    if execution.vae_channels_last:
-        to_channels_last(codec.vae)
+    codec.group = execution.vae_group
+    if codec.vae is not None:
+        codec.vae.to(getattr(torch, execution.vae_dtype))

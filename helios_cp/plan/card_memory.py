@@ -96,7 +96,7 @@ def working_bytes(workload: Workload, degrees: Degrees, vae_itemsize: int = 4) -
         for own in dict.fromkeys(shares(workload.config, stage.lengths, core))
     )
     rows, columns = workload.latent_size
-    decoding = vae_cost.decode_bytes(workload.vae, workload.latent_frames, max(split(rows, degrees.vae)), columns)
+    decoding = vae_cost.decode_bytes(workload.vae, workload.latent_frames, max(split(rows, degrees.vae)), columns, 1)
     text = workload.text_encoder
     # A feed-forward layer's features before and after its gate; scores of attention in fp32, and normalised.
     encoding = workload.text_tokens * 3 * text.d_ff * workload.dtype.itemsize

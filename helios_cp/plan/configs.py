@@ -9,7 +9,7 @@ from typing import Any
 
 from helios_cp.config.checkpoint import Checkpoint, TransformerConfig
 from helios_cp.config.errors import RequestError
-from helios_cp.plan.vae_cost import VaeConfig
+from helios_cp.model.vae.config import VaeConfig
 from helios_cp.plan.weight_cost import TextEncoderConfig
 
 BUILT_IN = {"14b": "distilled", "14b-mid": "mid", "14b-base": "base"}

@@ -19,7 +19,6 @@ from helios_cp.plan.card_memory import card_memory
 from helios_cp.plan.forward_cost import ForwardCost, Traffic, forward_cost, guidance_traffic
 from helios_cp.plan.hardware import Hardware
 from helios_cp.plan.rank_shares import shares
-from helios_cp.plan.split_vae_cost import decode_kernels, split_extra
 from helios_cp.plan.workload import Workload
 from parallel.mesh import Degrees, axis_groups
 from parallel.segments import split
@@ -210,13 +209,13 @@ def _decode(workload: Workload, degrees: Degrees, hardware: Hardware) -> tuple[f
     if degrees.vae == 1:
         return whole, 0.0
     share = own / rows
-    extra = split_extra(workload.vae, workload.latent_frames, rows, own, columns, degrees.vae)
+    extra = vae_cost.split_extra(workload.vae, workload.latent_frames, rows, own, columns, degrees.vae)
     computing = whole * share + videos * extra.bytes / hardware.pass_bandwidth("copy")
     computing += videos * extra.flops / hardware.vae_rate(max(flops))
     if hardware.launches_overlap:
         computing = max(computing, extra.kernels * hardware.kernel_seconds)
     else:
-        launched = decode_kernels(workload.vae, workload.latent_frames)
+        launched = vae_cost.decode_kernels(workload.vae, workload.latent_frames)
         computing += (extra.kernels - share * launched) * hardware.kernel_seconds
     traffic = Traffic(*vae_cost.decode_traffic(workload.vae, workload.latent_frames, own, columns, degrees.vae))
     traffic *= videos

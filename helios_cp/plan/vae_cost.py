@@ -1,7 +1,9 @@
-"""FLOPs, weights, memory and messages of the Wan VAE (diffusers' `AutoencoderKLWan`), from its config alone.
+"""FLOPs, weights, memory and messages of the VAE (`helios_cp.model.vae`), from its config alone; memory is modelled.
 
-Each stage of the decoder doubles rows and columns. Latent frames go through one at a time: a stage that doubles frames
-too leaves the first frame single.
+Each level of the decoder doubles rows and columns. A level that doubles frames too leaves the first frame single. All
+latent frames of a chunk are taken to pass a layer together. Where ranks share the VAE by rows, a rank does more than
+its share of the whole: it exchanges rows before every convolution, makes keys and values of the attention for the whole
+frame, and launches as many kernels for its rows as one rank does for all of them.
 """
 
 from __future__ import annotations
@@ -9,62 +11,65 @@ from __future__ import annotations
 import functools
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from helios_cp.model.vae.config import VaeConfig
+from helios_cp.model.vae.memory import group_bytes
+
 FP32 = 4
-CACHED_FRAMES = 2  # of the input of every 3×3×3 convolution
-LIVE_TENSORS = 7  # at full size inside a residual block, half of a padded input and its cache among them
-
-
-@dataclass(frozen=True)
-class VaeConfig:
-    """The keys of `vae/config.json` that decide sizes. Defaults are those of Helios-14B."""
-
-    base_dim: int = 96
-    z_dim: int = 16
-    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
-    num_res_blocks: int = 2
-    temperal_downsample: tuple[bool, ...] = (False, True, True)
+TAPS = 27  # of a 3×3×3 kernel
+FOLDED_TAPS = 4  # for each pixel of a folded upsampling, whose 3×3 kernel would have 9
+NORM_SILU = 2  # kernels before a convolution
 
 
 @dataclass(frozen=True)
 class Convolution:
-    """`outputs` is channels; `level` counts the doublings before it, `frames` those of its output for a whole chunk."""
+    """`outputs` is channels; `level` counts the doublings before it, `frames` those of its output for a whole chunk.
+
+    `weights` is the size of its kernel, and `taps` how many products of it each output needs: fewer at the start of a
+    video, of which 3×3×3 kernels need no part that would see zeros only if there are fewer than three frames, and fewer
+    where an upsampling is folded into it.
+    """
 
     inputs: int
     outputs: int
-    kernel: int
+    weights: int
     level: int
     frames: int
-    caches: bool = True
+
+    @property
+    def taps(self) -> int:
+        if self.weights == TAPS:
+            return 9 * min(self.frames, 3)
+        return FOLDED_TAPS if self.weights == 9 else self.weights
 
 
 def decoder_layers(config: VaeConfig, latent_frames: int) -> Iterator[Convolution]:
     """Every convolution of the decoder, the post-quant one first; 1×1 ones of the attention included."""
-    dims = [config.base_dim * factor for factor in (config.dim_mult[-1], *config.dim_mult[::-1])]
+    dims = [config.decoder_dim * factor for factor in (config.dim_mult[-1], *config.dim_mult[::-1])]
     grows_in_time = config.temperal_downsample[::-1]
     top, frames = dims[0], latent_frames
-    yield Convolution(config.z_dim, config.z_dim, 1, 0, frames, caches=False)
+    yield Convolution(config.z_dim, config.z_dim, 1, 0, frames)
     yield Convolution(config.z_dim, top, 27, 0, frames)
     yield from (Convolution(top, top, 27, 0, frames) for _ in range(4))  # two residual blocks
-    yield Convolution(top, 3 * top, 1, 0, frames, caches=False)
-    yield Convolution(top, top, 1, 0, frames, caches=False)
+    yield Convolution(top, 3 * top, 1, 0, frames)
+    yield Convolution(top, top, 1, 0, frames)
     for level, (before, after) in enumerate(itertools.pairwise(dims)):
         channels = before if level == 0 else before // 2
         for _ in range(config.num_res_blocks + 1):
             yield Convolution(channels, after, 27, level, frames)
             yield Convolution(after, after, 27, level, frames)
             if channels != after:
-                yield Convolution(channels, after, 1, level, frames, caches=False)
+                yield Convolution(channels, after, 1, level, frames)
             channels = after
         if level == len(config.dim_mult) - 1:
             continue
         if grows_in_time[level]:
             yield Convolution(after, 2 * after, 3, level, frames - 1)
             frames = 2 * frames - 1
-        yield Convolution(after, after // 2, 9, level + 1, frames, caches=False)
-    yield Convolution(dims[-1], 3, 27, len(config.dim_mult) - 1, frames)
+        yield Convolution(after, after // 2, 9, level + 1, frames)
+    yield Convolution(dims[-1], config.out_channels, 27, len(config.dim_mult) - 1, frames)
 
 
 def decode_flops(config: VaeConfig, latent_frames: int, rows: int, columns: int) -> int:
@@ -78,35 +83,36 @@ def decode_flops_by_channels(config: VaeConfig, latent_frames: int, rows: int, c
     pixels = rows * columns
     found: Counter[int] = Counter()
     for layer in decoder_layers(config, latent_frames):
-        flops = 2 * layer.frames * pixels * 4**layer.level * layer.inputs * layer.outputs * layer.kernel
+        flops = 2 * layer.frames * pixels * 4**layer.level * layer.inputs * layer.outputs * layer.taps
         found[max(layer.inputs, layer.outputs)] += flops
-    top = config.base_dim * config.dim_mult[-1]
+    top = config.decoder_dim * config.dim_mult[-1]
     found[top] += latent_frames * 4 * pixels * pixels * top  # attention
     return found
 
 
 @functools.lru_cache(maxsize=256)
 def parameters(config: VaeConfig) -> int:
-    """Of encoder and decoder together."""
+    """Numbers that encoder and decoder hold, the kernels of folded upsamplings among them."""
     return decoder_parameters(config) + _encoder_parameters(config)
 
 
 def decoder_parameters(config: VaeConfig) -> int:
     """Of the decoder and the convolution before it."""
     layers = list(decoder_layers(config, 1))
-    weights = sum((layer.inputs * layer.kernel + 1) * layer.outputs for layer in layers)
-    return weights + _norms(layers, config.base_dim * config.dim_mult[-1], config.base_dim * config.dim_mult[0])
+    weights = sum((layer.inputs * layer.weights + 1) * layer.outputs for layer in layers)
+    folded = sum(16 * layer.inputs * layer.outputs for layer in layers if layer.weights == 9)
+    return weights + folded + _norms(config, layers)
 
 
-def _norms(layers: list[Convolution], middle: int, last: int) -> int:
-    """A scale a channel before each convolution of a residual block, before attention and before the last one."""
-    inside = [layer for layer in layers[1:-1] if layer.kernel == 27]
-    return sum(layer.inputs for layer in inside[1:]) + middle + last
+def _norms(config: VaeConfig, layers: Sequence[Convolution]) -> int:
+    """A scale a channel before each 3×3×3 convolution but the first, and before attention."""
+    inside = sum(layer.inputs for layer in layers[2:] if layer.weights == TAPS)
+    return inside + config.decoder_dim * config.dim_mult[-1]
 
 
 def _encoder_parameters(config: VaeConfig) -> int:
     dims = [config.base_dim * factor for factor in (1, *config.dim_mult)]
-    total = (3 * 27 + 1) * dims[0]
+    total = (config.in_channels * 27 + 1) * dims[0]
     for level, (channels, after) in enumerate(itertools.pairwise(dims)):
         for _ in range(config.num_res_blocks):
             total += (channels * 27 + 1) * after + (after * 27 + 1) * after + channels + after
@@ -122,21 +128,73 @@ def _encoder_parameters(config: VaeConfig) -> int:
 
 
 @functools.lru_cache(maxsize=256)
-def decode_bytes(config: VaeConfig, latent_frames: int, rows: int, columns: int) -> int:
-    """Memory that a decoding holds at most besides the weights, in fp32: a model, not a count.
+def decode_bytes(config: VaeConfig, latent_frames: int, rows: int, columns: int, group: int) -> int:
+    """Memory that a decoding in groups of `group` latent frames holds at most besides the weights, in fp32: a model.
 
-    Caches of two frames a convolution, the tensors of a residual block at full size, and the video twice, as it grows
-    by concatenation.
+    Beside what a group needs it is the frames as bytes, those of all groups and of the one that is joined to them.
     """
+    pixels = 3 * rows * columns * config.spatial**2 * list(decoder_layers(config, latent_frames))[-1].frames
+    return group_bytes(config, group, latent_frames, rows, columns) + (pixels if group < latent_frames else 0)
+
+
+@functools.lru_cache(maxsize=256)
+def decode_kernels(config: VaeConfig, latent_frames: int) -> int:
+    """Kernels of an unsplit decoding in eager PyTorch."""
+    total = 3  # latents laid out, the post-quant convolution, the bound of the pixels
+    sums = 2 + config.levels * (config.num_res_blocks + 1) + 1  # of residual blocks, and of attention
+    for layer in itertools.islice(decoder_layers(config, latent_frames), 1, None):
+        if not layer.frames:
+            continue
+        total += 1
+        if layer.weights == TAPS:
+            total += NORM_SILU + (layer.frames > 1)  # the past of zeros
+        elif layer.weights == 3:
+            total += 4  # zeros before the frames, pairs of frames in their places
+        elif layer.weights == 1 and layer.outputs == 3 * layer.inputs:
+            total += 2  # norm and attention
+    return total - 1 + sums  # latents are copied, and not normed
+
+
+@dataclass(frozen=True)
+class SplitExtra:
+    """On a rank between two others. `bytes` of copies and `flops` beyond its share of the whole; `kernels` in all."""
+
+    flops: int
+    bytes: int
+    kernels: int
+
+
+@functools.lru_cache(maxsize=256)
+def split_extra(
+    config: VaeConfig, latent_frames: int, rows: int, own_rows: int, columns: int, ranks: int
+) -> SplitExtra:
+    """For the whole of a chunk, of whose `rows` of latents this rank has `own_rows`."""
+    neighbours = min(ranks - 1, 2)
+    copied, kernels = 0, decode_kernels(config, latent_frames)
     layers = list(decoder_layers(config, latent_frames))
-    pixels = rows * columns
-    cached = sum(CACHED_FRAMES * layer.inputs * pixels * 4**layer.level for layer in layers if layer.caches)
-    last = layers[-1]
-    frames = 2 ** sum(config.temperal_downsample)  # of one latent frame
-    widest = max(layer.inputs for layer in layers if layer.level == last.level and layer.kernel == 27)
-    live = LIVE_TENSORS * frames * widest * pixels * 4**last.level
-    video = 2 * last.frames * 3 * pixels * 4**last.level
-    return FP32 * (cached + live + video)
+    for layer in layers:
+        if layer.weights not in (TAPS, 9):
+            continue
+        before = layer.level - (layer.weights == 9)  # rows are fetched before rows and columns are doubled
+        row, height = layer.inputs * 2**before * columns, 2**before * own_rows
+        copied += layer.frames * row * _border_passes(neighbours, layer.frames)
+        kernels += 2 if layer.frames == 1 else 2 + neighbours
+        if layer.weights == 9:
+            copied += 2 * layer.frames * row * height  # into memory with room for the borders
+            kernels += 1
+        elif layer.frames > 1:
+            copied += 2 * row * min(layer.frames - 1, 2)  # the borders of the past are zeros too
+    top = config.decoder_dim * config.dim_mult[-1]
+    others = (rows - own_rows) * columns
+    copied += latent_frames * top * 2 * rows * columns  # the frame joined
+    copied += _norms(config, layers) * (rows - own_rows) // rows  # scales, which every rank reads
+    kernels += 2  # it, and its keys and values apart from the queries
+    return SplitExtra(latent_frames * 2 * others * top * 2 * top, FP32 * copied, kernels)
+
+
+def _border_passes(neighbours: int, frames: int) -> int:
+    """Of a row over memory: put in place from a neighbour, zeros where there is none; those of many frames packed."""
+    return 2 * neighbours * (1 if frames == 1 else 2) + (2 - neighbours)
 
 
 @functools.lru_cache(maxsize=256)
@@ -145,13 +203,12 @@ def decode_traffic(config: VaeConfig, latent_frames: int, own_rows: int, columns
 
     A row of halo each way for every 3×3 kernel, the attention's input to all, and the frames as bytes to rank 0.
     """
-    calls, sent = latent_frames + 1, latent_frames * own_rows * columns * config.base_dim * config.dim_mult[-1]
+    calls, sent = 2, latent_frames * own_rows * columns * config.decoder_dim * config.dim_mult[-1]
     sent *= (ranks - 1) * FP32
     for layer in decoder_layers(config, latent_frames):
-        if layer.kernel in (9, 27):
-            before = layer.level - (layer.kernel == 9)  # the halo is fetched before rows and columns are doubled
-            calls += latent_frames
+        if layer.weights in (9, TAPS):
+            before = layer.level - (layer.weights == 9)  # the halo is fetched before rows and columns are doubled
+            calls += 1
             sent += 2 * layer.inputs * layer.frames * columns * 2**before * FP32
-    last = 4 ** (len(config.dim_mult) - 1)
-    frames = list(decoder_layers(config, latent_frames))[-1].frames
-    return calls, sent + frames * own_rows * columns * last * 3
+    last = list(decoder_layers(config, latent_frames))[-1]
+    return calls, sent + last.frames * own_rows * columns * config.spatial**2 * 3

@@ -10,8 +10,8 @@ from helios_cp.config.checkpoint import Checkpoint, TransformerConfig
 from helios_cp.config.layout import segment_lengths
 from helios_cp.config.request import Request
 from helios_cp.config.sampling_plan import SamplingPlan
+from helios_cp.model.vae.config import VaeConfig
 from helios_cp.plan import vae_cost
-from helios_cp.plan.vae_cost import VaeConfig
 from helios_cp.plan.weight_cost import TextEncoderConfig
 
 

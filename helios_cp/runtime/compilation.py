@@ -1,10 +1,13 @@
-"""`torch.compile` of what a chunk repeats: the blocks of the transformer, and the VAE's decoder.
+"""`torch.compile` of what a chunk repeats: the blocks of the transformer, and the norms of the VAE.
 
 All blocks share one compiled function, so that it is compiled once for each shape: for each pyramid stage, once for
-the blocks inside and once for the last, which drops the history. The decoder is compiled as diffusers calls it, latent
-frame by latent frame with a cache of features: for the first frame, the second, and all that follow. Shapes are static,
-and graphs are whole: a break in one is an error, not a slow path. What a layer or a sequence-parallel algorithm
-computes otherwise when it is compiled, it decides itself by `torch.compiler.is_compiling()`.
+the blocks inside and once for the last, which drops the history. Shapes are static, and graphs are whole: a break in
+one is an error, not a slow path. What a layer or a sequence-parallel algorithm computes otherwise when it is compiled,
+it decides itself by `torch.compiler.is_compiling()`.
+
+Of the VAE the one function is compiled that waits for memory, norm and SiLU before a convolution: once for each number
+of channels, whatever the size of the video. Convolutions are not a compiler's to make, and ranks that share a VAE
+exchange rows between the two, so a split one compiles like a whole one.
 
 A process that has made very many sizes drops its compiled code and starts over, from the cache of compiled code where
 there is one.
@@ -22,12 +25,14 @@ from collections.abc import Callable, Iterable, MutableMapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from helios_cp.model.layers import Block
 from helios_cp.model.transformer import HeliosTransformer
+from helios_cp.model.vae.autoencoder import Autoencoder
+from helios_cp.model.vae.kernels import fusible_norm_silu
 
 logger = logging.getLogger(__name__)
 
@@ -37,9 +42,9 @@ MOST_GRAPHS = 96
 
 
 def compile_parts(
-    transformer: HeliosTransformer, vae: nn.Module | None, cache: str | None = None, backend: Backend = "inductor"
+    transformer: HeliosTransformer, vae: Autoencoder | None, cache: str | None = None, backend: Backend = "inductor"
 ) -> None:
-    """Compile a transformer's blocks, and the decoder of a VAE that is not split over ranks.
+    """Compile a transformer's blocks, and the norms of a VAE where there is one.
 
     Nothing is compiled before it first runs. `cache` is the folder that keeps compiled code for the next start; warns
     where this process has not been told so by `keep_in`.
@@ -52,7 +57,7 @@ def compile_parts(
         )
     compile_blocks(transformer.blocks, backend)
     if vae is not None:
-        compile_decoder(vae, backend)
+        compile_vae(vae, backend)
 
 
 def compile_blocks(blocks: Iterable[Block], backend: Backend = "inductor") -> None:
@@ -62,9 +67,16 @@ def compile_blocks(blocks: Iterable[Block], backend: Backend = "inductor") -> No
         block.forward = types.MethodType(forward, block)
 
 
-def compile_decoder(vae: nn.Module, backend: Backend = "inductor") -> None:
-    """Have `vae.decode` run compiled code for each latent frame."""
-    vae.decoder.forward = _compile(vae.decoder.forward, backend)
+def compile_vae(vae: Autoencoder, backend: Backend = "inductor") -> None:
+    """Have norm and SiLU of a VAE run as one compiled kernel, when it decodes and when it encodes."""
+    compiled = _compile(fusible_norm_silu, backend, dynamic=True)
+
+    def run(states: Tensor, weight: Tensor, out: Tensor) -> None:
+        for tensor in (states, weight, out):
+            torch._dynamo.mark_static(tensor, tensor.dim() - 1)  # the channels, which a kernel goes over in one loop
+        compiled(states, weight, out)
+
+    vae.norm_silu = run
 
 
 def keep_in(folder: str, environment: MutableMapping[str, str] = os.environ) -> None:
@@ -76,10 +88,10 @@ def keep_in(folder: str, environment: MutableMapping[str, str] = os.environ) -> 
     torch._inductor.config.fx_graph_cache = True
 
 
-def _compile(function: Callable, backend: Backend) -> Callable:
+def _compile(function: Callable, backend: Backend, dynamic: bool = False) -> Callable:
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, MOST_GRAPHS)
-    compiled = torch.compile(function, backend=backend, fullgraph=True, dynamic=False)
+    compiled = torch.compile(function, backend=backend, fullgraph=True, dynamic=dynamic)
 
     def run(*arguments: Any, **options: Any) -> Any:
         try:

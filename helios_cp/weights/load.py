@@ -16,14 +16,17 @@ from typing import TYPE_CHECKING, Any
 
 from helios_cp.config.checkpoint import VAE_SPATIAL, VAE_TEMPORAL, WEIGHT_STEMS, Checkpoint
 from helios_cp.config.errors import CheckpointError, RequestError
-from helios_cp.files.tensor_files import and_others, read_json, stored_tensors, weight_files
+from helios_cp.files.tensor_files import Reader, and_others, check_fit, read_json, stored_tensors, weight_files
 from helios_cp.weights.hub import HubId, describe, download_weights, snapshot_in
 from helios_cp.weights.presets import DEFAULT_CACHE, PRESETS, preset_folder
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import AutoencoderKLWan, HeliosDMDScheduler, HeliosScheduler
+    from diffusers import HeliosDMDScheduler, HeliosScheduler
     from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
+
+    from helios_cp.model.vae.autoencoder import Autoencoder
+    from helios_cp.model.vae.config import VaeConfig
 
 SCHEDULERS = ("HeliosScheduler", "HeliosDMDScheduler")
 
@@ -77,32 +80,38 @@ def _preset_folder(name: str, cache: Path | None) -> Path:
 
 def load_vae(
     checkpoint: Checkpoint, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
-) -> AutoencoderKLWan:
+) -> Autoencoder:
     """The VAE, in fp32 unless `dtype` says otherwise. Raises `CheckpointError`."""
     import torch
-    from diffusers import AutoencoderKLWan
+
+    from helios_cp.model.vae.autoencoder import Autoencoder
 
     folder = checkpoint.folder / "vae"
-    stored_tensors(folder, "diffusion_pytorch_model")
-    with _blame(folder):
-        vae, report = AutoencoderKLWan.from_pretrained(
-            folder,
-            torch_dtype=dtype or torch.float32,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-        )
-    _check_report(folder, report)
-    _check_vae(folder, vae.config, checkpoint.transformer.in_channels)
-    return vae.to(device).eval().requires_grad_(False)
+    config = _vae_config(folder, checkpoint.transformer.in_channels)
+    stored = stored_tensors(folder, "diffusion_pytorch_model")
+    with torch.device("meta"):
+        vae = Autoencoder(config).to(dtype or torch.float32)
+    check_fit(folder, stored, {name: tuple(tensor.shape) for name, tensor in vae.state_dict().items()})
+    vae.to_empty(device=device)
+    read = Reader(stored)
+    vae.load_state_dict({name: read(name) for name in stored})
+    return vae.eval().requires_grad_(False)
 
 
-def _check_vae(folder: Path, config: Any, channels: int) -> None:
+def _vae_config(folder: Path, channels: int) -> VaeConfig:
+    from helios_cp.model.vae.config import VaeConfig
+
+    file = folder / "config.json"
+    try:
+        config = VaeConfig.from_dict(read_json(file))
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"{file}: {error}") from None
     temporal = 2 ** sum(config.temperal_downsample)
-    spatial = 2 ** (len(config.dim_mult) - 1) * (config.patch_size or 1)
     expectations = (
         ("scale_factor_temporal", config.scale_factor_temporal, temporal, "what its layers do"),
-        ("scale_factor_spatial", config.scale_factor_spatial, spatial, "what its layers do"),
+        ("scale_factor_spatial", config.scale_factor_spatial, config.spatial, "what its layers do"),
         ("scale_factor_temporal", config.scale_factor_temporal, VAE_TEMPORAL, "what Helios needs"),
         ("scale_factor_spatial", config.scale_factor_spatial, VAE_SPATIAL, "what Helios needs"),
         ("z_dim", config.z_dim, channels, "the transformer's in_channels"),
@@ -111,7 +120,8 @@ def _check_vae(folder: Path, config: Any, channels: int) -> None:
     )
     for name, found, expected, meaning in expectations:
         if found != expected:
-            raise CheckpointError(f"{folder / 'config.json'}: {name} is {found}; it must be {expected}, {meaning}")
+            raise CheckpointError(f"{file}: {name} is {found}; it must be {expected}, {meaning}")
+    return config
 
 
 def load_text_encoder(

@@ -29,7 +29,7 @@ class Decoder:
         from helios_cp.model.codec import Codec
         from helios_cp.pipeline.environment import prepare
         from helios_cp.pipeline.prepare import prepare_codec
-        from helios_cp.runtime.compilation import compile_decoder
+        from helios_cp.runtime.compilation import compile_vae
         from helios_cp.weights.load import load_vae, resolve
 
         prepare(loading.execution, 1, os.environ)
@@ -39,7 +39,7 @@ class Decoder:
         self.codec = Codec(load_vae(checkpoint, self.device))
         prepare_codec(self.codec, loading.execution)
         if loading.execution.compile:
-            compile_decoder(self.codec.vae)
+            compile_vae(self.codec.vae)
         self.stream = torch.Stream(self.device) if has_streams(self.device) else contextlib.nullcontext()
 
     @torch.no_grad()

@@ -1,0 +1,51 @@
+"""Latents to pixels."""
+
+from __future__ import annotations
+
+import itertools
+
+from torch import Tensor, nn
+
+from helios_cp.model.vae.config import VaeConfig
+from helios_cp.model.vae.layers import CausalConvolution, MiddleBlock, Norm, ResidualBlock
+from helios_cp.model.vae.resampling import Upsample
+from helios_cp.model.vae.sweep import Sweep
+
+
+class UpBlock(nn.Module):
+    """One level of the decoder, and the upsampling to the next where there is one."""
+
+    def __init__(self, inputs: int, outputs: int, blocks: int, upsample: Upsample | None) -> None:
+        super().__init__()
+        widths = [inputs, *[outputs] * blocks]
+        self.resnets = nn.ModuleList([ResidualBlock(*pair) for pair in itertools.pairwise(widths)])
+        self.upsamplers = None if upsample is None else nn.ModuleList([upsample])
+
+    def forward(self, states: Tensor, sweep: Sweep) -> Tensor:
+        for block in self.resnets:
+            states = block(states, sweep)
+        return states if self.upsamplers is None else self.upsamplers[0](states, sweep)
+
+
+class Decoder(nn.Module):
+    """From `[B, T, h, w, z_dim]` to `[B, T', H, W, out_channels]`."""
+
+    def __init__(self, config: VaeConfig) -> None:
+        super().__init__()
+        widths = [config.decoder_dim * factor for factor in (config.dim_mult[-1], *config.dim_mult[::-1])]
+        grows_in_time = (*config.temperal_downsample[::-1], None)
+        self.conv_in = CausalConvolution(config.z_dim, widths[0])
+        self.mid_block = MiddleBlock(widths[0])
+        self.up_blocks = nn.ModuleList()
+        for level, (before, after) in enumerate(itertools.pairwise(widths)):
+            inputs = before if level == 0 else before // 2
+            upsample = Upsample(after, grows_in_time[level]) if level < config.levels - 1 else None
+            self.up_blocks.append(UpBlock(inputs, after, config.num_res_blocks + 1, upsample))
+        self.norm_out = Norm(widths[-1])
+        self.conv_out = CausalConvolution(widths[-1], config.out_channels)
+
+    def forward(self, states: Tensor, sweep: Sweep) -> Tensor:
+        states = self.mid_block(self.conv_in(states, sweep), sweep)
+        for block in self.up_blocks:
+            states = block(states, sweep)
+        return self.conv_out(states, sweep, self.norm_out)

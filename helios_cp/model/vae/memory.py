@@ -1,0 +1,70 @@
+"""How many latent frames go through a VAE together: by the memory that a group of them needs beside the weights.
+
+The formula is a model: it counts the tensors of a residual block at its largest, and the frames that are kept for the
+group that follows. `tests/plan/test_vae_cost.py` holds it against running code.
+"""
+
+from __future__ import annotations
+
+import math
+
+from helios_cp.model.vae.config import VaeConfig
+from helios_cp.model.vae.kernels import ON_CARD
+
+LIVE = 3
+"""Tensors of a residual block at a time: what came in, the buffer that a convolution reads, and its result."""
+SHARE = 0.4
+"""Of the free memory: beside it work convolutions take, and the denoising of the next chunk."""
+LARGEST = 2**31
+"""Elements of a tensor that every convolution kernel can count."""
+
+
+def group_bytes(config: VaeConfig, group: int, frames: int, rows: int, columns: int, itemsize: int = 4) -> int:
+    """Bytes that a decoding or encoding of `frames` latent frames needs at most, in groups of `group`.
+
+    Of one video; `rows` and `columns` are those of the latents on this rank.
+    """
+    kept = _kept(config, rows, columns) if group < frames else 0
+    return itemsize * (max(_elements(config, group, rows, columns)) + kept + ON_CARD)
+
+
+def choose_group(config: VaeConfig, shape: tuple[int, ...], itemsize: int, free: int) -> int:
+    """The most latent frames of `shape` `[B, C, T, h, w]` at a time that fit into a share of `free` bytes.
+
+    Groups are the whole, a half, a quarter and so on. One frame at a time is the least, and is tried in any case.
+    """
+    batch, _, frames, rows, columns = shape
+    group = frames
+    while group > 1:
+        largest = batch * max(_elements(config, group, rows, columns)) // LIVE
+        if batch * group_bytes(config, group, frames, rows, columns, itemsize) <= SHARE * free and largest < LARGEST:
+            break
+        group = math.ceil(group / 2)
+    return group
+
+
+def _elements(config: VaeConfig, group: int, rows: int, columns: int) -> list[int]:
+    """Of the tensors of a residual block at each level, from the resolution of the latents up."""
+    found = []
+    frames = group
+    grows_in_time = (*config.temperal_downsample[::-1], False)
+    base = max(config.base_dim, config.decoder_dim)
+    for level, factor in enumerate(config.dim_mult[::-1]):
+        pixels = rows * columns * 4**level
+        found.append((LIVE * frames + 2) * factor * base * pixels)
+        frames *= 2 if grows_in_time[level] else 1
+    return found
+
+
+def _kept(config: VaeConfig, rows: int, columns: int) -> int:
+    """Of the frames that convolutions keep: two of the input of each."""
+    base = max(config.base_dim, config.decoder_dim)
+    widths = [base * factor for factor in config.dim_mult[::-1]]
+    grows_in_time = (*config.temperal_downsample[::-1], False)
+    blocks = [2 * (config.num_res_blocks + 1) + grows for grows in grows_in_time]
+    blocks[0] += 4  # of the middle block
+    blocks[-1] += 1  # the last convolution
+    return sum(
+        2 * count * width * rows * columns * 4**level
+        for level, (count, width) in enumerate(zip(blocks, widths, strict=True))
+    )

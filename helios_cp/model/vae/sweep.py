@@ -1,0 +1,88 @@
+"""One pass over a video: frames in groups, rows all here or spread over ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from helios_cp.model.vae.kernels import NormSilu, norm_silu
+
+PAST = 2  # frames that a causal kernel of three sees beside its own
+
+
+class Rows(Protocol):
+    """Where the rows of a picture lie. The layers know no ranks; `pipeline.parallelize` puts another in its place."""
+
+    is_whole: bool
+    """Whether all are here. If not, what a convolution reads has room for a row of its neighbours on either side."""
+
+    def fetch(self, states: Tensor, above: int, below: int) -> None:
+        """Fill the first `above` and last `below` rows of `[B, T, above + H + below, W, C]` from those who have them.
+
+        They are 0 or 1. Rows outside the picture are zeros.
+        """
+
+    def gather(self, states: Tensor) -> Tensor:
+        """All rows of a picture, from `[B, T, H, W, C]` with those that lie here."""
+
+
+class WholeRows:
+    """Every row is here."""
+
+    is_whole = True
+
+    def fetch(self, states: Tensor, above: int, below: int) -> None:
+        """Nothing lies elsewhere: convolutions pad by themselves, and a row below the last is zeros."""
+        if below:
+            states[:, :, -below:] = 0
+
+    def gather(self, states: Tensor) -> Tensor:
+        return states
+
+
+@dataclass
+class Sweep:
+    """What layers keep of the frames before, from one group of frames to the next.
+
+    `is_first` and `is_last` are about the group in hand: before the first there is nothing, and of the last nothing
+    need be kept.
+    """
+
+    rows: Rows = field(default_factory=WholeRows)
+    norm_silu: NormSilu = norm_silu
+    is_first: bool = True
+    is_last: bool = False
+    _past: dict[nn.Module, Tensor] = field(default_factory=dict)
+
+    @property
+    def border(self) -> int:
+        """Rows of others on either side of a convolution's input."""
+        return 0 if self.rows.is_whole else 1
+
+    def past(self, layer: nn.Module, frames: int) -> int:
+        """Frames of the past that this group of `frames` needs in front of it.
+
+        At the beginning of a video they are zeros, and a group of one or two frames does without those that a smaller
+        kernel need not look at.
+        """
+        return PAST if layer in self._past else min(frames - 1, PAST)
+
+    def fill(self, layer: nn.Module, past: Tensor) -> None:
+        """Write the past frames of a layer, zeros where there are none."""
+        if layer in self._past:
+            past.copy_(self._past.pop(layer))
+        else:
+            past.zero_()
+
+    def keep(self, layer: nn.Module, states: Tensor, frames: int = PAST) -> None:
+        """Remember the last frames of a layer's input for the group that follows, zeros in front of too few."""
+        if self.is_last:
+            return
+        last = states[:, -frames:]
+        kept = last.new_empty(last.shape[0], frames, *last.shape[2:])
+        missing = frames - last.shape[1]
+        kept[:, :missing] = 0
+        kept[:, missing:] = last
+        self._past[layer] = kept
