@@ -1,8 +1,9 @@
-"""Decoding a chunk with the VAE: diffusers' way, ours on one rank and split over several, in each precision; and with
-its weights laid out channel by channel.
+"""Decoding a chunk: diffusers' VAE, as it comes and channels last, and ours, on one rank and split over several.
 
-python -m benchmarks.decode                    about a minute on two cores, a narrow VAE
-python -m benchmarks.decode --device cuda      the VAE of Helios at 384 × 640 in fp32, TF32 and bf16
+python -m benchmarks.decode                    five minutes on two cores: the VAE of Helios at 128 × 128
+python -m benchmarks.decode --device cuda      at 384 × 640 in fp32, TF32 and bf16, eager and compiled
+
+Counts of FLOPs, bytes and memory are of a chunk at 384 × 640, whatever the device: they are not timed.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ import contextlib
 import dataclasses
 import os
 import sys
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.decode.counts import count_decodes
 from benchmarks.decode.ranks import ON_CPU, ON_GPU, PRECISIONS, WARMUP, Case, Row, rows, time_decoders
 from benchmarks.measuring.machine import RESULTS, write_result
 from benchmarks.ranks.groups import default_ranks
@@ -40,10 +43,10 @@ NOTES = (
 def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="benchmarks.decode", description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", help="cpu, cuda or auto (default: cpu)")
-    parser.add_argument("--repeats", type=whole_number, default=5, metavar="N", help="timed turns (default: 5)")
+    parser.add_argument("--repeats", type=whole_number, default=3, metavar="N", help="timed turns (default: 3)")
     parser.add_argument("--height", type=whole_number, metavar="PIXELS", help="of the video, a multiple of 8")
     parser.add_argument(
-        "--width", type=whole_number, metavar="PIXELS", help="likewise (default: 64 by 128, on a GPU 384 by 640)"
+        "--width", type=whole_number, metavar="PIXELS", help="likewise (default: 128 by 128, on a GPU 384 by 640)"
     )
     parser.add_argument(
         "--precisions", nargs="+", choices=PRECISIONS, help="default: fp32; on a GPU all; tf32: GPU only"
@@ -80,6 +83,8 @@ def main(arguments: list[str] | None = None, pool: RankPool | None = None) -> in
     load.append(os.getloadavg())
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     console.print(rows_table(case, found))
+    counts = count_decodes()
+    console.print(counts_table(counts))
     console.print(*NOTES, sep="\n", style="dim")
     results = {
         "case": dataclasses.asdict(case),
@@ -88,6 +93,7 @@ def main(arguments: list[str] | None = None, pool: RankPool | None = None) -> in
         "notes": NOTES,
         "load before and after": load,
         "programs": {row.name: row.to_json() for row in found},
+        "counts at 384 x 640": counts,
     }
     path = write_result(options.output.stem, results, options.output.parent)
     console.print(f"written to {path}", style="dim", soft_wrap=True)
@@ -132,7 +138,8 @@ def rows_table(case: Case, found: list[Row]) -> Table:
     )
     table = Table(title=title, title_justify="left")
     table.add_column(min_width=20, no_wrap=True)
-    for heading in ("median s", "quartiles s", "frames/s", "limit", "of it", "× diffusers", "levels", "MB", "calls"):
+    times = ("median s", "quartiles s", "frames/s", "limit", "of it", "× diffusers", "× ch. last")
+    for heading in (*times, "levels", "MB", "calls"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in found:
         low, high = row.timing.quartiles
@@ -144,10 +151,26 @@ def rows_table(case: Case, found: list[Row]) -> Table:
             f"{row.limit:.3g}",
             f"{row.fps / row.limit:.0%}",
             f"{row.speedup:.2f}",
+            f"{row.speedup_over_channels_last:.2f}",
             f"{row.levels}, {row.levels_of_fp32}",
             f"{row.sent_bytes / 1e6:.1f}" if row.calls else "",
             str(row.calls) if row.calls else "",
             style="dim" if row.name.startswith("diffusers") else "",
+        )
+    return table
+
+
+def counts_table(counts: dict[str, dict[str, Any]]) -> Table:
+    table = Table(title="Counted for a chunk of 33 frames of 384 × 640 in fp32", title_justify="left")
+    table.add_column(min_width=20, no_wrap=True)
+    for heading in ("TFLOP", "elementwise GB", "of diffusers'", "memory GB", "one latent frame at a time"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    whole = counts["diffusers"]["elementwise_bytes"]
+    for name, each in counts.items():
+        share = each["elementwise_bytes"] / whole
+        sizes = (f"{each[kind] / 1e9:.2f}" for kind in ("memory", "least_memory"))
+        table.add_row(
+            name, f"{each['flops'] / 1e12:.2f}", f"{each['elementwise_bytes'] / 1e9:.1f}", f"{share:.1%}", *sizes
         )
     return table
 

@@ -1,4 +1,4 @@
-"""Decoding one chunk with the VAE: diffusers', ours on one rank, and ours split over several, in each precision.
+"""Decoding one chunk: diffusers' VAE, as it comes and channels last, and ours, on one rank and split over several.
 
 The functions here run on every rank of one world at once, in step.
 """
@@ -19,14 +19,17 @@ from benchmarks.measuring.device_rates import tf32
 from benchmarks.measuring.product import Product
 from benchmarks.measuring.timing import Timing, interleave
 from benchmarks.models.full_size import random_vae
+from benchmarks.models.peer_vae import peer_vae, to_channels_last
 from benchmarks.ranks.groups import in_step, make_group, nothing, rank_device
 from helios_cp.config.checkpoint import VAE_SPATIAL
-from helios_cp.model.codec import Codec, convolution_tf32, denormalise, to_channels_last
+from helios_cp.model.codec import Codec, convolution_tf32, denormalise
+from helios_cp.model.vae.config import VaeConfig
 from helios_cp.pipeline.parallelize import SplitCodec
-from helios_cp.plan.vae_cost import VaeConfig, decode_flops
+from helios_cp.plan.vae_cost import decode_flops
+from helios_cp.runtime.compilation import compile_vae
 from parallel.collectives import Meter
 
-WARMUP = 1
+WARMUP = 0  # every program runs once before, for its frames to be compared
 PRODUCTS = 8  # in a row
 FRAMES_PER_LATENT = 4
 
@@ -60,6 +63,7 @@ class Case:
     ranks: tuple[int, ...]
     device_type: str = "cpu"
     latent_frames: int = 9
+    compiles: bool = False
 
     @property
     def latent_size(self) -> tuple[int, int]:
@@ -74,8 +78,8 @@ class Case:
         return decode_flops(self.vae, self.latent_frames, *self.latent_size)
 
 
-ON_CPU = Case(VaeConfig(base_dim=16), (64, 128), ("fp32",), (2,))
-ON_GPU = Case(VaeConfig(), (384, 640), ("fp32", "tf32", "bf16"), (), "cuda")
+ON_CPU = Case(VaeConfig(), (128, 128), ("fp32",), (2,))
+ON_GPU = Case(VaeConfig(), (384, 640), ("fp32", "tf32", "bf16"), (), "cuda", compiles=True)
 
 
 @dataclass(frozen=True)
@@ -102,8 +106,18 @@ def ours(precision: str, ranks: int = 1) -> str:
 
 
 def channels_last(precision: str) -> str:
-    """Ours on one rank with `--vae-channels-last`."""
-    return f"ours, {precision}, channels last"
+    """diffusers with weights and latents laid out channel by channel."""
+    return f"diffusers, {precision}, channels last"
+
+
+def compiled(precision: str) -> str:
+    return f"ours, {precision}, compiled"
+
+
+def names(case: Case, precision: str) -> list[str]:
+    """Of the programs of one rank."""
+    found = [theirs(precision), channels_last(precision), ours(precision)]
+    return [*found, compiled(precision)] if case.compiles else found
 
 
 def product_at_once(precision: str, ranks: int) -> str:
@@ -124,21 +138,24 @@ def time_decoders(rank: int, case: Case, repeats: int) -> RankTimes:
     groups = {ranks: make_group(range(ranks), device, Meter()) for ranks in (1, *case.ranks)}
     programs: dict[str, Callable[[], Any]] = {}
     traffic, levels, levels_of_fp32 = {}, {}, {}
-    exact = _bytes(_with_tf32(lambda: decode_theirs(vae, latents), False)()) if rank == 0 else None
+    peer = peer_vae(vae)
+    exact = _bytes(_with_tf32(lambda: decode_theirs(peer, latents), False)()) if rank == 0 else None
     for name in case.precisions:
         precision = PRECISIONS[name]
-        own = vae if precision.dtype == torch.float32 else copy.deepcopy(vae).to(precision.dtype)
+        own, other = (copy.deepcopy(each).to(precision.dtype) for each in (vae, peer))
         calls: dict[str, Callable[[], Tensor | None]] = {}
         if rank == 0:
-            calls[theirs(name)] = lambda own=own: decode_theirs(own, latents)
+            calls[theirs(name)] = lambda other=other: decode_theirs(other, latents)
+            last = to_channels_last(copy.deepcopy(other))
+            calls[channels_last(name)] = lambda last=last: decode_theirs(last, latents, torch.channels_last_3d)
         for ranks, group in groups.items():
             if group is not None:
                 codec = Codec(own) if ranks == 1 else SplitCodec(own, group)
                 calls[ours(name, ranks)] = lambda codec=codec: codec.decode(latents, "uint8")
-        if rank == 0:
-            last = Codec(copy.deepcopy(own))
-            to_channels_last(last.vae)
-            calls[channels_last(name)] = lambda codec=last: codec.decode(latents, "uint8")
+        if rank == 0 and case.compiles:
+            codec = Codec(copy.deepcopy(own))
+            compile_vae(codec.vae)
+            calls[compiled(name)] = lambda codec=codec: codec.decode(latents, "uint8")
         calls = {key: _with_tf32(call, precision.tf32) for key, call in calls.items()}
         expected = _bytes(calls[theirs(name)]()) if rank == 0 else None
         for key, call in calls.items():
@@ -153,7 +170,7 @@ def time_decoders(rank: int, case: Case, repeats: int) -> RankTimes:
         product = Product(device, precision.dtype, PRODUCTS, precision.tf32)
         for ranks in groups:
             calls[product_at_once(name, ranks)] = product if rank < ranks else nothing
-        for key in (theirs(name), *(ours(name, ranks) for ranks in groups), channels_last(name)):
+        for key in (*names(case, name), *(ours(name, ranks) for ranks in groups if ranks > 1)):
             programs[key] = calls.get(key, nothing)
         programs |= {key: calls[key] for key in (product_at_once(name, ranks) for ranks in groups)}
     wrong = {key: value for key, value in levels.items() if value > LEVELS[key.split(", ")[1]]}
@@ -165,9 +182,10 @@ def time_decoders(rank: int, case: Case, repeats: int) -> RankTimes:
     return RankTimes(timings, traffic, levels, levels_of_fp32, product.flops)
 
 
-def decode_theirs(vae, latents: Tensor) -> Tensor:
+def decode_theirs(vae, latents: Tensor, memory_format: torch.memory_format = torch.preserve_format) -> Tensor:
     """Frames `[B, T, C, H, W]` in [0, 1], as diffusers' pipelines decode a chunk and make pictures of it."""
-    video = vae.decode(denormalise(vae, latents), return_dict=False)[0]
+    latents = denormalise(vae, latents).to(vae.dtype, memory_format=memory_format)
+    video = vae.decode(latents, return_dict=False)[0]
     return VideoProcessor(vae_scale_factor=VAE_SPATIAL).postprocess_video(video, output_type="pt")
 
 
@@ -201,6 +219,7 @@ class Row:
     fps: float
     limit: float
     speedup: float
+    speedup_over_channels_last: float
     levels: int
     levels_of_fp32: int
     calls: int
@@ -214,6 +233,7 @@ class Row:
             "limit_frames_per_second": self.limit,
             "share_of_limit": self.fps / self.limit,
             "speedup_over_diffusers": self.speedup,
+            "speedup_over_channels_last": self.speedup_over_channels_last,
             "levels_from_diffusers": self.levels,
             "levels_from_diffusers_fp32": self.levels_of_fp32,
             "collectives": self.calls,
@@ -239,6 +259,7 @@ def rows(case: Case, found: Sequence[RankTimes]) -> list[Row]:
             fps=fps,
             limit=case.frames * rate / case.flops,
             speedup=first.timings[theirs(precision)].median / timing.median,
+            speedup_over_channels_last=first.timings[channels_last(precision)].median / timing.median,
             levels=first.levels[name],
             levels_of_fp32=first.levels_of_fp32[name],
             calls=first.traffic[name][0],
@@ -249,9 +270,7 @@ def rows(case: Case, found: Sequence[RankTimes]) -> list[Row]:
         row(name, precision, ranks)
         for precision in case.precisions
         for name, ranks in (
-            (theirs(precision), 1),
-            (ours(precision), 1),
-            (channels_last(precision), 1),
+            *((name, 1) for name in names(case, precision)),
             *((ours(precision, ranks), ranks) for ranks in case.ranks),
         )
     ]

@@ -99,11 +99,13 @@ def count_decode(ranks: int, size: tuple[int, int] = SIZE) -> CountTree:
         vae = Autoencoder(VaeConfig()).eval()
     latents = torch.empty(1, vae.config.z_dim, LATENT_FRAMES, *(pixels // VAE_SPATIAL for pixels in size), device=META)
     if ranks == 1:
-        return {"rank 0": _count(lambda: Codec(vae).decode(latents, "uint8"), {})}
+        codec = Codec(vae, group=LATENT_FRAMES)
+        return {"rank 0": _count(lambda: codec.decode(latents, "uint8"), {})}
     found = {}
     for rank in sorted({0, 1, ranks - 1}):  # those at an edge of the picture have one neighbour
         with silent_mesh(Degrees(ulysses=ranks, vae=ranks), rank) as (mesh, meters):
             codec = SplitCodec(vae, mesh.vae)
+            codec.group = LATENT_FRAMES
             found[f"rank {rank}"] = _count(functools.partial(codec.decode, latents, "uint8"), {"vae": meters["vae"]})
     return found
 

@@ -75,7 +75,7 @@ class Codec:
         """Frames of these rows of denormalised latents."""
         group = self._group(tuple(latents.shape))
         with self.convolutions():
-            parts = (to_frames(part, output_type) for part in self.vae.decode_groups(latents, group, rows))
+            parts = (to_frames(part, output_type=output_type) for part in self.vae.decode_groups(latents, group, rows))
             return join(list(parts))
 
     def _encode(self, video: Tensor, rows: Rows | None = None) -> Tensor:

@@ -14,8 +14,10 @@ from helios_cp.weights.placement import Placement
 from helios_cp.weights.transformer import AdapterState, load_adaptable
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKLWan, HeliosDMDScheduler, HeliosScheduler
+    from diffusers import HeliosDMDScheduler, HeliosScheduler
     from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
+
+    from helios_cp.model.vae.autoencoder import Autoencoder
 
 
 class Loader:
@@ -37,7 +39,7 @@ class Loader:
     ) -> tuple[PreTrainedTokenizerBase, UMT5EncoderModel]:
         return load_text_encoder(checkpoint, device, dtype)
 
-    def vae(self, checkpoint: Checkpoint, device: torch.device) -> AutoencoderKLWan:
+    def vae(self, checkpoint: Checkpoint, device: torch.device) -> Autoencoder:
         return load_vae(checkpoint, device)
 
     def scheduler(self, checkpoint: Checkpoint) -> HeliosScheduler | HeliosDMDScheduler:

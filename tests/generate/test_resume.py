@@ -135,7 +135,7 @@ def test_killed_twenty_times(presets, tmp_path):
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["helios_cp.generate.run", "diffusers.AutoencoderKLWan", "transformers.UMT5EncoderModel"]
+        ["helios_cp.generate.run", "helios_cp.model.vae.autoencoder", "transformers.UMT5EncoderModel"]
     )
     request = ["--model", str(presets["tiny-distilled"]), "--prompt", "a fox", "--pyramid-steps", "1", "1", "1"]
     request += ["--height", "64", "--width", "64", "--num-latent-frames-per-chunk", "3", "--num-frames", str(9 * 8)]

@@ -12,14 +12,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from helios_cp.config.checkpoint import Checkpoint
 from helios_cp.config.request import Request
 from helios_cp.device import device, streams, timing
+from helios_cp.files.tensor_files import read_json
 from helios_cp.model.codec import Codec
 from helios_cp.model.transformer import HeliosTransformer
+from helios_cp.model.vae.autoencoder import Autoencoder
+from helios_cp.model.vae.config import VaeConfig
 from helios_cp.pipeline import decoding
 from helios_cp.pipeline.pipeline import Pipeline
 from helios_cp.pipeline.start import Inputs
@@ -82,7 +84,7 @@ def make_video(folder, log: Log) -> list:
     )
     with META:
         transformer = HeliosTransformer(checkpoint.transformer).eval()
-        vae = AutoencoderKLWan.from_config(AutoencoderKLWan.load_config(folder / "vae")).eval()
+        vae = Autoencoder(VaeConfig.from_dict(read_json(folder / "vae" / "config.json"))).eval()
         embeds = torch.zeros(1, 8, checkpoint.transformer.text_dim)
     pipeline = Pipeline(checkpoint, transformer, None, Codec(vae), load_scheduler(checkpoint))
     pipeline.decodes_beside = True

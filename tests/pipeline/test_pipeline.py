@@ -16,6 +16,7 @@ from diffusers import AutoencoderKLWan
 from benchmarks.models.repaired_diffusers import load_reference, run_reference
 from helios_cp.config.errors import RequestError
 from helios_cp.config.request import Request, ScheduledPrompt
+from helios_cp.model.vae.autoencoder import Autoencoder
 from helios_cp.pipeline.pipeline import Pipeline
 from helios_cp.pipeline.start import Inputs
 
@@ -229,12 +230,22 @@ def test_without_first_frame(ours, media):
         assert (latents - run_ours(ours[name], media["i2v"], **SETTINGS[name])[0]).abs().max() > 1e-3
 
 
+def noting(encode, encoded: list[int]):
+    """The same, with the frames of each call noted."""
+
+    def noted(vae, video, *arguments, **options):
+        encoded.append(video.shape[2])
+        return encode(vae, video, *arguments, **options)
+
+    return noted
+
+
 def test_only_visible_clips_are_encoded(ours, theirs, astronaut, monkeypatch):
     """Of five chunks of video three reach into 19 frames of history; the result is that of encoding all."""
     frames = [astronaut.crop((i, 2 * i, i + 90, 2 * i + 90)).resize((32, 32)) for i in range(170)]
     encoded = []
-    encode = AutoencoderKLWan.encode
-    monkeypatch.setattr(AutoencoderKLWan, "encode", lambda vae, x: encoded.append(x.shape[2]) or encode(vae, x))
+    for kind in (Autoencoder, AutoencoderKLWan):
+        monkeypatch.setattr(kind, "encode", noting(kind.encode, encoded))
     fields = {**SETTINGS["tiny-base"], "height": 32, "width": 32, "num_frames": 33}
     result = run_ours(ours["tiny-base"], {"video": frames}, **fields)
     assert encoded == [1, 33, 33, 33]

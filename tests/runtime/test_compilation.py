@@ -31,9 +31,9 @@ from helios_cp.generate.__main__ import main
 from helios_cp.model import layers
 from helios_cp.pipeline.environment import prepare
 from helios_cp.pipeline.pipeline import Pipeline
-from helios_cp.pipeline.prepare import apply
 from helios_cp.runtime import compilation
-from helios_cp.runtime.compilation import compile_blocks, compile_decoder, compile_parts
+from helios_cp.runtime.compilation import compile_blocks, compile_parts, compile_vae
+from helios_cp.weights.load import load_vae
 from helios_cp.weights.transformer import load_transformer
 from parallel.mesh import Degrees
 from tests.runtime.compiled_ranks import SIZES, compare, forwards
@@ -43,7 +43,7 @@ STEPS = {
     "tiny-mid": {"pyramid_num_inference_steps_list": (3, 1, 1), "guidance_scale": 3.0},
     "tiny-distilled": {"pyramid_num_inference_steps_list": (1, 1, 1)},
 }
-DECODER_GRAPHS = 3  # the first latent frame, the second, and the others
+VAE_GRAPHS = 1  # for each number of channels, of which a tiny VAE has one
 LAYOUTS = [
     (Degrees(ulysses=2), False),
     (Degrees(ring=2), False),
@@ -97,7 +97,7 @@ def test_whole_video(presets, preset):
     for index, (mine, theirs) in enumerate(zip(pipeline.stream(request_for(preset)), eager, strict=True)):
         assert error(mine.latents, theirs.latents) <= 1e-4
         assert (mine.frames.int() - theirs.frames.int()).abs().max() <= 1
-        assert recorded.frame_count == 2 * stages + DECODER_GRAPHS, f"after chunk {index}"
+        assert recorded.frame_count == 2 * stages + VAE_GRAPHS, f"after chunk {index}"
     assert not counters["graph_break"]
     assert "scaled_dot_product_attention" in recorded.operations and not recorded.waits
 
@@ -185,7 +185,7 @@ import sys, torch
 from pathlib import Path
 from torch._dynamo.utils import counters
 from helios_cp.config.checkpoint import Checkpoint
-from helios_cp.runtime.compilation import compile_blocks, compile_decoder, keep_in
+from helios_cp.runtime.compilation import compile_blocks, compile_vae, keep_in
 from helios_cp.weights.load import load_vae
 from helios_cp.weights.transformer import load_transformer
 from tests.runtime.compiled_ranks import SIZES, forwards
@@ -194,12 +194,12 @@ torch.manual_seed(0)
 checkpoint = Checkpoint.read(Path(sys.argv[1]))
 transformer, vae = load_transformer(checkpoint, torch.float32), load_vae(checkpoint)
 latents = torch.randn(1, 16, 1, 4, 4)
-run = lambda: [*forwards(transformer, SIZES[:1]), vae.decode(latents, return_dict=False)[0]]
+run = lambda: [*forwards(transformer, SIZES[:1]), vae.decode(latents)]
 with torch.no_grad():
     eager = run()
     keep_in(sys.argv[2])
     compile_blocks(transformer.blocks)
-    compile_decoder(vae)
+    compile_vae(vae)
     compiled = run()
 errors = [(a - b).abs().max() / (b.max() - b.min()) for a, b in zip(compiled, eager)]
 print(float(max(errors)), counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_cache_miss"])
@@ -251,18 +251,19 @@ def test_refused():
         check_setting(Setting(Execution(compile_cache="cache")))
 
 
-def test_split_decoders_stay_eager(presets):
-    """Ranks that share a VAE exchange rows inside of its layers; only a whole decoder is compiled."""
-    pipeline = Pipeline.from_pretrained(Checkpoint.read(presets["tiny-mid"]), dtype=torch.float32)
-
-    class Split(type(pipeline.codec)):
-        is_local = False
-
-    pipeline.codec.__class__ = Split
-    apply(Execution(compile=True), pipeline.transformer, pipeline.codec, None, pipeline.device)
-    assert "forward" not in vars(pipeline.codec.vae.decoder) and "forward" in vars(pipeline.transformer.blocks[0])
-    compile_decoder(pipeline.codec.vae, "eager")
-    assert "forward" in vars(pipeline.codec.vae.decoder)
+def test_one_graph_of_the_vae_serves_all_sizes_and_groups(presets):
+    """Of norm and SiLU together, in one kernel; the same when it encodes."""
+    vae = load_vae(Checkpoint.read(presets["tiny-mid"]))
+    counter = CompileCounterWithBackend("inductor")
+    compile_vae(vae, counter)
+    torch._inductor.metrics.reset()
+    with torch.no_grad():
+        for frames, rows, group in ((3, 4, None), (9, 6, 2)):
+            latents = torch.randn(1, 16, frames, rows, 5)
+            eager = load_vae(Checkpoint.read(presets["tiny-mid"])).decode(latents, group)
+            assert error(vae.decode(latents, group), eager) <= 1e-5
+        vae.encode(torch.rand(1, 3, 9, 32, 40))
+    assert counter.frame_count == torch._inductor.metrics.generated_kernel_count == VAE_GRAPHS
 
 
 @pytest.mark.gpu
