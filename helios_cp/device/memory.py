@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import resource
 import weakref
 
@@ -26,9 +27,12 @@ def free_memory(device: torch.device) -> int:
 
 
 def free_host_memory() -> int:
-    """Bytes that programs could still get without swapping, as Linux estimates them."""
-    with open("/proc/meminfo") as file:
-        line = next(line for line in file if line.startswith("MemAvailable:"))
+    """Bytes that programs could still get without swapping, as Linux estimates them; elsewhere half of the memory."""
+    try:
+        with open("/proc/meminfo") as file:
+            line = next(line for line in file if line.startswith("MemAvailable:"))
+    except OSError:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     return int(line.split()[1]) * 1024
 
 
