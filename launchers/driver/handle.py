@@ -6,7 +6,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -122,21 +121,21 @@ class VideoHandle:
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         while not self.is_done:
-            if self.streams and not self._is_read_elsewhere():
+            if self._drops_chunks():
                 if self._next(deadline) is not None:
                     self._maker.taken(self.key)
             else:
                 with self._changed:
-                    can_go_on = lambda: self.is_done or (self.streams and not self._is_read_elsewhere())  # noqa: E731
-                    self._changed.wait_for(can_go_on, _left(deadline))
+                    self._changed.wait_for(lambda: self.is_done or self._drops_chunks(), _left(deadline))
             if not self.is_done and _left(deadline) == 0:
                 raise TimeoutError(f"video {self.key} is not finished after {timeout:g} s")
         if self._error is not None:
             raise self._error
         return self._result
 
-    def _is_read_elsewhere(self) -> bool:
-        return self._reader not in (None, threading.get_ident())
+    def _drops_chunks(self) -> bool:
+        """Whether `result` takes the chunks of a stream, since no other thread does."""
+        return self.streams and self._reader in (None, threading.get_ident())
 
     def _next(self, deadline: float | None) -> VideoChunk | None:
         """Wait for the next chunk of a stream; `None` at its end, or when the time is over."""
@@ -171,11 +170,9 @@ class VideoHandle:
         with self._changed:
             if not self.is_done:
                 self._chunks.clear()
+                self._latents = None
                 self._error = error
                 self._changed.notify_all()
-
-    def cancelled(self) -> None:
-        self.end(CancelledError(f"video {self.key} was cancelled"))
 
 
 def _left(deadline: float | None) -> float | None:
