@@ -20,12 +20,13 @@ TASK_COUNTS = {
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's place in a job."""
+    """This process's place in a job; `attempt` counts how often torchrun has started its ranks again."""
 
     rank: int = 0
     local_rank: int = 0
     local_size: int = 1
     size: int = 1
+    attempt: int = 0
 
     @classmethod
     def of(cls, environment: Mapping[str, str]) -> Ranks:
@@ -53,7 +54,9 @@ class Ranks:
                 )
         if "WORLD_SIZE" not in environment:
             _check_tasks(environment)
-        return cls(places["RANK"], places["LOCAL_RANK"], local_size, size)
+        # On several machines the counts can differ; there `--rdzv-backend c10d` makes a new store for each attempt.
+        attempt = number("TORCHELASTIC_RESTART_COUNT", 0) if local_size == size else 0
+        return cls(places["RANK"], places["LOCAL_RANK"], local_size, size, attempt)
 
     @property
     def is_first(self) -> bool:

@@ -25,7 +25,7 @@ from helios_cp.generate.progress import ProgressReporter
 from helios_cp.generate.prompt_files import Job
 from helios_cp.generate.report import Report
 from helios_cp.generate.run_folder import Run, RunFolder
-from helios_cp.generate.stopping import Stopped, StopSignal
+from helios_cp.generate.stopping import Stopped, StopSignal, handled, stop_at_once
 from helios_cp.pipeline.chunk import Chunk
 from helios_cp.pipeline.parallelize import ParallelPipeline, load_parallel
 from helios_cp.pipeline.world import World
@@ -54,15 +54,17 @@ def run(session: Session, world: World) -> int:
         say(remark)
     reports: list[Report] = []
     is_reported = True
-    try:
-        code = _make_all(session, world, reports)
-    finally:
-        is_reported = write_report(session, reports)
+    with handled(lambda *_: None):  # outside of loading and of the making of videos all is nearly over
+        try:
+            code = _make_all(session, world, reports)
+        finally:
+            is_reported = write_report(session, reports)
     return code or int(not is_reported)
 
 
 def _make_all(session: Session, world: World, reports: list[Report]) -> int:
-    pipeline = _load(session, world)
+    with handled(stop_at_once):
+        pipeline = _load(session, world)
     is_usable = True
     try:
         with StopSignal(PATIENCE if world.ranks.size > 1 else None).installed() as stop:
@@ -86,7 +88,7 @@ def _make_all(session: Session, world: World, reports: list[Report]) -> int:
             _announce(pipeline, END)
     except Stopped as reason:
         world.claim_end()  # the other ranks lose their connection to this one, which is no failure
-        say(f"stopped; {standing(session, reports[-1])}")
+        say(f"stopped; {standing(session, reports[-1])}" if reports else "stopped; nothing was written")
         return reason.exit_code
     return tell_failures(reports, len(session.jobs))
 

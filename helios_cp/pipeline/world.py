@@ -81,7 +81,8 @@ class World:
                     f"start them with torchrun --nproc_per_node {ranks.size}"
                 ) from None
             store.set_timeout(self.timeout)
-            self._store = store
+            # torchrun can keep its store when it starts the ranks again, with what they had put into it.
+            self._store = dist.PrefixStore(f"attempt-{ranks.attempt}", store)
 
     def share(self, decide: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What `decide` returns on rank 0, as JSON, on every rank. It is called on rank 0 only.
