@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import threading
 import time
+import weakref
 from concurrent.futures import CancelledError
 
 import pytest
@@ -24,6 +27,25 @@ def test_a_video_comes_to_its_end(tmp_path):
         assert result.chunks == 3 and result.latents.shape == (1, 1, 3, 2, 2)
     assert frames_in(tmp_path / "a.mp4") == 3 * FRAMES
     assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
+
+
+def test_nothing_is_kept_of_two_hundred_videos():
+    """Some are cancelled, some fail in the caller's hands; what the conductor knew of them goes with their handles."""
+
+    def unwanted(chunk) -> None:
+        raise BrokenPipeError
+
+    with Studio() as studio:
+        seen = []
+        for number in range(200):
+            handle = studio.submit(2, on_chunk=unwanted if number % 10 == 4 else None)
+            if number % 10 == 9:
+                handle.cancel()
+            with contextlib.suppress(BrokenPipeError, CancelledError):
+                handle.result(PATIENCE)
+            seen.append(weakref.ref(handle))
+        del handle
+        studio.until(lambda: gc.collect() >= 0 and not any(reference() for reference in seen))
 
 
 # Closing
