@@ -100,7 +100,14 @@ def download_weights(hub_id: HubId, folder: Path, parts: Iterable[str]) -> None:
         tqdm_class=_hidden_bar(),
     )
     with _quiet():
-        missing = [file for file in _patiently(hub_id, "", look) if not Path(file.local_path).exists()]
+        found = _patiently(hub_id, "", look)
+        for stem in stems:
+            if not any(file.filename.startswith(stem) for file in found):
+                raise RequestError(
+                    f"--model {hub_id}: the hub has no {stem}.safetensors of it, and no shards; give a model in the "
+                    "diffusers layout, not a variant of one or a format of another program"
+                )
+        missing = [file for file in found if not Path(file.local_path).exists()]
         missing.sort(key=lambda file: file.filename)
         sizes = [(file.file_size or 0) * file.will_download for file in missing]  # other commits may share a file
         if any(sizes):

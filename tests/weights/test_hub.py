@@ -138,6 +138,16 @@ def test_only_what_is_asked_for_comes_and_no_pickles(parts, folders, hub, resolv
     assert not {"README.md", "vae/model.bin", "text_encoder/model.fp16.safetensors"} & set(hub.downloads())
 
 
+def test_a_model_with_a_variant_alone(hub, resolve, model, tmp_path):
+    folder = Path(shutil.copytree(model, tmp_path / "model"))
+    (folder / "vae" / "diffusion_pytorch_model.safetensors").rename(
+        folder / "vae" / "diffusion_pytorch_model.fp16.safetensors"
+    )
+    hub.add("owner/half", folder)
+    code, _, (line,) = resolve("owner/half", parts="vae")
+    assert code == 1 and "the hub has no vae/diffusion_pytorch_model.safetensors of it, and no shards" in line
+
+
 def test_processes_that_come_at_once_download_once(hub, environment, model):
     command = [sys.executable, "-c", RESOLVE, NAME, ALL]
     calls = [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) for _ in range(3)]
