@@ -132,7 +132,7 @@ def _check_report(report: dict) -> None:
         assert min(chunk["stages"].values()) >= 0 < chunk["seconds"]
     in_turn = sum(seconds for name, seconds in report["stage_seconds"].items() if name != "write")
     assert 0 < in_turn + second["stages"]["write"] <= first["seconds"] + second["seconds"]
-    assert report["vae"] == {"dtype": "float32", "memory_format": "contiguous", "convolutions": "float32"}
+    assert report["vae"] == {"dtype": "float32", "convolutions": "float32", "latent_frames_together": 9}
     for stage, seconds in report["stage_seconds"].items():
         assert seconds == pytest.approx(sum(chunk["stages"].get(stage, 0) for chunk in report["chunks"]))
     assert report["fps"] == pytest.approx(66 / (first["seconds"] + second["seconds"]))
