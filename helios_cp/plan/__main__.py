@@ -11,18 +11,12 @@ from __future__ import annotations
 
 import sys
 
-from helios_cp.config.arguments import OneLineParser, add_flags, whole_number
-from helios_cp.config.checkpoint import DTYPES
+from helios_cp.config.arguments import OneLineParser
 from helios_cp.config.console import quiet_imports
 from helios_cp.config.errors import RequestError
-from helios_cp.config.layout import MACHINES
-from helios_cp.config.paths import user_path_text
-from helios_cp.config.request import Request
+from helios_cp.plan.flags import PlanCall
 
 PROGRAM = "helios_cp.plan"
-REQUEST_FLAGS = ("height", "width", "num_frames", "num_inference_steps", "pyramid_num_inference_steps_list")
-TOP = 12
-"""Layouts that are printed."""
 
 
 def build_parser() -> OneLineParser:
@@ -31,26 +25,7 @@ def build_parser() -> OneLineParser:
         usage="python -m helios_cp.plan [--gpus N] [--hardware NAME] [flag ...]",
         description="Predict FPS, memory and messages of every sensible layout of the ranks. All times are modelled.",
     )
-    add = parser.add_argument
-    add(
-        "--model",
-        default="14b",
-        metavar="MODEL",
-        help="14b (Distilled), 14b-mid or 14b-base, built in; or what helios_cp.generate takes (default: 14b)",
-    )
-    add_flags(parser, Request, REQUEST_FLAGS)
-    add("--gpus", type=whole_number, default=1, metavar="N", help="GPUs of a node, or processes on a CPU (default: 1)")
-    add("--nodes", type=whole_number, default=1, metavar="N", help="nodes of as many GPUs each (default: 1)")
-    add(
-        "--hardware",
-        default="h100",
-        type=user_path_text,
-        metavar="NAME",
-        help=f"{', '.join(MACHINES)}, or a JSON file of a calibration (default: h100)",
-    )
-    add("--dtype", choices=DTYPES, default="bfloat16", help="of the transformer (default: bfloat16)")
-    add("--top", type=whole_number, default=TOP, metavar="N", help=f"layouts to print (default: {TOP}); --json has all")
-    add("--json", action="store_true", default=False, help="print JSON, with the counts that the times rest on")
+    PlanCall.add_flags(parser)
     return parser
 
 
@@ -63,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     from helios_cp.plan.run import run
 
     try:
-        return run(arguments)
+        return run(PlanCall.of(arguments))
     except RequestError as error:
         parser.error(str(error))
 

@@ -9,15 +9,15 @@ measured.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from helios_cp.config.arguments import OneLineParser, whole_number
+from helios_cp.config.arguments import OneLineParser, add_flags
 from helios_cp.config.errors import RequestError
 from helios_cp.config.execution import Execution
 from helios_cp.config.request import Request
+from helios_cp.plan.flags import PlanCall
 
 PROGRAM = "helios_cp.plan.cards"
 GIBIBYTE = 2**30  # what sellers of cards call a gigabyte
@@ -169,17 +169,14 @@ def _fps(value: float | None, is_bound: bool) -> str:
     return f"at most {value:.1f}" if is_bound else f"{value:.1f}"
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> OneLineParser:
     parser = OneLineParser(
         prog=PROGRAM,
         usage="python -m helios_cp.plan.cards [flag ...]",
         description="A table of card memory, the flags to use and modelled FPS, as Markdown.",
-        argument_default=argparse.SUPPRESS,
     )
-    add = parser.add_argument
-    add("--model", default="14b", help="14b, 14b-mid, 14b-base, or a checkpoint folder (default: 14b)")
-    add("--height", type=whole_number, metavar="PIXELS", help="of the video (default: 384)")
-    add("--width", type=whole_number, metavar="PIXELS", help="of the video (default: 640)")
+    add_flags(parser, PlanCall, ("model",))
+    add_flags(parser, Request, ("height", "width"))
     return parser
 
 
@@ -188,24 +185,23 @@ def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     arguments = parser.parse_args(argv)
     try:
-        print(table(arguments))
+        print(table(PlanCall.of(arguments)))
     except RequestError as error:
         parser.error(str(error))
     return 0
 
 
-def table(arguments: argparse.Namespace) -> str:
-    """The Markdown for parsed flags. Raises `RequestError`."""
+def table(call: PlanCall) -> str:
+    """The Markdown for a model and a size. Raises `RequestError`."""
     import torch
 
     from helios_cp.plan.configs import part_configs
     from helios_cp.plan.run import find_checkpoint
     from helios_cp.plan.workload import Workload
 
-    checkpoint = find_checkpoint(arguments.model)
-    size = {name: getattr(arguments, name) for name in ("height", "width") if hasattr(arguments, name)}
+    checkpoint = find_checkpoint(call.model)
     variants = [{"pyramid_num_inference_steps_list": each} for each in STEPS] if checkpoint.is_distilled else [{}]
-    requests = [Request(prompt=("any",), **size, **fields).resolve(checkpoint) for fields in variants]
+    requests = [Request(prompt=("any",), **call.request, **fields).resolve(checkpoint) for fields in variants]
     configs = part_configs(checkpoint)
     workloads = [Workload.of(checkpoint, request, torch.bfloat16, *configs) for request in requests]
     steps = [

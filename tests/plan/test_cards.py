@@ -7,8 +7,6 @@ modelled, so only their order is tested.
 
 from __future__ import annotations
 
-import argparse
-
 import pytest
 import torch
 
@@ -25,6 +23,7 @@ from helios_cp.plan.card_memory import (
 )
 from helios_cp.plan.cards import CARDS, EXACT, GIBIBYTE, Choice, chunk_seconds, main, rows, table
 from helios_cp.plan.configs import BuiltInCheckpoint, part_configs
+from helios_cp.plan.flags import PlanCall
 from helios_cp.plan.predict import Candidate, memory
 from helios_cp.plan.vae_cost import decoder_parameters
 from helios_cp.plan.workload import Workload
@@ -151,7 +150,7 @@ def test_markdown(capsys):
 
 
 def test_another_model_and_size():
-    text = table(argparse.Namespace(model="14b-base", height=768, width=1280))
+    text = table(PlanCall(model="14b-base", request={"height": 768, "width": 1280}))
     assert "FPS at [50]" in text
     assert "| 8 GB" not in text and "| 8, " not in text
 

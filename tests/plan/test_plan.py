@@ -248,7 +248,7 @@ def test_a_request_without_guidance_leaves_half_of_the_ranks_idle():
         (["--height", "100"], "nearest are 64 and 128"),
         (["--gpus", "0"], "--gpus 0: allowed is 1 to"),
         (["--nodes", "many"], "no whole number"),
-        (["--top", "0"], "--top 0: 1 or more"),
+        (["--top", "0"], "--top 0: at least 1"),
         (["--gpus", "1024", "--nodes", "2"], "at most 1024 ranks"),
         (["--pyramid-steps", "1", "2"], "3 numbers of at least 1"),
         (["--model", "nowhere"], "--model nowhere"),
