@@ -14,7 +14,7 @@ from typing import Any
 from helios_cp.config.arguments import flag
 from helios_cp.config.checkpoint import DTYPES
 from helios_cp.config.errors import RequestError
-from helios_cp.config.json_types import check_types
+from helios_cp.config.json_types import from_json
 from helios_cp.config.paths import absolute_path_text, expand
 
 QUANTIZATIONS = ("fp8", "int8", "int4")
@@ -135,9 +135,4 @@ class Execution:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Execution:
         """Raises `TypeError` for names or types that an execution does not have."""
-        adapters = values.get("lora", ())
-        for entry in adapters:
-            check_types(Adapter, entry)
-        values = {**values, "lora": tuple(Adapter(**entry) for entry in adapters)}
-        check_types(cls, values)
-        return cls(**values)
+        return from_json(cls, values)

@@ -1,10 +1,39 @@
-"""Whether values read from JSON are of the types that a dataclass declares."""
+"""Dataclasses from JSON, and whether its values are of the types that they declare."""
 
 from __future__ import annotations
 
+import dataclasses
 import types
 from collections.abc import Mapping
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from itertools import zip_longest
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+T = TypeVar("T")
+
+
+def from_json(cls: type[T], values: Mapping[str, Any]) -> T:
+    """A dataclass from what `dataclasses.asdict` made of it, also by way of JSON; what is left out has its default.
+
+    Raises `TypeError` for names or types that the dataclass, or one inside of it, does not have.
+    """
+    hints = get_type_hints(cls)
+    read = {name: _read(value, hints.get(name)) for name, value in values.items()}
+    check_types(cls, read)
+    return cls(**read)
+
+
+def _read(value: Any, hint: Any) -> Any:
+    """Lists become tuples, and objects dataclasses, where that is declared."""
+    if get_origin(hint) in (Union, types.UnionType):
+        for option in get_args(hint):
+            value = _read(value, option)
+    elif get_origin(hint) is tuple and isinstance(value, list | tuple):
+        each = get_args(hint)
+        hints = each[:1] * len(value) if each[-1] is Ellipsis else each
+        return tuple(_read(item, one) for item, one in zip_longest(value, hints))
+    elif dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+        return from_json(hint, value)
+    return value
 
 
 def check_types(cls: type, values: Mapping[str, Any]) -> None:

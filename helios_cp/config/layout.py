@@ -9,6 +9,7 @@ from typing import Any
 from helios_cp.config.arguments import flag, flag_name
 from helios_cp.config.checkpoint import Checkpoint
 from helios_cp.config.execution import Execution
+from helios_cp.config.json_types import from_json
 from helios_cp.config.paths import user_path_text
 from helios_cp.config.request import Request
 from parallel.degrees import Degrees, default_degrees
@@ -87,7 +88,8 @@ class Layout:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Layout:
-        return cls(Degrees(**values["degrees"]), values["attention"], values["shard_weights"])
+        """Raises `TypeError` for names or types that a layout does not have."""
+        return from_json(cls, values)
 
 
 def refusal(given: dict[str, int], world_size: int, **limits: Any) -> str | None:

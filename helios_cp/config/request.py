@@ -12,7 +12,7 @@ from helios_cp.config.arguments import check_bounds, flag, frame_rate
 from helios_cp.config.checkpoint import VAE_SPATIAL, VAE_TEMPORAL, Checkpoint
 from helios_cp.config.console import typed
 from helios_cp.config.errors import RequestError
-from helios_cp.config.json_types import check_types
+from helios_cp.config.json_types import from_json
 from helios_cp.config.paths import absolute_path_text
 
 MAX_SIDE = 16384
@@ -316,10 +316,4 @@ class Request:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Request:
         """Raises `TypeError` for names or types that a request does not have."""
-        values = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
-        entries = values.pop("prompt_schedule", ())
-        for entry in entries:
-            check_types(ScheduledPrompt, entry)
-        request = {**values, "prompt_schedule": tuple(ScheduledPrompt(**entry) for entry in entries)}
-        check_types(cls, request)
-        return cls(**request)
+        return from_json(cls, values)

@@ -16,7 +16,6 @@ from helios_cp.config.arguments import OneLineParser
 from helios_cp.config.call import Call
 from helios_cp.config.console import quiet_imports, say, unfailing_output
 from helios_cp.config.errors import CheckpointError, RequestError
-from helios_cp.config.execution import Execution
 from helios_cp.config.paths import cache_folder
 from helios_cp.config.ranks import Ranks, parse_on_rank
 from helios_cp.generate.stopping import exit_late, handled, stop_at_once
@@ -63,9 +62,10 @@ def _run(parser: OneLineParser, call: Call, cache: Path | None, ranks: Ranks, cl
     quiet_imports()
     # Imported here so that --help and misspelt flags need not wait for torch.
     from helios_cp.device.device import pick_device
-    from helios_cp.generate.check import Followed, Session, check
+    from helios_cp.generate.check import Session, check
     from helios_cp.generate.claims import claimed
     from helios_cp.generate.run import PATIENCE, follow, run
+    from helios_cp.generate.work import Work
     from helios_cp.pipeline.environment import prepare
     from helios_cp.pipeline.world import World, device_of_rank, end_process
     from helios_cp.weights.load import resolve
@@ -80,7 +80,7 @@ def _run(parser: OneLineParser, call: Call, cache: Path | None, ranks: Ranks, cl
                 claims.enter_context(claimed(session.jobs[0], session.run_folders[0]))
         except RequestError as error:
             return {"refused": str(error)}
-        return session.for_followers()
+        return {"work": session.work.to_json()}
 
     try:
         world = World(ranks, call.layout.timeout)
@@ -91,17 +91,18 @@ def _run(parser: OneLineParser, call: Call, cache: Path | None, ranks: Ranks, cl
         decided = world.share(decide)
         if "refused" in decided:
             parser.error(decided["refused"])
-        prepare(Execution.from_json(decided["execution"]), ranks.size, os.environ)
+        work = Work.from_json(decided["work"])
+        prepare(work.execution, ranks.size, os.environ)
         if session is not None:
             device = session.device
         else:
             exit_late(PATIENCE)  # rank 0 stops for all
             device = device_of_rank(pick_device(call.device), ranks)
-        if decided["requests"]:
-            world.prepare(lambda: resolve(decided["model"], cache))  # with its weights, which may take long
-        with world.connected(decided["backend"], device):
+        if work.requests:
+            world.prepare(lambda: resolve(work.model, cache))  # with its weights, which may take long
+        with world.connected(work.backend, device):
             if session is None:
-                follow(Followed.from_json(decided, device, cache), world)
+                follow(work, device, cache, world)
                 return 0
             with claims:  # given up before this process ends, in whatever way
                 code = run(session, world)

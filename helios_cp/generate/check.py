@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import av
 import torch
@@ -29,6 +28,7 @@ from helios_cp.generate.prompt_files import INTERPOLATE_TIME, Job, read_prompt_f
 from helios_cp.generate.remarks import request_remarks
 from helios_cp.generate.report import versions
 from helios_cp.generate.run_folder import MadeWith, Run, RunFolder
+from helios_cp.generate.work import Work
 from helios_cp.pipeline.world import device_of_rank, pick_backend
 from helios_cp.plan.choose import choose_layout, planning_hardware
 from helios_cp.weights.check import check_execution, with_stored_quantization
@@ -76,47 +76,17 @@ class Session:
         of_requests = request_remarks([job.request for job in self.jobs], self.checkpoint)
         return [random] * self.checkpoint.random_weights + planned + of_requests + list(self.changes)
 
-    def for_followers(self) -> dict[str, Any]:
-        """What the ranks other than 0 need to know, as JSON: `Followed.from_json` reads it."""
+    @functools.cached_property
+    def work(self) -> Work:
+        """What all ranks need to know."""
         is_needed = any(
             folder is None
             or not RunFolder.is_run(folder)
             or RunFolder.open(folder).finished_chunks() < job.request.num_chunks
             for job, folder in zip(self.jobs, self.run_folders, strict=True)
         )
-        return {
-            "model": self.model,
-            "dtype": dtype_name(self.dtype),
-            "layout": self.layout.to_json(),
-            "backend": self.backend,
-            "execution": self.execution.to_json(),
-            "requests": [job.request.to_json() for job in self.jobs] if is_needed else [],
-        }
-
-
-@dataclass(frozen=True)
-class Followed:
-    """A session as the ranks other than 0 see it: work without files."""
-
-    checkpoint: Checkpoint
-    device: torch.device
-    dtype: torch.dtype
-    layout: Layout
-    backend: str
-    execution: Execution
-    requests: tuple[Request, ...]
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any], device: torch.device, cache: Path | None) -> Followed:
-        return cls(
-            checkpoint=resolve(values["model"], cache, weights=()),
-            device=device,
-            dtype=pick_dtype(values["dtype"], device),
-            layout=Layout.from_json(values["layout"]),
-            backend=values["backend"],
-            execution=Execution.from_json(values["execution"]),
-            requests=tuple(Request.from_json(request) for request in values["requests"]),
-        )
+        requests = tuple(job.request for job in self.jobs) if is_needed else ()
+        return Work(self.model, dtype_name(self.dtype), self.layout, self.backend, self.execution, requests)
 
 
 def check(call: Call, cache: Path | None, ranks: Ranks | None = None, target: Target | None = None) -> Session:

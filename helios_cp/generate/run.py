@@ -6,19 +6,21 @@ import gc
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
+from pathlib import Path
 from time import perf_counter
 
 import diffusers
 import torch
 import transformers
 
+from helios_cp.config.checkpoint import Checkpoint
 from helios_cp.config.console import say
 from helios_cp.config.errors import CheckpointError, RequestError
-from helios_cp.device.device import dtype_name
+from helios_cp.device.device import dtype_name, pick_dtype
 from helios_cp.files.chunk_files import ChunkFiles
 from helios_cp.files.mp4 import encode_segment
 from helios_cp.generate.background import BackgroundWriter, HostCopies
-from helios_cp.generate.check import Followed, Session, is_finished
+from helios_cp.generate.check import Session, is_finished
 from helios_cp.generate.claims import turns
 from helios_cp.generate.outcome import raise_with_standing, report_of, standing, tell_failures, write_report
 from helios_cp.generate.progress import ProgressReporter
@@ -26,10 +28,12 @@ from helios_cp.generate.prompt_files import Job
 from helios_cp.generate.report import Report
 from helios_cp.generate.run_folder import Run, RunFolder
 from helios_cp.generate.stopping import Stopped, StopSignal, handled, stop_at_once
+from helios_cp.generate.work import Work
 from helios_cp.pipeline.chunk import Chunk
 from helios_cp.pipeline.parallelize import ParallelPipeline, load_parallel
 from helios_cp.pipeline.world import World
 from helios_cp.sampling.denoise import Step
+from helios_cp.weights.load import resolve
 from parallel.mesh import Mesh
 
 PATIENCE = 5.0
@@ -72,7 +76,8 @@ def _make_all(session: Session, world: World, reports: list[Report]) -> int:
                 with claim:
                     if not is_usable:
                         gc.collect()
-                        pipeline, is_usable = load_pipeline(session, world), True
+                        pipeline = load_pipeline(session.work, session.checkpoint, session.device, world)
+                        is_usable = True
                     reports.append(report_of(session, session.jobs[number]))
                     try:
                         run_job(pipeline, session, number, stop, reports[-1])
@@ -100,14 +105,14 @@ def turns_of(session: Session) -> Iterator[tuple[int, ExitStack]]:
     return turns(session.jobs, session.run_folders, is_finished)
 
 
-def follow(session: Followed, world: World) -> None:
-    """The part in a session of a rank other than 0: the same videos in step, and no files."""
+def follow(work: Work, device: torch.device, cache: Path | None, world: World) -> None:
+    """What a rank other than 0 does: the same videos in step, and no files."""
     quiet_libraries()
-    if not session.requests:
+    if not work.requests:
         return
-    pipeline = load_pipeline(session, world)
+    pipeline = load_pipeline(work, resolve(work.model, cache, weights=()), device, world)
     while (number := _announce(pipeline, END)) != END:
-        request = session.requests[number]
+        request = work.requests[number]
         for _ in pipeline.stream(request, state=pipeline.share_state(request, None)):
             pass
 
@@ -192,24 +197,23 @@ def _finished_files(chunks: ChunkFiles, session: Session, job: Job, stop: StopSi
 def _load(session: Session, world: World) -> ParallelPipeline | None:
     """The pipeline, or `None` if every chunk of every job is finished already."""
     quiet_libraries()
-    if not session.for_followers()["requests"]:
+    if not session.work.requests:
         return None
     layout = f", {session.layout.degrees}" if session.layout.degrees.world > 1 else ""
     say(f"loading {session.model} as {dtype_name(session.dtype)} on {session.device}{layout}")
-    return load_pipeline(session, world)
+    return load_pipeline(session.work, session.checkpoint, session.device, world)
 
 
-def load_pipeline(session: Session | Followed, world: World) -> ParallelPipeline:
-    """This rank's part of the session's checkpoint; every rank calls it, connected to the others."""
-    mesh = Mesh.build(session.layout.degrees, timeout=world.timeout)
+def load_pipeline(work: Work, checkpoint: Checkpoint, device: torch.device, world: World) -> ParallelPipeline:
+    """This rank's part of a checkpoint; every rank calls it, connected to the others."""
     return load_parallel(
-        session.checkpoint,
-        mesh,
-        dtype=session.dtype,
-        device=session.device,
-        attention=session.layout.attention,
-        shard_weights=session.layout.shard_weights,
-        execution=session.execution,
+        checkpoint,
+        Mesh.build(work.layout.degrees, timeout=world.timeout),
+        dtype=pick_dtype(work.dtype, device),
+        device=device,
+        attention=work.layout.attention,
+        shard_weights=work.layout.shard_weights,
+        execution=work.execution,
     )
 
 
