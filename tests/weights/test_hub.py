@@ -300,6 +300,17 @@ def test_a_refusal_is_one_line_with_cause_and_cure(case, hub, resolve, model):
     assert all(line.startswith((NAME, "--model")) for line in told), "and nothing but what is ours"
 
 
+def test_what_hf_download_brings_is_enough(hub, environment, resolve, tmp_path):
+    """As docs/models.md and docs/cluster.md say: into a folder, and into the cache; nothing is asked for again."""
+    for flags in ([], ["--local-dir", str(tmp_path / "helios")]):
+        command = [Path(sys.executable).with_name("hf"), "download", NAME, *flags]
+        subprocess.run(command, env=environment, check=True, capture_output=True, timeout=LONG)
+    hub.requests.clear()
+    code, _, told = resolve(str(tmp_path / "helios"))
+    assert code == 0 and hub.requests == [], told
+    assert resolve(NAME)[0] == 0 and hub.downloads() == []
+
+
 @pytest.mark.parametrize("how", ["offline", "down", "unreachable"])
 def test_what_is_all_in_the_cache_needs_no_hub(how, hub, resolve):
     assert resolve(NAME)[0] == 0
