@@ -1,9 +1,11 @@
 """Communication and foreign kernels as single operators of a compiled graph.
 
-A compiler traces tensors. It must neither look into a collective nor take it out, copy it or move it past another, and
-a ring that overlaps messages with attention is such a whole too. As an operator takes only tensors and numbers, what it
-acts on is named by number; numbers are given in order, so that ranks and later runs that build the same things give the
-same numbers, and find their graphs in a cache.
+A compiler must not look into a collective, nor drop it, copy it or move it past another; nor look into a ring, which
+overlaps messages with attention. Operators take tensors and ints, so each group and attention gets an id. Ids count up
+in the order of creation, so all ranks agree, and a later run finds its graphs in a cache.
+
+PyTorch's functional collectives do not serve: their all-gather takes equal parts alone, they do not stage CUDA tensors
+for gloo, and in compiled code nothing would count their calls.
 """
 
 from __future__ import annotations

@@ -10,6 +10,9 @@ import weakref
 import torch
 from torch import Tensor
 
+MARGIN = 1.1
+"""On the memory that work is known to need, as free memory lies in pieces."""
+
 
 def allocated_memory(device: torch.device) -> int:
     """Bytes of live tensors, by PyTorch's allocator; 0 on a CPU, where nothing counts them."""

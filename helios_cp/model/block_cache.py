@@ -10,6 +10,7 @@ so in step, in every layout. It takes one message of a few bytes, and the host w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -69,7 +70,8 @@ class BlockCache:
             last = None
         if branch == 0:
             self._skips = last is not None and self._change(first, last.first) < self.threshold
-            self.skipped += [self.steps] * self._skips
+            if self._skips:
+                self.skipped.append(self.steps)
             self.steps += 1
         if self._skips:
             return after + last.others
@@ -87,9 +89,12 @@ class BlockCache:
         return len(self._branches) - 1
 
     def _change(self, residual: Tensor, last: Tensor) -> float:
+        """mean |residual − last| / mean |last| over all tokens; 0 where both are 0, infinite where `last` alone is."""
         norms = [torch.linalg.vector_norm(each, 1, dtype=torch.float32) for each in (residual - last, last)]
         difference, size = self.total(torch.stack(norms)).tolist()
-        return difference / size if size else 0.0 if not difference else float("inf")
+        if size:
+            return difference / size
+        return math.inf if difference else 0.0
 
 
 def cache_blocks(transformer: HeliosTransformer, threshold: float, total: Total = own_total) -> BlockCache:

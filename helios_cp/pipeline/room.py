@@ -6,9 +6,8 @@ from collections import defaultdict
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 
-from helios_cp.device.memory import MemoryMeter
+from helios_cp.device.memory import MARGIN, MemoryMeter
 
-MARGIN = 1.1  # on the memory that work needs, as free memory lies in pieces
 WORK = {"denoise", "decode"}
 
 

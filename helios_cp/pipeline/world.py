@@ -133,7 +133,9 @@ class World:
             end_process(1)
         with contextlib.suppress(Exception):  # the store went down, after the work was done
             self._meet("finished")
-        gc.collect()  # NCCL waits for ever for graphs that hold messages, and pipelines lie in cycles of references
+        # Free CUDA graphs first: destroying NCCL while a captured graph holds collectives never returns. Pipelines lie
+        # in cycles of references.
+        gc.collect()
         dist.destroy_process_group()
 
     def claim_end(self) -> bool:

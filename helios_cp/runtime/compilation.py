@@ -37,7 +37,7 @@ from helios_cp.model.vae.kernels import fusible_norm_silu
 logger = logging.getLogger(__name__)
 
 Backend = str | Callable
-MOST_GRAPHS = 96
+MOST_COMPILED = 96
 """Of a function at a time; six of the blocks serve a size of video. PyTorch's own limit is 8."""
 
 
@@ -90,14 +90,14 @@ def keep_in(folder: str, environment: MutableMapping[str, str] = os.environ) -> 
 
 def _compile(function: Callable, backend: Backend, dynamic: bool = False) -> Callable:
     config = torch._dynamo.config
-    config.recompile_limit = max(config.recompile_limit, MOST_GRAPHS)
+    config.recompile_limit = max(config.recompile_limit, MOST_COMPILED)
     compiled = torch.compile(function, backend=backend, fullgraph=True, dynamic=dynamic)
 
     def run(*arguments: Any, **options: Any) -> Any:
         try:
             return compiled(*arguments, **options)
         except FailOnRecompileLimitHit:  # before anything was computed
-            logger.warning("%d graphs are compiled; all are dropped, to compile anew what is asked for", MOST_GRAPHS)
+            logger.warning("%d graphs are compiled; all are dropped, to compile anew what is asked for", MOST_COMPILED)
             torch.compiler.reset()
             return compiled(*arguments, **options)
 

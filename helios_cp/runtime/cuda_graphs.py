@@ -24,7 +24,7 @@ from torch import Tensor
 
 from helios_cp.model.transformer import HeliosTransformer, HistoryCondition, TextCondition
 
-MOST_GRAPHS = 24
+MOST_CAPTURED = 24
 """Kept at a time: four sizes of three stages, guided. What all of them hold is freed for the next."""
 WARM_UPS = 2
 
@@ -60,7 +60,7 @@ class CudaCapture:
 
 @contextmanager
 def keeping_garbage() -> Iterator[None]:
-    """Python collects none inside. Another graph, or a kernel of Triton, that went during a capture would spoil it."""
+    """Python collects no garbage inside: to collect a graph or a kernel of Triton would break a capture."""
     was_collecting = gc.isenabled()
     gc.disable()
     try:
@@ -107,7 +107,7 @@ class GraphedForward:
     At most `most` graphs are kept; the next one takes the place of all.
     """
 
-    def __init__(self, transformer: HeliosTransformer, capture: Capture, most: int = MOST_GRAPHS) -> None:
+    def __init__(self, transformer: HeliosTransformer, capture: Capture, most: int = MOST_CAPTURED) -> None:
         self.transformer = transformer
         self.forward = transformer.forward
         self.capture = capture

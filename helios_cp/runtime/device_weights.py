@@ -41,7 +41,7 @@ class StreamCopies:
         torch.accelerator.current_stream(self.device).wait_event(ticket)
 
 
-class HostCopies:
+class DirectCopies:
     """Of a device without streams: in turn with what it computes."""
 
     def start(self, target: Tensor, source: Tensor) -> None:
@@ -54,7 +54,8 @@ class HostCopies:
 class DeviceMemory:
     """Bytes on a device, given back and taken anew while tensors stay views of them. Counted in `counter`.
 
-    On a CPU, where there is nothing to save and a view of nothing ends the process, they are kept and spoilt instead.
+    On a CPU there is nothing to save, and to read a view of no memory ends the process: there the bytes are kept and
+    filled with NaN.
     """
 
     def __init__(self, size: int, device: torch.device, counter: MemoryCounter) -> None:

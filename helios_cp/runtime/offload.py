@@ -21,13 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from helios_cp.device.device import has_streams
-from helios_cp.device.memory import MemoryMeter, grow_segments
+from helios_cp.device.memory import MARGIN, MemoryMeter, grow_segments
 from helios_cp.device.streams import wait_for
 from helios_cp.model.transformer import HeliosTransformer
-from helios_cp.runtime.device_weights import Copies, HostCopies, MemoryCounter, Resident, StreamCopies, Streamed
+from helios_cp.runtime.device_weights import Copies, DirectCopies, MemoryCounter, Resident, StreamCopies, Streamed
 from helios_cp.runtime.host_weights import HostWeights, Place, places, tensors_at
-
-MARGIN = 1.1  # on what a part needs beside others, as free memory lies in pieces
 
 
 class Part:
@@ -70,7 +68,7 @@ class Card:
     def __init__(self, device: torch.device, copies: Copies | None = None, meter: MemoryMeter | None = None) -> None:
         self.device = device
         self.counter = MemoryCounter()
-        self.copies = copies or (StreamCopies(device) if has_streams(device) else HostCopies())
+        self.copies = copies or (StreamCopies(device) if has_streams(device) else DirectCopies())
         self.meter = meter
         self.parts: dict[str, Part] = {}
         self._at_work: Part | None = None

@@ -15,7 +15,7 @@ import torch
 
 from helios_cp.config.execution import Execution
 from helios_cp.config.request import Request
-from helios_cp.device.memory import allocated_memory, peak_memory, reset_peak_memory
+from helios_cp.device.memory import MARGIN, allocated_memory, peak_memory, reset_peak_memory
 from helios_cp.device.streams import Pace
 from helios_cp.device.timing import Span
 from helios_cp.generate.background import HostCopies
@@ -24,7 +24,7 @@ from helios_cp.pipeline.chunk import Chunk
 from helios_cp.pipeline.decoding import Decoder, Denoised, with_frames
 from helios_cp.pipeline.parallelize import SplitCodec
 from helios_cp.pipeline.pipeline import Pipeline
-from helios_cp.pipeline.room import MARGIN, Room
+from helios_cp.pipeline.room import Room
 from helios_cp.sampling.denoise import Step
 from helios_cp.sampling.state import ChunkState
 

@@ -114,7 +114,7 @@ def test_blocks_share_graphs_and_sizes_do_not(presets):
 
 def test_more_sizes_than_there_is_room_for(presets, monkeypatch, caplog):
     """Graphs are dropped at the limit, which is told, and sizes go on; one that comes again is compiled again."""
-    monkeypatch.setattr(compilation, "MOST_GRAPHS", 3)
+    monkeypatch.setattr(compilation, "MOST_COMPILED", 3)
     transformer = load_transformer(Checkpoint.read(presets["tiny-mid"]), torch.float32)
     sizes = ((2, 2), (2, 4), (4, 4), (2, 2))
     eager = forwards(transformer, sizes)

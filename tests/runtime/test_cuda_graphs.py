@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from helios_cp.config.call import Call
 from helios_cp.config.checkpoint import Checkpoint
 from helios_cp.config.errors import RequestError
 from helios_cp.config.execution import Execution, Target
@@ -416,7 +417,7 @@ def test_cards_of_a_cluster_are_checked_from_elsewhere(cache, tmp_path, monkeypa
     """As a driver does for the cards of its nodes: the call is checked for them and not for this machine."""
     monkeypatch.chdir(tmp_path)
     size = "--model tiny-mid --prompt fox --height 64 --width 64 --num-frames 33 --device cpu"
-    parsed = build_parser().parse_args([*size.split(), *arguments.split()])
+    parsed = Call.of(build_parser().parse_args([*size.split(), *arguments.split()]))
     ranks = Ranks(size=2 if "--ulysses" in arguments else 1)
     target = Target("cuda", capability)
     if expected is None:
