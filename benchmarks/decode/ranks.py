@@ -6,6 +6,7 @@ The functions here run on every rank of one world at once, in step.
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -139,7 +140,7 @@ def time_decoders(rank: int, case: Case, repeats: int) -> RankTimes:
     programs: dict[str, Callable[[], Any]] = {}
     traffic, levels, levels_of_fp32 = {}, {}, {}
     peer = peer_vae(vae)
-    exact = _bytes(_with_tf32(lambda: decode_theirs(peer, latents), False)()) if rank == 0 else None
+    exact = None
     for name in case.precisions:
         precision = PRECISIONS[name]
         own, other = (copy.deepcopy(each).to(precision.dtype) for each in (vae, peer))
@@ -157,19 +158,26 @@ def time_decoders(rank: int, case: Case, repeats: int) -> RankTimes:
             compile_vae(codec.vae)
             calls[compiled(name)] = lambda codec=codec: codec.decode(latents, "uint8")
         calls = {key: _with_tf32(call, precision.tf32) for key, call in calls.items()}
-        expected = _bytes(calls[theirs(name)]()) if rank == 0 else None
-        for key, call in calls.items():
+        calls = {key: _with_all_cores(call) if key in names(case, name) else call for key, call in calls.items()}
+        expected = None
+        for key, call in calls.items():  # diffusers' own comes first
             for group in groups.values():
                 if group is not None:
                     group.meter.reset()
             frames = call()
             meters = [group.meter for group in groups.values() if group is not None]
             traffic[key] = sum(meter.total_calls for meter in meters), sum(meter.total_bytes for meter in meters)
+            if key == theirs(name):
+                expected = _bytes(frames)
+                if exact is None:
+                    is_exact = name == "fp32"
+                    exact = expected if is_exact else _bytes(_with_tf32(lambda: decode_theirs(peer, latents), False)())
             if frames is not None:
                 levels[key], levels_of_fp32[key] = (_levels(_bytes(frames), other) for other in (expected, exact))
         product = Product(device, precision.dtype, PRODUCTS, precision.tf32)
         for ranks in groups:
-            calls[product_at_once(name, ranks)] = product if rank < ranks else nothing
+            run = _with_all_cores(product) if ranks == 1 else product
+            calls[product_at_once(name, ranks)] = run if rank < ranks else nothing
         for key in (*names(case, name), *(ours(name, ranks) for ranks in groups if ranks > 1)):
             programs[key] = calls.get(key, nothing)
         programs |= {key: calls[key] for key in (product_at_once(name, ranks) for ranks in groups)}
@@ -187,6 +195,20 @@ def decode_theirs(vae, latents: Tensor, memory_format: torch.memory_format = tor
     latents = denormalise(vae, latents).to(vae.dtype, memory_format=memory_format)
     video = vae.decode(latents, return_dict=False)[0]
     return VideoProcessor(vae_scale_factor=VAE_SPATIAL).postprocess_video(video, output_type="pt")
+
+
+def _with_all_cores(program: Callable[[], Any]) -> Callable[[], Any]:
+    """As one process runs that has the machine for itself; ranks that share it have a core each."""
+
+    def run() -> Any:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(os.cpu_count() or 1)
+        try:
+            return program()
+        finally:
+            torch.set_num_threads(threads)
+
+    return run
 
 
 def _with_tf32(program: Callable[[], Any], allowed: bool) -> Callable[[], Any]:
