@@ -92,7 +92,7 @@ def decode_flops_by_channels(config: VaeConfig, latent_frames: int, rows: int, c
 
 @functools.lru_cache(maxsize=256)
 def parameters(config: VaeConfig) -> int:
-    """Numbers that encoder and decoder hold, the kernels of folded upsamplings among them."""
+    """Of encoder and decoder together."""
     return decoder_parameters(config) + _encoder_parameters(config)
 
 
@@ -100,8 +100,7 @@ def decoder_parameters(config: VaeConfig) -> int:
     """Of the decoder and the convolution before it."""
     layers = list(decoder_layers(config, 1))
     weights = sum((layer.inputs * layer.weights + 1) * layer.outputs for layer in layers)
-    folded = sum(16 * layer.inputs * layer.outputs for layer in layers if layer.weights == 9)
-    return weights + folded + _norms(config, layers)
+    return weights + _norms(config, layers)
 
 
 def _norms(config: VaeConfig, layers: Sequence[Convolution]) -> int:
@@ -131,10 +130,13 @@ def _encoder_parameters(config: VaeConfig) -> int:
 def decode_bytes(config: VaeConfig, latent_frames: int, rows: int, columns: int, group: int) -> int:
     """Memory that a decoding in groups of `group` latent frames holds at most besides the weights, in fp32: a model.
 
-    Beside what a group needs it is the frames as bytes, those of all groups and of the one that is joined to them.
+    Beside what a group needs these are the kernels of folded upsamplings, and frames as bytes until groups are joined.
     """
-    pixels = 3 * rows * columns * config.spatial**2 * list(decoder_layers(config, latent_frames))[-1].frames
-    return group_bytes(config, group, latent_frames, rows, columns) + (pixels if group < latent_frames else 0)
+    layers = list(decoder_layers(config, latent_frames))
+    folded = sum(16 * layer.inputs * layer.outputs for layer in layers if layer.weights == 9)
+    pixels = 3 * rows * columns * config.spatial**2 * layers[-1].frames
+    joined = pixels if group < latent_frames else 0
+    return group_bytes(config, group, latent_frames, rows, columns) + FP32 * folded + joined
 
 
 @functools.lru_cache(maxsize=256)

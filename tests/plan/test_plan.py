@@ -50,7 +50,7 @@ def test_figures_of_the_cost_model():
     assert [stage["tokens"] for stage in stages] == [2940, 4560, 11040]
     assert [round(stage["diffusers_flops"] / 1e12, 1) for stage in stages] == [69.7, 119.1, 359.6]
     assert [round(stage["flops"] / 1e12, 1) for stage in stages] == [66.5, 115.7, 355.9]
-    assert round(workload()[0].decode_flops / 1e12, 1) == 69.3
+    assert round(workload()[0].decode_flops / 1e12, 1) == 66.1  # 69.3 of diffusers, less what is folded
     assert round(TextEncoderConfig().parameters / 1e9, 2) == 5.68
     assert round(4 * vae_cost.parameters(VaeConfig()) / 1e6) == 508
 
@@ -89,7 +89,7 @@ def test_bytes_sent_at_stage_3(degrees, megabytes):
     assert (sent + pruned) / 1e6 == pytest.approx(megabytes, abs=0.6)
 
 
-@pytest.mark.parametrize(("steps", "h100", "h200"), [((1, 1, 1), 47.5, 38.0), ((2, 2, 2), 26.4, 21.1)])
+@pytest.mark.parametrize(("steps", "h100", "h200"), [((1, 1, 1), 48.0, 38.3), ((2, 2, 2), 26.6, 21.2)])
 def test_limits_of_one_gpu(steps, h100, h200):
     """The VAE runs on the tensor cores in TF32, at half the rate of bf16; an H200 reaches 790 TFLOP/s."""
     work = workload()[0]
@@ -329,7 +329,7 @@ def test_json(capsys):
     assert main(["--gpus", "4", "--pyramid-steps", "1", "1", "1", "--json"]) == 0
     values = json.loads(capsys.readouterr().out)
     assert values["parameters"] == 14_312_427_584 and "modelled" in values["note"]
-    assert round(values["limits"]["fps_at_peak_with_diffusers_flops"], 1) == 47.5
+    assert round(values["limits"]["fps_at_peak_with_diffusers_flops"], 1) == 48.0
     best = values["plans"][0]
     assert best["command"].endswith("--ulysses 4 --vae-parallel 4")
     assert best["ulysses"] == 4 and best["stages"][2]["traffic"]["ulysses"]["calls"] == 80
