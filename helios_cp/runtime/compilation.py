@@ -72,10 +72,10 @@ def compile_vae(vae: Autoencoder, backend: Backend = "inductor") -> None:
     compiled = _compile(fusible_norm_silu, backend, dynamic=True)
 
     def run(states: Tensor, weight: Tensor, out: Tensor) -> None:
-        out = out.data  # else graphs depend on the size of the buffer that it is a view of
-        for tensor in (states, weight, out):
+        tensors = states.data, weight.data, out.data  # else graphs depend on the sizes of what these are views of
+        for tensor in tensors:
             torch._dynamo.mark_static(tensor, tensor.dim() - 1)  # the channels, which a kernel goes over in one loop
-        compiled(states, weight, out)
+        compiled(*tensors)
 
     vae.norm_silu = run
 

@@ -43,7 +43,7 @@ STEPS = {
     "tiny-mid": {"pyramid_num_inference_steps_list": (3, 1, 1), "guidance_scale": 3.0},
     "tiny-distilled": {"pyramid_num_inference_steps_list": (1, 1, 1)},
 }
-VAE_GRAPHS = 1  # for each number of channels, of which a tiny VAE has one
+VAE_GRAPHS = 2  # for each number of channels, of which a tiny VAE has two
 LAYOUTS = [
     (Degrees(ulysses=2), False),
     (Degrees(ring=2), False),
