@@ -32,6 +32,7 @@ from parallel.tensor import shard_sizes
 
 ALONE = Degrees()
 CONTEXT = 0.5e9  # bytes of a CUDA context and its libraries
+HOST_PROCESS = 4e9  # bytes of Python, torch and CUDA on the host: assumed
 FITTING_SHARE = 0.95
 """Of a card's memory that is planned with: for communicators, for what the allocator cannot use, and because the model
 of what a decoding needs may say 2 % too little."""
@@ -170,6 +171,20 @@ def card_memory(
     return CardMemory(
         {name: {**parts, **({"transformer": weights} if name in kept else {})} for name, parts in phases.items()}
     )
+
+
+def host_bytes(workload: Workload, execution: Execution = PLAIN) -> float:
+    """Host memory of a process with one card, at most: what its weights take there, and the process itself. Modelled.
+
+    With `--offload` all weights rest in pinned memory. Without, only the text encoder passes through the host as a
+    whole; other weights go to the card one tensor at a time, from files that are mapped and not held.
+    """
+    text = workload.text_encoder.parameters * workload.dtype.itemsize
+    if execution.offload == "none":
+        return HOST_PROCESS + text
+    transformer = transformer_bytes(workload.config, workload.dtype, execution.quantize).whole
+    vae = vae_cost.parameters(workload.vae) * getattr(torch, execution.vae_dtype).itemsize
+    return HOST_PROCESS + text + transformer + vae
 
 
 def _resident(workload: Workload, execution: Execution, degrees: Degrees, shard: bool) -> int:

@@ -54,12 +54,14 @@ QUANTISED = tuple(
 
 @dataclass(frozen=True)
 class Row:
-    """A card and what to do with it. `bytes` as the driver counts them. `fps` is by pyramid steps, `None` where no
-    profile tells; with `is_bound` it is no more than what the transfer of the weights allows."""
+    """A card and what to do with it. `bytes` as the driver counts them, `host` those of the host's memory. `fps` is by
+    pyramid steps, `None` where no profile tells; with `is_bound` it is no more than what the transfer of the weights
+    allows."""
 
     gigabytes: int
     choice: Choice
     bytes: float
+    host: float
     fps: tuple[float | None, ...]
     is_bound: bool
     hardware: str | None
@@ -95,7 +97,9 @@ def _first(choices: Sequence[Choice], workload, gigabytes: int) -> Choice | None
 
 
 def _row(gigabytes: int, choice: Choice, workloads: Sequence, profile: str | None) -> Row:
-    needed = _memory(choice, workloads[0]).bytes
+    from helios_cp.plan.card_memory import host_bytes
+
+    needed, host = _memory(choice, workloads[0]).bytes, host_bytes(workloads[0], choice.execution)
     is_bound = profile is None and choice.execution.offload == "group"
     if is_bound:
         fps = tuple(each.frames / _transfer_seconds(each, choice.execution) for each in workloads)
@@ -103,7 +107,7 @@ def _row(gigabytes: int, choice: Choice, workloads: Sequence, profile: str | Non
         fps = (None,) * len(workloads)
     else:
         fps = tuple(each.frames / chunk_seconds(each, choice, profile) for each in workloads)
-    return Row(gigabytes, choice, needed, fps, is_bound, None if is_bound else profile)
+    return Row(gigabytes, choice, needed, host, fps, is_bound, None if is_bound else profile)
 
 
 def _transfer_seconds(workload, execution: Execution) -> float:
@@ -143,6 +147,7 @@ def markdown(found: Sequence[Row], steps: Sequence[Sequence[int]]) -> str:
         "card",
         "flags",
         "needs, modelled",
+        "host memory, modelled",
         *(f"FPS at {_steps(each)}, modelled" for each in steps),
         "modelled for",
     ]
@@ -154,7 +159,8 @@ def markdown(found: Sequence[Row], steps: Sequence[Sequence[int]]) -> str:
         fps = [_fps(value, row.is_bound) for value in row.fps]
         source = "PCIe 4.0 x16 alone" if row.is_bound else row.hardware if row.fps[0] is not None else ""
         flags = f"`{row.choice.flags}`" if row.choice.flags else "none"
-        cells = [f"{', '.join(map(str, gigabytes))} GB", flags, f"{row.bytes / 1e9:.1f} GB", *fps, source or ""]
+        cells = [f"{', '.join(map(str, gigabytes))} GB", flags, f"{row.bytes / 1e9:.1f} GB", f"{row.host / 1e9:.0f} GB"]
+        cells += [*fps, source or ""]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

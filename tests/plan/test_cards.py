@@ -17,7 +17,9 @@ from helios_cp.pipeline.pipeline import Pipeline
 from helios_cp.plan.card_memory import (
     CONTEXT,
     FITTING_SHARE,
+    HOST_PROCESS,
     card_memory,
+    host_bytes,
     text_encoder_bytes,
     transformer_bytes,
 )
@@ -167,3 +169,13 @@ def test_refusals(capsys, monkeypatch, tmp_path, arguments, part):
     assert stop.value.code == 2
     assert part in line
     assert "\n" not in line
+
+
+def test_the_host_holds_all_weights_that_rest_there():
+    """Of Helios-14B: 28.6 GB of transformer, 11.4 of text encoder, 0.5 of VAE."""
+    workload = workload_of()
+    weights = {how: host_bytes(workload, Execution(offload=how)) - HOST_PROCESS for how in ("none", "model", "group")}
+    assert round(weights["none"] / 1e9, 1) == 11.4 and round(weights["model"] / 1e9, 1) == 40.6
+    assert weights["group"] == weights["model"]
+    int8 = host_bytes(workload, Execution(offload="model", quantize="int8")) - HOST_PROCESS
+    assert 26e9 < int8 < weights["model"] - 13e9
