@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.ranks.pool import shared_pool
-from helios_cp.config import arguments
+from helios_cp.config import layout
 from helios_cp.config.checkpoint import Checkpoint
 from helios_cp.config.errors import RequestError
 from helios_cp.config.execution import Execution
@@ -31,7 +31,7 @@ needs_yunchang = pytest.mark.skipif(not importlib.util.find_spec("yunchang"), re
 
 
 def test_the_command_line_offers_every_engine():
-    assert arguments.ENGINES == ENGINES
+    assert layout.ENGINES == ENGINES
 
 
 class Recorder(WholeSequence):

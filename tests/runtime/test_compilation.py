@@ -212,12 +212,12 @@ print(float(max(errors)), counters["inductor"]["fxgraph_cache_hit"], counters["i
 def test_inductor_and_its_cache(presets, tmp_path):
     """Inductor's own code for the blocks of a forward and for a latent frame; a second process generates none of it."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TORCHINDUCTOR")}
-    for hits, misses in ((0, 3), (3, 0)):
+    for is_first in (True, False):
         command = [sys.executable, "-c", START, str(presets["tiny-mid"]), str(tmp_path / "compiled")]
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
-        largest, *found = done.stdout.split()
-        assert float(largest) <= 1e-5
-        assert found == [str(hits), str(misses)]
+        largest, hits, misses = map(float, done.stdout.split())
+        assert largest <= 1e-5
+        assert (hits == 0 and misses >= 3) if is_first else (hits >= 3 and misses == 0)
 
 
 def test_the_folder_of_compiled_code_is_set_by_who_starts_the_process(presets, tmp_path, monkeypatch):
