@@ -89,6 +89,8 @@ def count_theirs(
 
 @torch.inference_mode()
 def _count_theirs(config: TransformerConfig, size: tuple[int, int], stage: int, ranks: int, peer: str) -> ByAxis | str:
+    if peer == "ulysses" and config.num_attention_heads % ranks:
+        return f"{config.num_attention_heads} heads do not divide by {ranks}, which plain Ulysses needs"
     torch.manual_seed(0)
     model, _ = build_pair(config, torch.device("cpu"), DTYPE)
     inputs = Inputs.random(config, size, stage, torch.device("cpu"), DTYPE)

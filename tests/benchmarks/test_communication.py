@@ -135,6 +135,10 @@ def test_diffusers_takes_uneven_ranks_by_ulysses_anything(ranks):
         assert [rank["context"] for rank in counts[2].ranks] == [rank["context"] for rank in plain.ranks]
 
 
+def test_plain_ulysses_of_diffusers_refuses_heads_that_do_not_divide():
+    assert "40 heads do not divide by 3" in counts_of_theirs(shared_pool(), 3, FULL, SMALL, (2,))[2]
+
+
 def test_diffusers_has_no_ring_on_a_cpu():
     counts = counts_of_theirs(shared_pool(), 2, FULL, SMALL, (2,), "ring_anything")
     assert "return_lse" in counts[2]
