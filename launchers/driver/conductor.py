@@ -42,6 +42,14 @@ class ClosedError(RuntimeError):
         super().__init__("the pipeline is closed; make another one")
 
 
+async def end_tasks() -> None:
+    """End what still waits in this loop, say for the answer of a worker that is stopped: asyncio would print each."""
+    waiting = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in waiting:
+        task.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+
+
 class Conductor:
     """Makes videos with `workers`, which tell their news to `tell`; `show` gets a picture of the status now and then.
 
@@ -140,6 +148,7 @@ class Conductor:
         try:
             self._loop.run_until_complete(self._make_videos())
         finally:
+            self._loop.run_until_complete(end_tasks())
             self._loop.close()
 
     async def _make_videos(self) -> None:
