@@ -1,5 +1,6 @@
 # make demo   set up .venv and generate a video on the embedded tiny model
 # make demo-ray   the same on a Ray cluster of two nodes on this machine, two videos at once
+# make live   a server on the embedded tiny model: open the address that it prints, type, and watch
 # make test   set up .venv, lint, and run all tests, side by side
 # make test-quick   what one runs while editing: no Ray, no torchrun, no whole videos on many ranks
 # make test-ray   only those that start Ray clusters
@@ -14,11 +15,11 @@ BENCH := outputs/bench
 
 WORKERS ?= 3
 
-.PHONY: demo demo-ray tiny test test-quick test-ray bench lint format clean
+.PHONY: demo demo-ray live tiny test test-quick test-ray bench lint format clean
 
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,cluster]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,cluster,live]'
 	touch $@
 
 demo: $(INSTALLED)
@@ -30,6 +31,9 @@ demo: $(INSTALLED)
 
 demo-ray: $(INSTALLED)
 	$(BIN)/python -m launchers.demo --output outputs/demo-ray
+
+live: $(INSTALLED)
+	$(BIN)/python -m launchers.serve --model tiny-distilled --height 128 --width 192 --data outputs/live
 
 tiny: $(INSTALLED)
 	nice $(BIN)/python -m helios_cp.tiny.train all --output outputs/tiny

@@ -26,7 +26,13 @@ FLOORS = {
         {"pipeline", "plan", "tiny"},
         {"generate"},
     ],
-    "launchers": [{"messages", "schedule"}, {"workers", "cluster"}, {"driver"}, {"generate", "status"}, {"demo"}],
+    "launchers": [
+        {"messages", "schedule"},
+        {"workers", "cluster"},
+        {"driver"},
+        {"generate", "status"},
+        {"demo", "serve"},
+    ],
     "benchmarks": [
         {"measuring"},
         {"models", "ranks"},

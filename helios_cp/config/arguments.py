@@ -121,7 +121,9 @@ def flag_name(cls: type, field: str) -> str:
     return (about and about.name) or "--" + field.replace("_", "-")
 
 
-def add_flags(parser: argparse.ArgumentParser, cls: type, only: tuple[str, ...] = ()) -> None:
+def add_flags(
+    parser: argparse.ArgumentParser, cls: type, only: tuple[str, ...] = (), without: tuple[str, ...] = ()
+) -> None:
     """Add the flags of a dataclass, or of some fields of it. What a user leaves out is absent from the namespace."""
     group: argparse._ActionsContainer = parser
     fields = {field.name: field for field in dataclasses.fields(cls)}
@@ -130,6 +132,8 @@ def add_flags(parser: argparse.ArgumentParser, cls: type, only: tuple[str, ...] 
             continue
         if about.group is not None and not only:
             group = parser.add_argument_group(about.group)
+        if name in without:
+            continue
         kind = str(fields[name].type).removesuffix(" | None")
         options: dict[str, Any] = {"dest": name, "help": _help(cls, name, about), "default": argparse.SUPPRESS}
         if kind == "bool":

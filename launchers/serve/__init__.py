@@ -1,0 +1,1 @@
+"""The live server `python -m launchers.serve`: videos watched and steered while they are made."""

@@ -1,0 +1,63 @@
+"""Command line: a server that makes videos live, on a Ray cluster.
+
+python -m launchers.serve
+python -m launchers.serve --model BestWishYsh/Helios-Distilled --groups 2 --decoders 2
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import replace
+
+from helios_cp.config.arguments import OneLineParser
+from helios_cp.config.console import quiet_imports, unfailing_output
+from helios_cp.config.errors import RequestError
+from helios_cp.config.paths import cache_folder
+from helios_cp.config.ranks import parse_on_rank
+from helios_cp.generate.stopping import handled, stop_at_once
+from launchers.cluster.address import address_of
+from launchers.serve.flags import ServeCall
+
+PROGRAM = "launchers.serve"
+
+EPILOG = (
+    "When weights are loaded the address of its page is printed. Ctrl-C and SIGTERM save running sessions and end it; "
+    "the next start in the same --data folder goes on with them, as it does after kill -9. "
+    "HELIOS_CP_CACHE names the folder where the tiny models are kept (default: ~/.cache/helios_cp)."
+)
+
+
+def build_parser() -> OneLineParser:
+    """The flags of `launchers.generate` but those of one video's text and files, and the server's own."""
+    parser = OneLineParser(
+        prog=PROGRAM,
+        usage="python -m launchers.serve [--model MODEL] [--host HOST] [--port PORT] [flag ...]",
+        description="Serve Helios live: watch videos in a browser while they are made, and steer them by typing.",
+        epilog=EPILOG,
+    )
+    ServeCall.add_flags(parser)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit codes: 0 after a signal, 1 for a failure, 2 for bad flags."""
+    parser = build_parser()
+    arguments, ranks = parse_on_rank(parser, argv, os.environ)
+    try:
+        if ranks.size > 1:
+            raise RequestError(f"WORLD_SIZE {ranks.size} in the environment: start this once, without torchrun")
+        call, cache = ServeCall.of(arguments), cache_folder(os.environ)
+        call = replace(call, address=address_of(call.address, os.environ))
+    except RequestError as error:
+        parser.error(str(error))
+    quiet_imports()
+    # Imported here so that --help and misspelt flags need not wait for torch.
+    from launchers.serve.run import run
+
+    with unfailing_output(), handled(stop_at_once):
+        return run(parser, call, cache)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+"""Starts the web server at once and the cluster beside it; ends both in order."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+from helios_cp.config.arguments import OneLineParser
+from helios_cp.config.console import say
+from helios_cp.config.errors import CheckpointError, RequestError
+from helios_cp.device.device import dtype_name
+from helios_cp.files.locks import LockedError, locked
+from helios_cp.files.whole_files import check_folder_target
+from helios_cp.generate.check import Session as CheckedCall
+from helios_cp.generate.run import quiet_libraries
+from helios_cp.generate.stopping import Stopped, StopSignal
+from helios_cp.weights.load import resolve
+from launchers.cluster.cluster import ClusterError, connected
+from launchers.driver.pipeline import ChunkPipeline, PipelineError
+from launchers.driver.recipes import Resources
+from launchers.generate import checks
+from launchers.generate.automatic_layout import with_best_layout
+from launchers.schedule.terms import Limits
+from launchers.serve.access import Access
+from launchers.serve.app import build_app
+from launchers.serve.flags import ServeCall
+from launchers.serve.server import Server
+from launchers.serve.web import WebServer, listen, url_of
+
+POLL = 0.2
+"""Seconds between two looks for a signal."""
+
+EXAMPLE = "a red fox running through fresh snow"
+"""In the place of a prompt where the call is checked before any session has given one."""
+
+
+def run(parser: OneLineParser, call: ServeCall, cache: Path | None) -> int:
+    """Returns the exit code: 0 after Ctrl-C or SIGTERM, which are how a server ends."""
+    quiet_libraries()
+    try:
+        with ExitStack() as stack:
+            try:
+                access = Access.of(call.api_key_file)
+                check_folder_target("--data", call.data)
+                stack.enter_context(_only_server(call.data))
+                listener = stack.enter_context(listen(call.host, call.port))
+                if call.address != "local":
+                    checks.check_without_cluster(_probe(call), cache)
+                    stack.enter_context(connected(call.address, wait=call.wait))
+                device = checks.pick_cluster_device(call)
+                resources = checks.resources_of(call, device)
+                if call.layout.is_auto:
+                    call = with_best_layout(_probe(call), cache, device, resources)
+                checked = checks.check_session(_probe(call), cache, call.ranks_of_group, device)
+                shares = checks.shares_of_workers(call, device, checked.layout, checked.execution.offload, resources)
+                if call.address == "local":
+                    checks.check_cards(call, shares)
+            except RequestError as error:
+                parser.error(str(error))
+            server = Server(call, checked, access)
+            web = stack.enter_context(WebServer(build_app(server), listener, call.message_bytes))
+            say(f"loading {checked.model} on {device} in {dtype_name(checked.dtype)}; {url_of(listener)} tells how far")
+            if call.address == "local":
+                resolve(checked.model, cache)  # with its weights, as workers have no terminal to show progress on
+                stack.enter_context(connected("local", cpus=len(shares), gpus=checks.cards_for(shares)))
+            with StopSignal().installed() as stop:
+                try:
+                    with _pipeline(call, checked, device, resources, cache) as pipeline:
+                        _serve(server, web, pipeline, stop, url_of(listener))
+                except Stopped:
+                    say("stopped; the sessions that were running go on at the next start")
+            return 0
+    except (ClusterError, PipelineError, CheckpointError, RequestError, OSError) as error:
+        say(f"{parser.prog}: error: {' '.join(str(error).split())}")
+        return 1
+    except KeyboardInterrupt:
+        say("stopped while it started")
+        return 0
+
+
+def _only_server(data: Path) -> ExitStack:
+    """Hold the lock on the folder. Raises `RequestError` where another server works there."""
+    held = ExitStack()
+    try:
+        held.enter_context(locked(data / "lock"))
+    except LockedError as holder:
+        raise RequestError(f"--data {data}: another server works there ({holder}); give another folder") from None
+    return held
+
+
+def _probe(call: ServeCall) -> ServeCall:
+    """The call with a prompt, so that all else of it can be checked."""
+    return replace(call, request={**call.request, "prompt": (EXAMPLE,)}, output=call.data / "example.mp4")
+
+
+def _pipeline(
+    call: ServeCall, checked: CheckedCall, device: str, resources: Resources, cache: Path | None
+) -> ChunkPipeline:
+    return ChunkPipeline(
+        checked.model,
+        groups=call.groups,
+        decoders=call.decoders,
+        layout=checked.layout,
+        execution=checked.execution,
+        dtype=dtype_name(checked.dtype),
+        device=device,
+        backend=call.layout.backend,
+        cache=cache,
+        timeout=call.layout.timeout,
+        limits=Limits(undelivered=call.undelivered, active=call.most_sessions + call.groups),
+        resources=resources,
+        spread=call.spread,
+        patience=call.wait,
+    )
+
+
+def _serve(server: Server, web: WebServer, pipeline: ChunkPipeline, stop: StopSignal, url: str) -> None:
+    """Until a signal. Raises `Stopped`, and what ends the pipeline."""
+    try:
+        while not server.is_ready:
+            stop.check()
+            try:
+                pipeline.wait_until_ready(POLL)
+            except TimeoutError:
+                continue
+            web.loop.call_soon_threadsafe(server.opened, pipeline)
+            print(url, flush=True)
+            break
+        while not web.ended.wait(POLL):
+            stop.check()
+            pipeline.wait_until_ready(0)  # raises what has ended the pipeline
+    finally:
+        if not web.ended.is_set():
+            web.call(server.drain())

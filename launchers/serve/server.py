@@ -1,0 +1,42 @@
+"""All state of the live server, in one object that every router is given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from launchers.serve.access import Access
+from launchers.serve.flags import ServeCall
+
+if TYPE_CHECKING:
+    from helios_cp.generate.check import Session as CheckedCall
+    from launchers.driver.pipeline import ChunkPipeline
+
+
+@dataclass
+class Server:
+    """`pipeline` is `None` while weights load, and `doing` says how far that is.
+
+    `checked` is the call with its checkpoint, layout and defaults. Everything here belongs to the thread of the web
+    server's event loop; others reach it by `loop.call_soon_threadsafe`.
+    """
+
+    call: ServeCall
+    checked: CheckedCall
+    access: Access = field(default_factory=Access)
+    pipeline: ChunkPipeline | None = None
+    doing: str = "starting"
+    is_draining: bool = False
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it takes new sessions and videos."""
+        return self.pipeline is not None and not self.is_draining
+
+    def opened(self, pipeline: ChunkPipeline) -> None:
+        """The workers are loaded."""
+        self.pipeline, self.doing = pipeline, "ready"
+
+    async def drain(self) -> None:
+        """Take nothing new; save what runs, so that the next start goes on with it; tell clients to come back."""
+        self.is_draining, self.doing = True, "shutting down"
