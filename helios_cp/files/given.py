@@ -9,7 +9,6 @@ import os
 
 import numpy as np
 import torch
-from diffusers.video_processor import VideoProcessor
 from PIL import Image
 
 from helios_cp.config.checkpoint import VAE_SPATIAL
@@ -103,5 +102,7 @@ def _resize_frames(name: str, frames: torch.Tensor, height: int, width: int, mod
         raise RequestError(f"{name} with values from {low:g} to {high:g}: allowed are uint8, [0, 1] and [-1, 1]")
     if mode != "stretch":
         raise RequestError(f"{name} of floating-point values: --resize-mode {mode} takes uint8; stretch takes both")
+    from diffusers.video_processor import VideoProcessor  # as in `resize`
+
     processor = VideoProcessor(vae_scale_factor=VAE_SPATIAL, do_normalize=low >= 0)
     return processor.preprocess_video(frames, height=height, width=width)

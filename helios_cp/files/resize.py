@@ -10,7 +10,6 @@ import os
 import stat
 
 import torch
-from diffusers.video_processor import VideoProcessor
 from PIL import Image
 
 from helios_cp.config.checkpoint import VAE_SPATIAL
@@ -25,6 +24,8 @@ VISIBLE_STRETCH = 1.1
 
 def resize(picture: Image.Image, height: int, width: int, mode: str = "stretch") -> torch.Tensor:
     """An RGB picture as fp32 `[1, 3, height, width]` in [-1, 1], by Lanczos."""
+    from diffusers.video_processor import VideoProcessor  # seconds, which most videos need not wait for
+
     processor = VideoProcessor(vae_scale_factor=VAE_SPATIAL)
     return processor.preprocess(picture, height=height, width=width, resize_mode=DIFFUSERS_MODES[mode])
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 import platform
 from collections import defaultdict
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import Any
 
-import av
-import diffusers
 import torch
-import transformers
 
 import helios_cp
 from helios_cp.config.checkpoint import Checkpoint
@@ -24,8 +22,8 @@ from helios_cp.model.codec import vae_settings
 
 def versions() -> dict[str, str]:
     """Of what can change a video by rounding: a run folder and a report keep them."""
-    modules = {"helios_cp": helios_cp, "torch": torch, "diffusers": diffusers, "transformers": transformers, "av": av}
-    return {name: str(module.__version__) for name, module in modules.items()}
+    libraries = {name: version(name) for name in ("diffusers", "transformers", "av")}  # seconds to import
+    return {"helios_cp": helios_cp.__version__, "torch": str(torch.__version__), **libraries}
 
 
 class Report:

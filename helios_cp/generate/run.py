@@ -9,9 +9,7 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from time import perf_counter
 
-import diffusers
 import torch
-import transformers
 
 from helios_cp.config.checkpoint import Checkpoint
 from helios_cp.config.console import say
@@ -107,7 +105,6 @@ def turns_of(session: Session) -> Iterator[tuple[int, ExitStack]]:
 
 def follow(work: Work, device: torch.device, cache: Path | None, world: World) -> None:
     """What a rank other than 0 does: the same videos in step, and no files."""
-    quiet_libraries()
     if not work.requests:
         return
     pipeline = load_pipeline(work, resolve(work.model, cache, weights=()), device, world)
@@ -196,7 +193,6 @@ def _finished_files(chunks: ChunkFiles, session: Session, job: Job, stop: StopSi
 
 def _load(session: Session, world: World) -> ParallelPipeline | None:
     """The pipeline, or `None` if every chunk of every job is finished already."""
-    quiet_libraries()
     if not session.work.requests:
         return None
     layout = f", {session.layout.degrees}" if session.layout.degrees.world > 1 else ""
@@ -222,12 +218,6 @@ def _announce(pipeline: ParallelPipeline | None, number: int) -> int:
     if pipeline is None or pipeline.mesh.world.size == 1:
         return number
     return int(pipeline.mesh.world.broadcast(torch.tensor([number], device=pipeline.device)))
-
-
-def quiet_libraries() -> None:
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    diffusers.logging.set_verbosity_error()
 
 
 def files_of(session: Session, number: int) -> ChunkFiles:

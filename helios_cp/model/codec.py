@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 
 from helios_cp.config.execution import Execution
@@ -17,6 +16,7 @@ from helios_cp.device.memory import free_host_memory, free_memory
 from helios_cp.device.streams import to_device
 from helios_cp.model.vae.autoencoder import FRAMES, Autoencoder, join
 from helios_cp.model.vae.memory import choose_group
+from helios_cp.model.vae.posterior import Posterior
 from helios_cp.model.vae.sweep import Rows
 
 OUTPUT_TYPES = ("uint8", "float", "latent")
@@ -50,11 +50,11 @@ class Codec:
         """The latent frames that went through together last, for a report; `None` before the first."""
         return next(reversed(self._chosen.values()), None)
 
-    def encode(self, videos: Sequence[Tensor]) -> list[DiagonalGaussianDistribution]:
+    def encode(self, videos: Sequence[Tensor]) -> list[Posterior]:
         """The posterior of each video `[1, 3, T, H, W]` in [−1, 1], in fp32; `draw` samples from it."""
         return [posterior_of(self._encode(video)) for video in videos]
 
-    def draw(self, posterior: DiagonalGaussianDistribution, generator: torch.Generator) -> Tensor:
+    def draw(self, posterior: Posterior, generator: torch.Generator) -> Tensor:
         """Normalised latents `[1, C, T/4, H/8, W/8]` in fp32, drawn from a posterior."""
         mean, inverse_std = latent_statistics(self.vae)
         return (posterior.sample(generator=generator) - mean) * inverse_std
@@ -140,9 +140,9 @@ def latent_statistics(vae) -> tuple[Tensor, Tensor]:
     return mean, 1.0 / std
 
 
-def posterior_of(parameters: Tensor) -> DiagonalGaussianDistribution:
+def posterior_of(parameters: Tensor) -> Posterior:
     """Of the encoder's output, in fp32: the noise drawn from it is then the same for every dtype of the VAE."""
-    return DiagonalGaussianDistribution(parameters.float())
+    return Posterior(parameters.float())
 
 
 def denormalise(vae: Autoencoder, latents: Tensor) -> Tensor:

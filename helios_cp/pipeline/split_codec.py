@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 
 from helios_cp.model.codec import Codec, denormalise, posterior_of
 from helios_cp.model.vae.autoencoder import Autoencoder
+from helios_cp.model.vae.posterior import Posterior
 from parallel.collectives import Group
 from parallel.halo import fetch_borders
 from parallel.segments import split
@@ -52,7 +52,7 @@ class SplitCodec(Codec):
     def is_local(self) -> bool:
         return super().is_local and self.share.size == 1
 
-    def encode(self, videos: Sequence[Tensor | None]) -> list[DiagonalGaussianDistribution | None]:
+    def encode(self, videos: Sequence[Tensor | None]) -> list[Posterior | None]:
         """As `Codec.encode`; ranks other than 0 pass a `None` for each video and get one back."""
         if self.vae is None:
             return [None] * len(videos)

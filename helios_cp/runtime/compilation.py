@@ -26,8 +26,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.exc import FailOnRecompileLimitHit
-from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from helios_cp.model.layers import Block
 from helios_cp.model.transformer import HeliosTransformer
@@ -49,6 +47,8 @@ def compile_parts(
     Nothing is compiled before it first runs. `cache` is the folder that keeps compiled code for the next start; warns
     where this process has not been told so by `keep_in`.
     """
+    from torch._inductor.runtime.cache_dir_utils import cache_dir  # it imports the compiler, which takes a second
+
     if cache is not None and os.path.realpath(cache) != os.path.realpath(cache_dir()):
         warnings.warn(
             f"compiled code goes to {cache_dir()} and not to {cache}: call "
@@ -90,6 +90,8 @@ def keep_in(folder: str, environment: MutableMapping[str, str] = os.environ) -> 
 
 
 def _compile(function: Callable, backend: Backend, dynamic: bool = False) -> Callable:
+    from torch._dynamo.exc import FailOnRecompileLimitHit
+
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, MOST_COMPILED)
     compiled = torch.compile(function, backend=backend, fullgraph=True, dynamic=dynamic)

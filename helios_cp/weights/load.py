@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helios_cp.config.checkpoint import VAE_SPATIAL, VAE_TEMPORAL, WEIGHT_STEMS, Checkpoint
+from helios_cp.config.console import without_progress_bars
 from helios_cp.config.errors import CheckpointError, RequestError
 from helios_cp.files.tensor_files import Reader, and_others, check_fit, read_json, stored_tensors, weight_files
 from helios_cp.weights.hub import HubId, describe, download_weights, snapshot_in
@@ -140,7 +141,7 @@ def load_text_encoder(
             "transformer's text_dim"
         )
     stored_tensors(folder, "model")
-    with _blame(folder):
+    with _blame(folder), without_progress_bars():
         text_encoder, report = UMT5EncoderModel.from_pretrained(
             folder,
             dtype=dtype or torch.float32,

@@ -12,12 +12,12 @@ import json
 import math
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from helios_cp.config.console import without_progress_bars
 from helios_cp.config.errors import RequestError
 from helios_cp.config.paths import user_path
 
@@ -180,22 +180,8 @@ def _save(preset: Preset, transformer: Any, vae: Any, text_encoder: Any, folder:
     )
     if random_weights:
         pipeline.register_to_config(random_weights=True)
-    with _without_progress_bars():
+    with without_progress_bars():
         pipeline.save_pretrained(folder, safe_serialization=True, max_shard_size=SHARD_SIZE)
-
-
-@contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    """transformers shows one for its shards, however small they are."""
-    from transformers.utils import logging
-
-    were_shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if were_shown:
-            logging.enable_progress_bar()
 
 
 def _fill(module: Any, seed: int) -> None:

@@ -15,7 +15,7 @@ from helios_cp.device.device import dtype_name
 from helios_cp.generate.check import Session
 from helios_cp.generate.claims import claimed
 from helios_cp.generate.outcome import report_of, standing, tell_failures, write_report
-from helios_cp.generate.run import files_of, quiet_libraries, turns_of
+from helios_cp.generate.run import files_of, turns_of
 from helios_cp.generate.run_folder import RunFolder
 from helios_cp.generate.stopping import Stopped, StopSignal
 from helios_cp.weights.hub import HubId
@@ -40,7 +40,6 @@ QUEUE = 4
 
 def run(parser: OneLineParser, call: ClusterCall, cache: Path | None) -> int:
     """Returns the exit code."""
-    quiet_libraries()
     try:
         with ExitStack() as stack:
             try:

@@ -215,6 +215,16 @@ assert not heavy, heavy
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
 
 
+@pytest.mark.parametrize(
+    "module", ["helios_cp.generate.run", "launchers.workers.decoder", "launchers.workers.denoiser"]
+)
+def test_processes_start_without_what_only_some_of_them_need(module):
+    """Each rank and each worker is a process, and these take four seconds of CPU time to import."""
+    code = f"import sys, {module}; print([name for name in ('diffusers', 'transformers', 'torch._dynamo') if name in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
+
+
 def test_names_that_config_repeats_are_those_of_the_packages_that_need_torch():
     from helios_cp.config.layout import ENGINES, MACHINES
     from helios_cp.plan.machines import PROFILES
