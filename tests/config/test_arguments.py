@@ -220,7 +220,8 @@ assert not heavy, heavy
 )
 def test_processes_start_without_what_only_some_of_them_need(module):
     """Each rank and each worker is a process, and these take four seconds of CPU time to import."""
-    code = f"import sys, {module}; print([name for name in ('diffusers', 'transformers', 'torch._dynamo') if name in sys.modules])"
+    heavy = "'diffusers', 'transformers', 'torch._dynamo'"
+    code = f"import sys, {module}; print([name for name in ({heavy}) if name in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
 
