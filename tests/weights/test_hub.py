@@ -333,6 +333,35 @@ def test_a_disk_without_room_is_said_before_the_download(hub, model, tmp_path, m
         hub_files._check_room(HubId(NAME), 10**18)
 
 
+WITH_A_DISK = """
+mount -t tmpfs -o size=64m none "$HOME" && exec "$0" "$@"
+"""
+"""Runs a program that has a disk of its own for its home, in a namespace that other programs do not see."""
+
+
+def test_a_disk_that_fills_up_meanwhile(hub, environment):
+    """Something else takes the room that was there when the download began."""
+    apart = ["unshare", "--map-root-user", "--mount"]
+    if shutil.which("unshare") is None or subprocess.run([*apart, "true"], check=False).returncode:
+        pytest.skip("this machine lets no user mount a disk of their own")
+    fault = Fault("GET /store/.*vae/", after=5000, stall=threading.Event())
+    hub.faults.append(fault)
+    command = [*apart, "sh", "-c", WITH_A_DISK, sys.executable, "-c", RESOLVE, NAME, ALL]
+    call = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    assert fault.reached.wait(LONG)
+    other = Path(f"/proc/{call.pid}/root{environment['HOME']}/other")
+    with pytest.raises(OSError, match="No space left"), other.open("wb", buffering=0) as file:
+        while file.write(bytes(2**16)):
+            pass
+    fault.stall.set()
+    told = call.communicate(timeout=LONG)[1].splitlines()
+    assert call.returncode == 1 and "Traceback" not in "".join(told)
+    assert re.search(
+        r"vae/\S+ could not be downloaded: the disk of .* is full; free some, or set HF_HOME .*; run the same command again",
+        told[-1],
+    )
+
+
 NOBODY = """
 import os, pwd
 
