@@ -38,7 +38,7 @@ def make_mark(device: torch.device) -> Mark:
 
 
 @dataclass(frozen=True)
-class Span:
+class Measured:
     """A stage, or a piece of one, from one mark to another."""
 
     name: str
@@ -56,25 +56,25 @@ class Stopwatch:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._spans: list[Span] = []
+        self._measured: list[Measured] = []
 
     @contextmanager
     def measure(self, name: str) -> Iterator[None]:
         """A stage, or a piece of one; one that fails is not counted."""
         begin = make_mark(self.device)
         yield
-        self._spans.append(Span(name, begin, make_mark(self.device)))
+        self._measured.append(Measured(name, begin, make_mark(self.device)))
 
-    def take(self) -> tuple[Span, ...]:
+    def take(self) -> tuple[Measured, ...]:
         """What was measured since the last call."""
-        spans = tuple(self._spans)
-        self._spans.clear()
-        return spans
+        measured = tuple(self._measured)
+        self._measured.clear()
+        return measured
 
 
-def seconds_of(spans: Iterable[Span]) -> dict[str, float]:
+def seconds_of(measured: Iterable[Measured]) -> dict[str, float]:
     """Seconds by stage, once the device is past all marks."""
     seconds: dict[str, float] = defaultdict(float)
-    for span in spans:
-        seconds[span.name] += span.begin.elapsed_time(span.end) / 1000
+    for each in measured:
+        seconds[each.name] += each.begin.elapsed_time(each.end) / 1000
     return dict(seconds)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from helios_cp.device.streams import to_host
-from helios_cp.device.timing import Mark, Span, Stopwatch, make_mark, seconds_of
+from helios_cp.device.timing import Mark, Measured, Stopwatch, make_mark, seconds_of
 from helios_cp.pipeline.chunk import Chunk
 from helios_cp.sampling.denoise import Step
 
@@ -29,7 +29,7 @@ class Denoised:
     """
 
     chunk: Chunk
-    spans: tuple[Span, ...]
+    measured: tuple[Measured, ...]
     ready: Mark
 
 
@@ -66,7 +66,7 @@ class Decoder:
                     if frames is not None and not self.keep_on_device:
                         frames = to_host(frames)
             make_mark(self.device).synchronize()
-        return replace(chunk, frames=frames, seconds=seconds_of((*denoised.spans, *watch.take())))
+        return replace(chunk, frames=frames, seconds=seconds_of((*denoised.measured, *watch.take())))
 
 
 def with_frames(

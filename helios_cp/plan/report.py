@@ -71,7 +71,7 @@ def limits(workload: Workload, hardware: Hardware) -> dict[str, float]:
         flops = sum(stage["forwards_per_chunk"] * stage[kind] for stage in stages)
         return limit_fps(workload.frames, flops, workload.decode_flops, *rates)
 
-    return {"fps_at_peak": limit("flops"), "fps_at_peak_with_diffusers_flops": limit("diffusers_flops")}
+    return {"fps_at_peak": limit("flops"), "fps_at_peak_with_diffusers_transformer": limit("diffusers_flops")}
 
 
 def to_json(plan: Plan, subject: Subject) -> dict[str, Any]:
@@ -182,8 +182,8 @@ def print_tables(plan: Plan, subject: Subject, top: int) -> None:
     bounds = limits(subject.workload, subject.hardware)
     say(
         f"One rank at the data sheet's rates, which nothing exceeds: {bounds['fps_at_peak']:.3g} FPS "
-        f"({bounds['fps_at_peak_with_diffusers_flops']:.3g} with the FLOPs of diffusers). All times are modelled, of "
-        "eager PyTorch: --compile, --quantize and --offload are not in them."
+        f"({bounds['fps_at_peak_with_diffusers_transformer']:.3g} with diffusers' transformer). All times are modelled, "
+        "of eager PyTorch: --compile, --quantize and --offload are not in them."
     )
 
 

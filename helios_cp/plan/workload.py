@@ -16,7 +16,7 @@ from helios_cp.plan.weight_cost import TextEncoderConfig
 
 
 @dataclass(frozen=True)
-class Stage:
+class PyramidStage:
     """Tokens of a pyramid stage (long · mid · short · noisy), and its forwards in a chunk, those of one branch."""
 
     lengths: tuple[int, ...]
@@ -34,7 +34,7 @@ class Workload:
     config: TransformerConfig
     vae: VaeConfig
     text_encoder: TextEncoderConfig
-    stages: tuple[Stage, ...]
+    stages: tuple[PyramidStage, ...]
     is_guided: bool
     dtype: torch.dtype
     text_tokens: int
@@ -62,7 +62,7 @@ class Workload:
             config=checkpoint.transformer,
             vae=vae or VaeConfig(),
             text_encoder=text_encoder or TextEncoderConfig(),
-            stages=tuple(Stage(tuple(each), count) for each, count in zip(lengths, forwards, strict=True)),
+            stages=tuple(PyramidStage(tuple(each), count) for each, count in zip(lengths, forwards, strict=True)),
             is_guided=plan.is_guided,
             dtype=dtype,
             text_tokens=request.max_sequence_length,

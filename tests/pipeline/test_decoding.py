@@ -17,7 +17,7 @@ from helios_cp.config.execution import Execution
 from helios_cp.config.request import Request
 from helios_cp.device.memory import MARGIN, allocated_memory, peak_memory, reset_peak_memory
 from helios_cp.device.streams import Pace
-from helios_cp.device.timing import Span
+from helios_cp.device.timing import Measured
 from helios_cp.generate.background import HostCopies
 from helios_cp.pipeline import pipeline as pipeline_module
 from helios_cp.pipeline.chunk import Chunk
@@ -70,7 +70,7 @@ class Run:
                     raise RuntimeError("the lens broke")
                 self.log.append(f"step {index}.{step}")
                 yield Step(index, 0, 1, step + 1, STEPS)
-            yield Denoised(make_chunk(index), (Span("denoise_1", Mark(), Mark()),), Mark())
+            yield Denoised(make_chunk(index), (Measured("denoise_1", Mark(), Mark()),), Mark())
 
     def decoder(self, fail: int | None = None) -> Decoder:
         """Ten times the latents."""

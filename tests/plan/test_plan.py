@@ -329,7 +329,7 @@ def test_json(capsys):
     assert main(["--gpus", "4", "--pyramid-steps", "1", "1", "1", "--json"]) == 0
     values = json.loads(capsys.readouterr().out)
     assert values["parameters"] == 14_312_427_584 and "modelled" in values["note"]
-    assert round(values["limits"]["fps_at_peak_with_diffusers_flops"], 1) == 48.0
+    assert round(values["limits"]["fps_at_peak_with_diffusers_transformer"], 1) == 48.0
     best = values["plans"][0]
     assert best["command"].endswith("--ulysses 4 --vae-parallel 4")
     assert best["ulysses"] == 4 and best["stages"][2]["traffic"]["ulysses"]["calls"] == 80
