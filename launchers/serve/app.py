@@ -6,7 +6,9 @@ from collections.abc import Callable
 
 from fastapi import APIRouter, FastAPI
 
-from launchers.serve import health
+from launchers.serve import answers, health
+from launchers.serve.gate import Gate
+from launchers.serve.limits import Rates
 from launchers.serve.server import Server
 
 ROUTERS: tuple[Callable[[Server], APIRouter], ...] = (health.router,)
@@ -18,4 +20,7 @@ def build_app(server: Server) -> FastAPI:
     app = FastAPI(title="Helios live", docs_url=None, redoc_url=None, openapi_url=None)
     for router in ROUTERS:
         app.include_router(router(server))
+    answers.install(app)
+    rates, most = Rates(server.call.requests), server.call.message_bytes
+    app.add_middleware(Gate, access=server.access, rates=rates, log=server.log, most_bytes=most)
     return app

@@ -13,6 +13,7 @@ from helios_cp.config.execution import Execution
 from helios_cp.config.layout import AskedLayout
 from helios_cp.config.request import Request
 from launchers.generate.flags import ClusterCall
+from launchers.serve.limits import Limits
 
 OF_ONE_VIDEO = (
     *("output", "save_latents", "report", "checkpoint_dir", "resume", "prompt_file", "image_folder"),
@@ -23,7 +24,7 @@ OF_ONE_VIDEO = (
 
 
 @dataclass(frozen=True)
-class ServeCall(ClusterCall):
+class ServeCall(Limits, ClusterCall):
     """What a user typed. `request` holds what a session has where it does not say."""
 
     host: str = flag("127.0.0.1", "address to listen on (default: 127.0.0.1)", "HOST", group="server")
@@ -36,23 +37,16 @@ class ServeCall(ClusterCall):
         "folder of sessions and videos; a later start goes on there (default: outputs/live)",
         "DIR",
     )
-    sessions: int | None = flag(
-        None, "sessions at a time; more wait in a queue (default: one a group)", "N", group="limits", least=1
-    )
-    queue: int = flag(64, "sessions that may wait (default: 64)", "N", least=0)
-    longest: float = flag(600.0, "longest session, in seconds of video (default: 600)", "SECONDS", least=1)
-    idle: float = flag(120.0, "how long a session goes on that nobody watches (default: 120)", "SECONDS", least=1)
-    keep: float | None = flag(
-        None, "how long a finished session stays on disk (default: until somebody deletes it)", "HOURS", above=0
-    )
     lead: float = flag(
         1.0, "chunks that are made ahead of the picture on screen (default: 1)", "CHUNKS", least=1, most=16
     )
-    viewers: int = flag(1000, "viewers of all sessions together (default: 1000)", "N", least=1)
-    pixels: int = flag(1920 * 1088, "largest picture, width times height (default: 2088960)", "N", least=1)
-    message_bytes: int = flag(
-        64 * 2**20, "largest message, with its picture or clip (default: 67108864)", "N", least=4096
+    allow_origin: tuple[str, ...] = flag(
+        (),
+        "another site, such as https://example.org, whose pages may use the server; may be repeated",
+        "URL",
+        repeat=True,
     )
+    log_prompts: bool = flag(False, "log what users write, too")
 
     @classmethod
     def add_flags(cls, parser: argparse.ArgumentParser) -> None:

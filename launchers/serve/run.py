@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from launchers.schedule.terms import Limits
 from launchers.serve.access import Access
 from launchers.serve.app import build_app
 from launchers.serve.flags import ServeCall
+from launchers.serve.logs import Log, json_lines
 from launchers.serve.server import Server
 from launchers.serve.web import WebServer, listen, url_of
 
@@ -41,9 +43,10 @@ def run(parser: OneLineParser, call: ServeCall, cache: Path | None) -> int:
     try:
         with ExitStack() as stack:
             try:
-                access = Access.of(call.api_key_file)
+                access = Access.of(call.api_key_file, call.allow_origin)
                 check_folder_target("--data", call.data)
                 stack.enter_context(_only_server(call.data))
+                stack.enter_context(json_lines(sys.stderr))
                 listener = stack.enter_context(listen(call.host, call.port))
                 if call.address != "local":
                     checks.check_without_cluster(_probe(call), cache)
@@ -58,7 +61,7 @@ def run(parser: OneLineParser, call: ServeCall, cache: Path | None) -> int:
                     checks.check_cards(call, shares)
             except RequestError as error:
                 parser.error(str(error))
-            server = Server(call, checked, access)
+            server = Server(call, checked, access, Log(prompts=call.log_prompts))
             web = stack.enter_context(WebServer(build_app(server), listener, call.message_bytes))
             say(f"loading {checked.model} on {device} in {dtype_name(checked.dtype)}; {url_of(listener)} tells how far")
             if call.address == "local":

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from launchers.serve.access import Access
 from launchers.serve.flags import ServeCall
+from launchers.serve.logs import Log
 
 if TYPE_CHECKING:
     from helios_cp.generate.check import Session as CheckedCall
@@ -24,6 +25,7 @@ class Server:
     call: ServeCall
     checked: CheckedCall
     access: Access = field(default_factory=Access)
+    log: Log = field(default_factory=Log)
     pipeline: ChunkPipeline | None = None
     doing: str = "starting"
     is_draining: bool = False

@@ -1,0 +1,37 @@
+"""A server without workers, for what it answers by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+
+from launchers.serve.app import build_app
+from launchers.serve.flags import ServeCall
+from launchers.serve.server import Server
+
+HERE = "http://127.0.0.1:8000"
+WS = "ws://127.0.0.1:8000"
+"""The test client would else call a WebSocket's host `testserver`."""
+
+
+@pytest.fixture
+def key_file(tmp_path) -> Path:
+    file = tmp_path / "keys"
+    file.write_text("first-key-0123456789 second-key-0123456789  # two of them\n# nobody\n")
+    file.chmod(0o600)
+    return file
+
+
+def client_of(server: Server, more: Callable[[FastAPI], object] = lambda app: None) -> TestClient:
+    """A client of the application itself; `more` adds routes to it."""
+    app = build_app(server)
+    more(app)
+    return TestClient(app, base_url=HERE, raise_server_exceptions=False)
+
+
+def call_of(folder: Path, **values) -> ServeCall:
+    return ServeCall(data=folder / "data", **values)
