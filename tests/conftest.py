@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from helios_cp.weights.presets import PRESETS, preset_folder
+from helios_cp.weights.presets import RANDOM, preset_folder
 
 # A home of this run's own, so that nothing that the programs and their libraries keep there is the user's, or left to
 # them. Packages that the user has installed there are still found.
@@ -42,8 +42,8 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def presets(cache):
-    """The folder of each tiny checkpoint, by name."""
-    return {name: preset_folder(name, cache) for name in PRESETS}
+    """The folder of each tiny checkpoint of random weights, by name."""
+    return {name: preset_folder(name, cache) for name in RANDOM}
 
 
 @pytest.fixture(scope="session")

@@ -30,7 +30,7 @@ from helios_cp.files.whole_files import check_file_target
 from helios_cp.weights.load import resolve
 
 WIDTH = 118  # of tables in a file or a pipe
-MODELS = ("tiny-distilled", "tiny-mid")
+MODELS = ("random-distilled", "random-mid")
 VARIANT_HELP = (
     f"as in --variant='--quantize fp8', once for each (default: those of {', '.join(VARIANTS)} that go with the "
     "checkpoint and the device)"

@@ -172,7 +172,7 @@ def random_vae(config: VaeConfig, home: str | torch.device, device: torch.device
 
 def random_scheduler(variant: str):
     """The scheduler of a variant; a scheduler has no weights."""
-    preset = presets.PRESETS[f"tiny-{variant}"]
+    preset = presets.PRESETS[f"random-{variant}"]
     return getattr(diffusers, preset.scheduler)(**preset.scheduler_config)
 
 

@@ -29,7 +29,7 @@ from launchers.driver.pipeline import ChunkPipeline
 from launchers.driver.timeline import Event, draw_runs, overlap
 from launchers.schedule.terms import Limits
 
-MODEL = "tiny-distilled"
+MODEL = "random-distilled"
 CALIBRATIONS = 3
 """Trials by which the number of steps is found."""
 

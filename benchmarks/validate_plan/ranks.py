@@ -39,7 +39,7 @@ class Model:
     def write(self, folder: Path) -> None:
         """Write it as a checkpoint of random weights, in the layout of diffusers."""
         torch.manual_seed(0)
-        preset = PRESETS[f"tiny-{self.variant}"]
+        preset = PRESETS[f"random-{self.variant}"]
         vae = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self.vae).items()}
         pipeline = getattr(diffusers, preset.pipeline)(
             tokenizer=ByT5Tokenizer(),

@@ -40,8 +40,9 @@ class Call:
     )
     model: str | None = flag(
         None,
-        "tiny-base, tiny-mid or tiny-distilled (random weights), a folder in the diffusers layout, or a hub id such as "
-        "BestWishYsh/Helios-Distilled, also with @REVISION (default: tiny-distilled)",
+        "tiny-base, tiny-mid or tiny-distilled, small models that the package carries (random-…: of random weights), a "
+        "folder in the diffusers layout, or a hub id such as BestWishYsh/Helios-Distilled, also with @REVISION "
+        "(default: tiny-distilled)",
         "MODEL",
         group="model",
     )

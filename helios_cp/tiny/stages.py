@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from helios_cp.files.whole_files import write_json
-from helios_cp.tiny import distill, flow, forward, judge, sample, text, vae
+from helios_cp.tiny import decoder, distill, flow, forward, judge, sample, text, vae
 from helios_cp.tiny.embed import write_embedded
 from helios_cp.tiny.judging import test_prompts, verdict
 from helios_cp.tiny.latents import Clips, write_clips
@@ -40,6 +40,16 @@ def _vae(options: Options) -> None:
     made = vae.make_vae()
     vae.to_channels_last(made)
     _train(options, "vae", made, vae.is_matrix, lambda generator: vae.training_loss(made, generator), Rates())
+
+
+def _decoder(options: Options) -> None:
+    torch.manual_seed(options.seed)
+    made, clips = load_vae(options), Clips(options.output / "latents")
+    made.requires_grad_(False)
+    for part in (made.post_quant_conv, made.decoder):
+        part.requires_grad_(True)
+    loss = lambda generator: decoder.training_loss(made, clips.std, generator)  # noqa: E731
+    _train(options, "decoder", made, vae.is_matrix, loss, Rates(0.01, 1e-3))
 
 
 def _latents(options: Options) -> None:
@@ -117,6 +127,8 @@ def load_reader(options: Options) -> text.Reader:
 
 def load_vae(options: Options):
     made = _averaged(vae.make_vae(), options.state("vae"), options.device)
+    if options.has("decoder"):
+        _averaged(made, options.state("decoder"), options.device)
     vae.to_channels_last(made)
     return made
 
@@ -164,6 +176,7 @@ STAGES = {
     "text": _text,
     "vae": _vae,
     "latents": _latents,
+    "decoder": _decoder,
     "judge": _judge,
     "mid": _mid,
     "base": _base,

@@ -16,6 +16,7 @@ STAGES = """stages, in order:
   text          the text encoder, on captions
   vae           the VAE, on short clips
   latents       clips encoded by the VAE, to disk
+  decoder       the VAE's decoder alone, on borders of chunks and on noisy latents
   judge         the classifier that says what a video shows
   mid           the transformer of Mid: flow matching on a pyramid
   base          the transformer of Base, from that of Mid

@@ -1,4 +1,4 @@
-"""Tiny Helios checkpoints with random weights, so that everything runs without a download.
+"""Small Helios checkpoints, so that everything runs without a download: trained ones and ones of random weights.
 
 A preset is a whole checkpoint folder that diffusers loads too: same classes, same layout, every switch of Helios on.
 Its weights come from a fixed seed and are scaled so that each of them has a visible effect on the output.
@@ -13,7 +13,7 @@ import math
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from helios_cp.config.paths import user_path
 LAYOUT = 1
 """Raise this when the code here writes other files than before. A changed preset needs no raise."""
 
+EMBEDDED = Path(__file__).parent / "embedded"
+"""Trained weights that the package carries; `helios_cp.tiny` makes them."""
 DEFAULT_CACHE = Path("~/.cache/helios_cp")
 SHARD_SIZE = "1MB"  # several shards even for a model this small, as real checkpoints have
 
@@ -69,16 +71,22 @@ class Preset:
     scheduler_config: Mapping[str, Any]
     seed: int
     flags: Mapping[str, bool] = field(default_factory=dict)
+    weights: str | None = None
+    """The file of the transformer in `EMBEDDED`, without its suffix; `None` where weights are random."""
 
     @property
     def digest(self) -> str:
         """Changes with anything that changes the files."""
         definition = [LAYOUT, SHARD_SIZE, TRANSFORMER, VAE, TEXT_ENCODER, GAINS, asdict(self)]
+        if self.weights is not None:
+            parts = (self.weights, "vae", "text_encoder")
+            contents = [(EMBEDDED / f"{part}.safetensors").read_bytes() for part in parts]
+            definition += [hashlib.sha256(content).hexdigest() for content in contents]
         return hashlib.sha256(json.dumps(definition, sort_keys=True).encode()).hexdigest()[:12]
 
 
-PRESETS: Mapping[str, Preset] = {
-    "tiny-base": Preset(
+RANDOM: Mapping[str, Preset] = {
+    "random-base": Preset(
         description="one stage, UniPC, guidance",
         pipeline="HeliosPipeline",
         scheduler="HeliosScheduler",
@@ -91,7 +99,7 @@ PRESETS: Mapping[str, Preset] = {
         },
         seed=1,
     ),
-    "tiny-mid": Preset(
+    "random-mid": Preset(
         description="three stages, UniPC, CFG-Zero*",
         pipeline="HeliosPyramidPipeline",
         scheduler="HeliosScheduler",
@@ -104,7 +112,7 @@ PRESETS: Mapping[str, Preset] = {
         seed=2,
         flags={"is_cfg_zero_star": True},
     ),
-    "tiny-distilled": Preset(
+    "random-distilled": Preset(
         description="three stages, distilled to few steps, no guidance",
         pipeline="HeliosPyramidPipeline",
         scheduler="HeliosDMDScheduler",
@@ -112,6 +120,12 @@ PRESETS: Mapping[str, Preset] = {
         seed=3,
         flags={"is_distilled": True},
     ),
+}
+
+
+PRESETS: Mapping[str, Preset] = {
+    **{name.replace("random", "tiny"): replace(preset, weights=name.split("-")[1]) for name, preset in RANDOM.items()},
+    **RANDOM,
 }
 
 
@@ -146,6 +160,9 @@ def write_preset(name: str, folder: Path) -> None:
     from transformers import UMT5Config, UMT5EncoderModel
 
     preset = PRESETS[name]
+    if preset.weights is not None:
+        write_trained(name, EMBEDDED, folder)
+        return
     transformer = diffusers.HeliosTransformer3DModel(**TRANSFORMER)
     vae = diffusers.AutoencoderKLWan(**VAE)
     text_encoder = UMT5EncoderModel(UMT5Config(**TEXT_ENCODER))
@@ -213,7 +230,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Command line: write a preset into a folder and list its files."""
     parser = argparse.ArgumentParser(prog="python -m helios_cp.weights.presets", description=main.__doc__)
     parser.add_argument("--write", metavar="DIR", type=user_path, required=True, help="an empty or new folder")
-    parser.add_argument("--preset", choices=sorted(PRESETS), default="tiny-distilled")
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="random-distilled")
     parser.add_argument(
         "--weights",
         metavar="DIR",

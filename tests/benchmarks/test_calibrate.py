@@ -235,7 +235,7 @@ def test_a_calibration_is_read_by_the_planner(quick, presets, capsys):
     assert hardware.name.startswith("calibrated") and written[MEASUREMENTS]["ranks"] == 2
     kinds = {each["kind"] for each in written[MEASUREMENTS]["messages"]}
     assert kinds == set(KINDS) and written[MEASUREMENTS]["versions"]["torch"] == torch.__version__
-    flags = ["--model", str(presets["tiny-mid"]), "--height", "64", "--width", "64", "--dtype", "float32", "--json"]
+    flags = ["--model", str(presets["random-mid"]), "--height", "64", "--width", "64", "--dtype", "float32", "--json"]
     assert plan.main([*flags, "--gpus", "2", "--hardware", str(path)]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["hardware"]["matmul_fp32_flops"] == hardware.matmul_fp32_flops

@@ -40,9 +40,9 @@ def test_a_run(cache, tmp_path, monkeypatch, capsys):
     variants = ("--quantize int8", "--quantize int4", "--block-cache 0.1", "--offload model")
     flags = [text for variant in variants for text in ("--variant", variant)]
     steps = ["--pyramid-steps", "1", "1", "1"]
-    assert main([*flags, "--model", "tiny-distilled", "--num-frames", "33", *steps, "--output", str(file)]) == 0
+    assert main([*flags, "--model", "random-distilled", "--num-frames", "33", *steps, "--output", str(file)]) == 0
     (run,) = json.loads(file.read_text())["results"]["runs"]
-    assert (run["model"], run["size"], run["chunks"], run["steps"]) == ("tiny-distilled", [64, 64], 1, [1, 1, 1])
+    assert (run["model"], run["size"], run["chunks"], run["steps"]) == ("random-distilled", [64, 64], 1, [1, 1, 1])
     found = run["variants"]
     assert list(found) == ["", *variants]
     latents = {name: values["deviation"]["latents"] for name, values in found.items() if "deviation" in values}
@@ -54,14 +54,14 @@ def test_a_run(cache, tmp_path, monkeypatch, capsys):
     assert "int8" in capsys.readouterr().out
     results, problems = read_results(tmp_path)
     section = deviation_section(results["deviation"])
-    title = "tiny-distilled, random weights, 64 × 64, 1 chunk(s) of [1, 1, 1] steps, bfloat16:"
+    title = "random-distilled, random weights, 64 × 64, 1 chunk(s) of [1, 1, 1] steps, bfloat16:"
     assert not problems and title in section
     assert "| `--quantize int8` | " in section and "| `--block-cache 0.1`: refused, " in section
 
 
 def test_a_variant_that_fails_costs_the_others_nothing(presets):
     """Its failure stands in place of its figures; that of the plain one is raised."""
-    checkpoint = Checkpoint.read(presets["tiny-distilled"])
+    checkpoint = Checkpoint.read(presets["random-distilled"])
     request = Request(prompt=("a",), height=64, width=64, num_frames=33, pyramid_num_inference_steps_list=(1, 1, 1))
     fine, told = [Execution(), Execution(tf32=False)], []
 
@@ -81,7 +81,7 @@ def test_a_variant_that_fails_costs_the_others_nothing(presets):
 
 def test_each_checkpoint_has_the_flags_that_go_with_it(presets, cache, tmp_path, monkeypatch):
     """Distilled has no block cache; a CPU neither TF32 nor graphs. Nothing that is compared by default is refused."""
-    distilled, mid = (Checkpoint.read(presets[name]) for name in ("tiny-distilled", "tiny-mid"))
+    distilled, mid = (Checkpoint.read(presets[name]) for name in ("random-distilled", "random-mid"))
     cpu = torch.device("cpu")
     cached = [variant for variant in VARIANTS if "block-cache" in variant]
     others = [variant for variant in VARIANTS if variant not in (*cached, "--no-tf32", "--cuda-graphs")]
@@ -98,7 +98,7 @@ def test_steps_that_the_cache_shortens_are_counted(cache, tmp_path, monkeypatch)
     monkeypatch.setattr("helios_cp.weights.load.DEFAULT_CACHE", cache)
     monkeypatch.setattr("helios_cp.weights.presets.DEFAULT_CACHE", cache)
     file = tmp_path / "deviation.json"
-    flags = ["--model", "tiny-mid", "--variant=--block-cache 1e9", "--pyramid-steps", "3", "3", "3"]
+    flags = ["--model", "random-mid", "--variant=--block-cache 1e9", "--pyramid-steps", "3", "3", "3"]
     assert main([*flags, "--num-frames", "33", "--output", str(file)]) == 0
     found = json.loads(file.read_text())["results"]["runs"][0]["variants"]
     assert found[""]["skipped_steps"] is None and found[""]["steps"] == 9

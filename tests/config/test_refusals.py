@@ -115,7 +115,7 @@ def test_the_command_and_the_python_api_refuse_in_the_same_words(flags, executio
         main(["--prompt", "fox", "--height", "64", "--width", "64", "--output", "/tmp/none.mp4", *flags.split()])
     assert ended.value.code == 2
     line = capsys.readouterr().err.removeprefix("helios_cp.generate: error: ").removesuffix("\n")
-    checkpoint = Checkpoint.read(presets["tiny-distilled"])
+    checkpoint = Checkpoint.read(presets["random-distilled"])
     dtype = torch.float16 if "float16" in flags else torch.float32
     for load in (
         lambda: Pipeline.from_pretrained(checkpoint, dtype=dtype, execution=execution),

@@ -258,7 +258,7 @@ def test_a_pipeline_makes_its_card_current(presets, monkeypatch):
     """So that what names no card, such as a compiled kernel, goes to that of the pipeline."""
     current = []
     monkeypatch.setattr("helios_cp.pipeline.pipeline.make_current", current.append)
-    Pipeline.from_pretrained(str(presets["tiny-distilled"]), dtype=torch.float32, device="cpu")
+    Pipeline.from_pretrained(str(presets["random-distilled"]), dtype=torch.float32, device="cpu")
     assert current == [CPU]
 
 
@@ -270,9 +270,9 @@ def test_free_memory():
 # Devices without float64
 
 SETTINGS = {
-    "tiny-base": {"num_inference_steps": 3, "guidance_scale": 4.0},
-    "tiny-mid": {"pyramid_num_inference_steps_list": (3, 1, 1), "guidance_scale": 4.0},
-    "tiny-distilled": {"pyramid_num_inference_steps_list": (2, 1, 1)},
+    "random-base": {"num_inference_steps": 3, "guidance_scale": 4.0},
+    "random-mid": {"pyramid_num_inference_steps_list": (3, 1, 1), "guidance_scale": 4.0},
+    "random-distilled": {"pyramid_num_inference_steps_list": (2, 1, 1)},
 }
 
 
@@ -305,7 +305,7 @@ class OnDevice(torch.Tensor):
 
 
 def test_a_step_fetches_its_tensors(presets, monkeypatch):
-    pipeline = Pipeline.from_pretrained(str(presets["tiny-distilled"]), dtype=torch.float32)
+    pipeline = Pipeline.from_pretrained(str(presets["random-distilled"]), dtype=torch.float32)
     scheduler = pipeline.scheduler
     scheduler.set_timesteps(2, 0, device="cpu", mu=0.5)
     given = [torch.full((2,), value) for value in (3.0, 1.0, 2.0)]

@@ -30,8 +30,12 @@ CASES: dict[str, tuple[str, ...]] = {
     # sizes, frames and rates
     "height between two multiples": ("--prompt fox --height 96", "--height 96: ", "multiples of 64", "64 and 128"),
     "width between two multiples": ("--prompt fox --width 80", "--width 80: ", "multiples of 64", "64 and 128"),
-    "size of a pyramid, model Mid": ("--prompt fox --model tiny-mid --width 144", "--width 144: ", "multiples of 64"),
-    "size that not even Base takes": ("--prompt fox --model tiny-base --height 40", "--height 40: ", "multiples of 16"),
+    "size of a pyramid, model Mid": ("--prompt fox --model random-mid --width 144", "--width 144: ", "multiples of 64"),
+    "size that not even Base takes": (
+        "--prompt fox --model random-base --height 40",
+        "--height 40: ",
+        "multiples of 16",
+    ),
     "height zero": ("--prompt fox --height 0", "--height 0: ", "multiples of 64"),
     "width negative": ("--prompt fox --width -64", "--width -64: ", "multiples of 64"),
     "height above what H.264 takes": ("--prompt fox --height 16448", "--height 16448: ", "at most 16384"),
@@ -153,12 +157,12 @@ CASES: dict[str, tuple[str, ...]] = {
     "a stage of no steps": ("--prompt fox --pyramid-steps 2 0 2", "--pyramid-steps 2 0 2: ", "at least 1"),
     "pyramid steps in words": ("--prompt fox --pyramid-steps 2 two 2", "--pyramid-steps: 'two'", "whole number"),
     "pyramid for Base": (
-        "--prompt fox --model tiny-base --pyramid-steps 2 2 2",
+        "--prompt fox --model random-base --pyramid-steps 2 2 2",
         "--pyramid-steps 2 2 2: ",
         "use --num-inference-steps",
     ),
     "steps for a pyramid": ("--prompt fox --num-inference-steps 9", "--num-inference-steps 9: ", "use --pyramid-steps"),
-    "no steps": ("--prompt fox --model tiny-base --num-inference-steps 0", "--num-inference-steps 0: ", "at least 1"),
+    "no steps": ("--prompt fox --model random-base --num-inference-steps 0", "--num-inference-steps 0: ", "at least 1"),
     "guidance NaN": ("--prompt fox --guidance-scale nan", "--guidance-scale nan: ", "finite"),
     "guidance infinite": ("--prompt fox --guidance-scale inf", "--guidance-scale inf: ", "finite"),
     "guidance negative": ("--prompt fox --guidance-scale -1.5", "--guidance-scale -1.5: ", "at least 0"),
@@ -172,7 +176,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "video noise above 1": ("--prompt fox --video-noise-sigma 0.1 1.5", "--video-noise-sigma 0.1 1.5: ", "<= 1"),
     "image noise below 0": ("--prompt fox --image-noise-sigma -0.1 0.1", "--image-noise-sigma -0.1 0.1: ", "0 <="),
     "image noise of one number": ("--prompt fox --image-noise-sigma 0.1", "--image-noise-sigma 0.1: ", "MIN MAX"),
-    "zero steps negative": ("--prompt fox --model tiny-mid --zero-steps -1", "--zero-steps -1: ", "at least 0"),
+    "zero steps negative": ("--prompt fox --model random-mid --zero-steps -1", "--zero-steps -1: ", "at least 0"),
     "seed negative": ("--prompt fox --seed -1", "--seed -1: ", "0 to 9223372036854775807"),
     "seed too large": (
         "--prompt fox --seed 9223372036854775808",
@@ -183,14 +187,18 @@ CASES: dict[str, tuple[str, ...]] = {
     "fewer seeds than prompts": ("--prompt a --prompt b --prompt c --seed 1 2", "--seed 1 2: ", "for 3 prompt"),
     "two history sizes": ("--prompt fox --history-sizes 16 2", "--history-sizes 16 2: ", "three sizes"),
     "history of no frames": ("--prompt fox --history-sizes 16 2 0", "--history-sizes 16 2 0: ", "at least 1"),
-    "amplify for Mid": ("--prompt fox --model tiny-mid --amplify-first-chunk", "--amplify-first-chunk: ", "Distilled"),
+    "amplify for Mid": (
+        "--prompt fox --model random-mid --amplify-first-chunk",
+        "--amplify-first-chunk: ",
+        "Distilled",
+    ),
     "amplify for Base": (
-        "--prompt fox --model tiny-base --amplify-first-chunk",
+        "--prompt fox --model random-base --amplify-first-chunk",
         "--amplify-first-chunk: ",
         "Helios-Base",
     ),
     # models and devices
-    "unknown preset": ("--prompt fox --model tiny-dist", "--model tiny-dist: ", "tiny-distilled"),
+    "unknown preset": ("--prompt fox --model tiny-dist", "--model tiny-dist: ", "random-distilled"),
     "folder that is not there": ("--prompt fox --model ./none", "--model ./none: ", "no such folder"),
     "folder without a checkpoint": ("--prompt fox --model folder", "--model ", "folder: ", "model_index.json"),
     "file as model": ("--prompt fox --model notes.png", "--model notes.png: ", "no such folder"),
@@ -230,7 +238,11 @@ CASES: dict[str, tuple[str, ...]] = {
     "other seed": ("--resume run --seed 7", "run folder run: ", "--seed 42, not with --seed 7"),
     "other number of frames": ("--resume run --num-frames 99", "run folder run: ", "33, not with --num-frames 99"),
     "other dtype": ("--resume run --dtype float16", "run folder run: ", "float32, not with --dtype float16"),
-    "other model": ("--resume run --model tiny-mid", "run folder run: ", "tiny-distilled, not with --model tiny-mid"),
+    "other model": (
+        "--resume run --model random-mid",
+        "run folder run: ",
+        "tiny-distilled, not with --model random-mid",
+    ),
     "picture on resuming": ("--resume run --image picture.png", "run folder run: ", "no --image, not with --image"),
     "other switch": ("--resume run --skip-first-chunk", "--no-skip-first-chunk, not with --skip-first-chunk"),
     "no run to resume": ("--resume folder", "run folder folder: ", "run.json is missing"),
@@ -297,7 +309,7 @@ CASES: dict[str, tuple[str, ...]] = {
 GOOD: dict[str, str] = {
     "prompt": "--prompt fox",
     "batch with seeds": "--prompt fox --prompt owl --seed 3 4",
-    "small sizes for Base": "--prompt fox --model tiny-base --height 16 --width 48 --num-inference-steps 1",
+    "small sizes for Base": "--prompt fox --model random-base --height 16 --width 48 --num-inference-steps 1",
     "picture": "--prompt fox --image picture.png --image-noise-sigma 0 1",
     "clip": "--prompt fox --video clip.mp4 --output new/folder/out.MP4",
     "schedule": "--prompt-schedule 1 fox --prompt-schedule 2 owl",
@@ -305,7 +317,7 @@ GOOD: dict[str, str] = {
     "interactive prompt file": "--prompt-file good.csv --interpolate-time 1",
     "prompt file with pictures": "--prompt-file pictures.csv",
     "folder": "--prompt fox --model models/whole --report r.json --save-latents l.safetensors",
-    "no amplifying for Mid": "--prompt fox --model tiny-mid --no-amplify-first-chunk --guidance-scale 0",
+    "no amplifying for Mid": "--prompt fox --model random-mid --no-amplify-first-chunk --guidance-scale 0",
 }
 
 
@@ -322,7 +334,7 @@ def workplace(tmp_path_factory, presets, cache, astronaut) -> Path:
         assert main(run.split()) == 0
     _write_runs(place)
     models = tmp_path_factory.mktemp("models")
-    _write_models(models, presets["tiny-distilled"])
+    _write_models(models, presets["random-distilled"])
     (place / "models").symlink_to(models)
     return place
 

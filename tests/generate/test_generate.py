@@ -34,7 +34,22 @@ from helios_cp.generate.stopping import Stopped
 from helios_cp.pipeline.chunk import Chunk
 from helios_cp.pipeline.pipeline import Pipeline
 
-QUICK = ["--height", "64", "--width", "64", "--pyramid-steps", "1", "1", "1", "--dtype", "float32", "--device", "cpu"]
+MODEL = ["--model", "random-distilled"]
+QUICK = [
+    *MODEL,
+    "--height",
+    "64",
+    "--width",
+    "64",
+    "--pyramid-steps",
+    "1",
+    "1",
+    "1",
+    "--dtype",
+    "float32",
+    "--device",
+    "cpu",
+]
 FIELDS = {"height": 64, "width": 64, "pyramid_num_inference_steps_list": (1, 1, 1)}
 
 
@@ -48,7 +63,7 @@ def folder(tmp_path, cache, presets, monkeypatch) -> Path:
 
 @pytest.fixture(scope="module")
 def distilled(presets) -> Pipeline:
-    return Pipeline.from_pretrained(str(presets["tiny-distilled"]), dtype=torch.float32)
+    return Pipeline.from_pretrained(str(presets["random-distilled"]), dtype=torch.float32)
 
 
 def generate(*arguments: str) -> int:
@@ -393,7 +408,7 @@ def test_stopping_a_prompt_file(folder, monkeypatch, capfd):
 @pytest.mark.parametrize("damage", ["weights", "disk"])
 def test_other_errors_are_one_line_and_exit_code_1(folder, presets, monkeypatch, capfd, damage):
     if damage == "weights":
-        shutil.copytree(presets["tiny-distilled"], "model")
+        shutil.copytree(presets["random-distilled"], "model")
         shard = next(Path("model/transformer").glob("*.safetensors"))
         shard.write_bytes(shard.read_bytes()[:-10])
         expected = shard.name

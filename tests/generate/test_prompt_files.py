@@ -294,13 +294,13 @@ def test_types_of_fixed_tuples_and_unions():
 # What a checkpoint makes of a request
 
 DEFAULTS = {
-    "tiny-base": {"guidance_scale": 5.0, "num_inference_steps": 50, "is_amplify_first_chunk": False},
-    "tiny-mid": {
+    "random-base": {"guidance_scale": 5.0, "num_inference_steps": 50, "is_amplify_first_chunk": False},
+    "random-mid": {
         "guidance_scale": 5.0,
         "pyramid_num_inference_steps_list": (20, 20, 20),
         "is_amplify_first_chunk": False,
     },
-    "tiny-distilled": {
+    "random-distilled": {
         "guidance_scale": 1.0,
         "pyramid_num_inference_steps_list": (2, 2, 2),
         "is_amplify_first_chunk": True,
@@ -319,13 +319,13 @@ def test_what_is_left_out_is_what_the_checkpoint_is_meant_for(presets, name):
 @pytest.mark.parametrize("name", DEFAULTS)
 def test_what_is_given_stays(presets, name):
     checkpoint = Checkpoint.read(presets[name])
-    steps = {"num_inference_steps": 3} if name == "tiny-base" else {"pyramid_num_inference_steps_list": (1, 2, 3)}
+    steps = {"num_inference_steps": 3} if name == "random-base" else {"pyramid_num_inference_steps_list": (1, 2, 3)}
     request = Request(prompt=("fox",), guidance_scale=2.5, is_amplify_first_chunk=False, **steps)
     assert request.resolve(checkpoint) == request
 
 
 def test_sigmas_set_the_number_of_steps_for_base(presets):
-    base, mid = (Checkpoint.read(presets[name]) for name in ("tiny-base", "tiny-mid"))
+    base, mid = (Checkpoint.read(presets[name]) for name in ("random-base", "random-mid"))
     request = Request(prompt=("fox",), sigmas=(0.9, 0.5, 0.1))
     assert request.resolve(base).num_inference_steps == 3
     with pytest.raises(RequestError, match="sigmas: 3 given for --num-inference-steps 4"):

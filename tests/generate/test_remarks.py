@@ -17,7 +17,7 @@ from helios_cp.generate.remarks import request_remarks
 
 @pytest.fixture
 def checkpoint(presets):
-    return Checkpoint.read(presets["tiny-mid"])
+    return Checkpoint.read(presets["random-mid"])
 
 
 def remarks(checkpoint, **fields) -> list[str]:

@@ -25,9 +25,9 @@ from helios_cp.pipeline.start import Inputs
 from helios_cp.sampling.state import ChunkState
 
 STEPS = {
-    "tiny-base": {"num_inference_steps": 3},
-    "tiny-mid": {"pyramid_num_inference_steps_list": (3, 1, 1)},
-    "tiny-distilled": {"pyramid_num_inference_steps_list": (1, 1, 1)},
+    "random-base": {"num_inference_steps": 3},
+    "random-mid": {"pyramid_num_inference_steps_list": (3, 1, 1)},
+    "random-distilled": {"pyramid_num_inference_steps_list": (1, 1, 1)},
 }
 
 
@@ -64,8 +64,8 @@ def test_state_on_disk_is_all_that_the_next_chunk_needs(pipelines, astronaut, cl
 
 def test_every_part_of_the_state_matters(pipelines):
     """Were one of them left out of the file, the next chunk would differ; so the test above can fail."""
-    pipeline = pipelines["tiny-distilled"]
-    request = Request(prompt=("a fox",), height=64, width=64, num_frames=99, **STEPS["tiny-distilled"])
+    pipeline = pipelines["random-distilled"]
+    request = Request(prompt=("a fox",), height=64, width=64, num_frames=99, **STEPS["random-distilled"])
     first, second, _ = pipeline.stream(request, output_type="latent")
     state = first.state
     blank = Request(prompt=("a fox",), seed=(1,)).seeds
@@ -82,7 +82,7 @@ def test_every_part_of_the_state_matters(pipelines):
 def test_a_changed_prompt_is_resumed(pipelines, presets, tmp_path, monkeypatch):
     """A live run changed its prompt at chunk 1 of 3 and was killed after it; the command makes the same third chunk."""
     monkeypatch.chdir(tmp_path)
-    pipeline, model = pipelines["tiny-distilled"], str(presets["tiny-distilled"])
+    pipeline, model = pipelines["random-distilled"], str(presets["random-distilled"])
     size = ["--height", "64", "--width", "64", "--num-frames", "99", "--pyramid-steps", "1", "1", "1"]
     assert main(["--model", model, "--prompt", "a fox", *size, "--checkpoint-dir", "run", "--output", "fox.mp4"]) == 0
     run = RunFolder.open(Path("run")).run
@@ -106,9 +106,9 @@ def test_a_changed_prompt_is_resumed(pipelines, presets, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["run.json", "state.json", "state-00001.safetensors"])
 @pytest.mark.parametrize("content", [b"", b"{}", b"\x00" * 40])
 def test_damaged_folders_are_refused(pipelines, tmp_path, name, content):
-    pipeline = pipelines["tiny-distilled"]
-    request = Request(prompt=("a fox",), height=64, width=64, num_frames=33, **STEPS["tiny-distilled"])
-    folder = RunFolder.create(tmp_path / "run", Run(request, "tiny-distilled", "float32", ("a.mp4",)))
+    pipeline = pipelines["random-distilled"]
+    request = Request(prompt=("a fox",), height=64, width=64, num_frames=33, **STEPS["random-distilled"])
+    folder = RunFolder.create(tmp_path / "run", Run(request, "random-distilled", "float32", ("a.mp4",)))
     for chunk in pipeline.stream(request, output_type="latent"):
         folder.commit(chunk, [b"0"])
     (tmp_path / "run" / name).write_bytes(content)
@@ -137,7 +137,7 @@ def test_killed_twenty_times(presets, tmp_path):
     context.set_forkserver_preload(
         ["helios_cp.generate.run", "helios_cp.model.vae.autoencoder", "transformers.UMT5EncoderModel"]
     )
-    request = ["--model", str(presets["tiny-distilled"]), "--prompt", "a fox", "--pyramid-steps", "1", "1", "1"]
+    request = ["--model", str(presets["random-distilled"]), "--prompt", "a fox", "--pyramid-steps", "1", "1", "1"]
     request += ["--height", "64", "--width", "64", "--num-latent-frames-per-chunk", "3", "--num-frames", str(9 * 8)]
     request += ["--save-latents", "out.safetensors"]
 

@@ -13,7 +13,7 @@ from helios_cp.generate.work import Work
 from parallel.mesh import Degrees
 
 WORK = Work(
-    "tiny-mid",
+    "random-mid",
     "float32",
     Layout(Degrees(cfg=2, ring=2), "flash", True),
     "gloo",

@@ -64,7 +64,7 @@ def cluster(cache):
 
 @pytest.fixture(scope="session")
 def model(presets) -> str:
-    return str(presets["tiny-distilled"])
+    return str(presets["random-distilled"])
 
 
 @pytest.fixture(scope="session")

@@ -62,7 +62,7 @@ def take(presets, cache, monkeypatch):
     """Runs `with_best_layout` on a cluster of `NODES`; returns the call."""
     monkeypatch.setattr(automatic, "nodes_free", lambda: NODES)
 
-    def take(*flags: str, name: str = "tiny-mid", address: str = "HOST:6379"):
+    def take(*flags: str, name: str = "random-mid", address: str = "HOST:6379"):
         arguments = arguments_of("--model", str(presets[name]), *flags, address=address)
         found = with_best_layout(arguments, cache, "cpu", Resources())
         assert not found.layout.is_auto, "from here on the degrees count"
@@ -82,7 +82,7 @@ def predictions(presets, name, ranks, size, groups, decoders):
 def test_the_fastest_group_that_has_room(take, presets, groups, decoders, most):
     """Large enough a video that more ranks pay, so that a wrong limit would show."""
     found = take("--groups", str(groups), "--decoders", str(decoders), "--height", "512", "--width", "512")
-    made = [predictions(presets, "tiny-mid", ranks, 512, groups, decoders // groups) for ranks in range(1, most + 1)]
+    made = [predictions(presets, "random-mid", ranks, 512, groups, decoders // groups) for ranks in range(1, most + 1)]
     best = max(made, key=lambda each: (each.fps, -each.latency)).candidate
     assert best.decoders == decoders // groups and best.layout.degrees.world > 1
     assert Layout(Degrees(**found.layout.degrees), shard_weights=found.layout.shard_weights) == best.layout
@@ -116,7 +116,7 @@ def test_refused_in_one_line(take, flags, said):
 
 def loading(shard_weights: bool) -> Loading:
     layout = Layout(Degrees(ulysses=2), shard_weights=shard_weights)
-    return Loading("tiny-distilled", "auto", "cuda", "nccl", layout, 60.0)
+    return Loading("random-distilled", "auto", "cuda", "nccl", layout, 60.0)
 
 
 @pytest.mark.parametrize(

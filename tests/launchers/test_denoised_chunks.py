@@ -22,7 +22,7 @@ CHUNKS = 5
 
 @pytest.fixture
 def checkpoint(presets, cache):
-    return resolve(str(presets["tiny-distilled"]), cache, weights=())
+    return resolve(str(presets["random-distilled"]), cache, weights=())
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def request_of_run(checkpoint):
 
 @pytest.fixture
 def folder(request_of_run, tmp_path):
-    return RunFolder.create(tmp_path / "run", Run(request_of_run, "tiny-distilled", "float32", ("a.mp4",)))
+    return RunFolder.create(tmp_path / "run", Run(request_of_run, "random-distilled", "float32", ("a.mp4",)))
 
 
 def latents(chunk: int) -> torch.Tensor:

@@ -73,7 +73,7 @@ def recipe(page: str, port: int) -> str:
         )
         line += f" {NODE}" if line.startswith("ray start") else ""
         line += " --include-dashboard=false" if "--head" in line else ""
-        line += f" {WORKERS} --model tiny-distilled" if "launchers.generate" in line else ""
+        line += f" {WORKERS} --model random-distilled" if "launchers.generate" in line else ""
         lines.append(line)
     assert sum("ray start" in line for line in lines) == 2 and "launchers.generate" in lines[-1]
     return "\n".join(lines)
@@ -179,7 +179,7 @@ def test_the_slurm_script(place, tmp_path):
     script = script.replace('RAY_TMPDIR="/tmp/ray-$SLURM_JOB_ID"', f'RAY_TMPDIR="{place["RAY_TMPDIR"]}"')
     slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "machine[1-2]", "SLURM_JOB_NUM_NODES": "2"}
     slurm |= {"SLURM_CPUS_PER_TASK": "4", "SLURM_SUBMIT_DIR": str(tmp_path)}
-    flags = f"--model tiny-distilled --prompt 'a red fox' --output fox.mp4 {WORKERS}"
+    flags = f"--model random-distilled --prompt 'a red fox' --output fox.mp4 {WORKERS}"
     (tmp_path / "helios.sbatch").write_text(script)
     done = run(f"bash helios.sbatch {flags}", place, tmp_path, **slurm)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -24,10 +24,10 @@ from helios_cp.pipeline.pipeline import Pipeline
 from parallel.mesh import Degrees, Mesh
 
 STEPS = {
-    "tiny-base": {"num_inference_steps": 6, "guidance_scale": 3.0},
-    "tiny-mid": {"pyramid_num_inference_steps_list": (5, 3, 3), "guidance_scale": 3.0},
+    "random-base": {"num_inference_steps": 6, "guidance_scale": 3.0},
+    "random-mid": {"pyramid_num_inference_steps_list": (5, 3, 3), "guidance_scale": 3.0},
 }
-THRESHOLD = {"tiny-base": 0.7, "tiny-mid": 0.8}  # random weights, so that steps differ by much
+THRESHOLD = {"random-base": 0.7, "random-mid": 0.8}  # random weights, so that steps differ by much
 NEVER = 1e-9
 SIZE = "--prompt fox --height 64 --width 64 --num-frames 33"
 
@@ -89,18 +89,18 @@ def test_steps_are_skipped_and_the_latents_stay_near(alone, name):
 def test_the_first_step_of_a_chunk_and_of_a_stage_is_computed(folders, name):
     """With a threshold that nothing exceeds, all others are skipped. CFG-Zero* leaves Mid no forward in two steps."""
     _, skipped = make(0, folders[name], None, request_of(name), Execution(block_cache=1e9))
-    expected = {"tiny-base": (1, 2, 3, 4, 5), "tiny-mid": (1, 2, 4, 5, 7, 8)}[name]
+    expected = {"random-base": (1, 2, 3, 4, 5), "random-mid": (1, 2, 4, 5, 7, 8)}[name]
     assert skipped == [expected] * 2
 
 
 LAYOUTS = [
-    ("tiny-base", Degrees(ulysses=2), {}),
-    ("tiny-mid", Degrees(ring=3), {}),
-    ("tiny-base", Degrees(ulysses=2, ffn_tp=2), {}),
-    ("tiny-mid", Degrees(cfg=2), {}),
-    ("tiny-mid", Degrees(cfg=2, ulysses=2), {}),
-    ("tiny-mid", Degrees(ulysses=2), {"shard_weights": True}),
-    ("tiny-base", Degrees(cfg=2), {"shard_weights": True}),
+    ("random-base", Degrees(ulysses=2), {}),
+    ("random-mid", Degrees(ring=3), {}),
+    ("random-base", Degrees(ulysses=2, ffn_tp=2), {}),
+    ("random-mid", Degrees(cfg=2), {}),
+    ("random-mid", Degrees(cfg=2, ulysses=2), {}),
+    ("random-mid", Degrees(ulysses=2), {"shard_weights": True}),
+    ("random-base", Degrees(cfg=2), {"shard_weights": True}),
 ]
 
 
@@ -135,7 +135,7 @@ def changes_seen(rank: int, folder: str, request: Request, apart: bool) -> list[
 def test_ranks_that_decide_apart_disagree(pool, folders):
     """Any threshold between two of their figures then has one rank wait for the other for ever."""
     for apart in (False, True):
-        first, second = pool.run(changes_seen, folders["tiny-base"], request_of("tiny-base"), apart, ranks=2)
+        first, second = pool.run(changes_seen, folders["random-base"], request_of("random-base"), apart, ranks=2)
         assert len(first) == len(second) == 10
         assert (first == second) != apart
 
@@ -201,7 +201,7 @@ def test_the_prompts_branch_decides_for_both():
 
 def test_the_report_says_what_was_skipped(cache, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HELIOS_CP_CACHE", str(cache))
-    arguments = f"--model tiny-mid --block-cache 1e9 {SIZE}".split()
+    arguments = f"--model random-mid --block-cache 1e9 {SIZE}".split()
     arguments += ["--pyramid-steps", "4", "2", "2", "--output", str(tmp_path / "a.mp4")]
     assert main([*arguments, "--report", str(tmp_path / "a.json")]) == 0
     report = json.loads((tmp_path / "a.json").read_text())
@@ -213,10 +213,10 @@ def test_the_report_says_what_was_skipped(cache, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        ("--model tiny-mid --block-cache 0", ("--block-cache 0: ", "above 0")),
-        ("--model tiny-mid --block-cache -0.1", ("--block-cache -0.1: ", "above 0")),
-        ("--model tiny-mid --block-cache much", ("--block-cache", "'much'")),
-        ("--model tiny-distilled --block-cache 0.1", ("--block-cache 0.1: ", "Base and Mid")),
+        ("--model random-mid --block-cache 0", ("--block-cache 0: ", "above 0")),
+        ("--model random-mid --block-cache -0.1", ("--block-cache -0.1: ", "above 0")),
+        ("--model random-mid --block-cache much", ("--block-cache", "'much'")),
+        ("--model random-distilled --block-cache 0.1", ("--block-cache 0.1: ", "Base and Mid")),
     ],
 )
 def test_refusals(cache, no_weights, monkeypatch, capsys, tmp_path, arguments, parts):
@@ -247,7 +247,7 @@ def test_on_a_card(folders, name):
         found.append((torch.cat([chunk.latents for chunk in chunks], 2), [chunk.skipped for chunk in chunks]))
     (exact, _), (same, none), (near, skipped) = found
     assert torch.equal(exact, same) and none == [(), ()]
-    assert skipped == [{"tiny-base": (1, 2, 3, 4, 5), "tiny-mid": (1, 2, 4, 5, 7, 8)}[name]] * 2
+    assert skipped == [{"random-base": (1, 2, 3, 4, 5), "random-mid": (1, 2, 4, 5, 7, 8)}[name]] * 2
     assert near.isfinite().all() and not torch.equal(near, exact)
 
 

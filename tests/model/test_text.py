@@ -32,7 +32,7 @@ PROMPTS = [
 
 @pytest.fixture(scope="module")
 def pipeline(presets):
-    return DiffusionPipeline.from_pretrained(presets["tiny-base"])
+    return DiffusionPipeline.from_pretrained(presets["random-base"])
 
 
 def encode(pipeline, prompts, length=64, dtype=torch.float32) -> torch.Tensor:

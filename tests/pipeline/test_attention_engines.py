@@ -25,7 +25,7 @@ from parallel.engines import ENGINES
 from parallel.mesh import Degrees, Mesh
 
 CPU = torch.device("cpu")
-STEPS = {"tiny-base": {"num_inference_steps": 1}, "tiny-distilled": {"pyramid_num_inference_steps_list": (1, 1, 1)}}
+STEPS = {"random-base": {"num_inference_steps": 1}, "random-distilled": {"pyramid_num_inference_steps_list": (1, 1, 1)}}
 
 needs_yunchang = pytest.mark.skipif(not importlib.util.find_spec("yunchang"), reason="needs the package yunchang")
 
@@ -48,9 +48,9 @@ class Recorder(WholeSequence):
 @pytest.mark.parametrize(
     ("name", "fields"),
     [
-        ("tiny-distilled", {"height": 64, "width": 128}),
-        ("tiny-distilled", {"height": 128, "width": 64, "keep_first_frame": False, "history_sizes": (9, 3, 2)}),
-        ("tiny-base", {"height": 48, "width": 80, "use_zero_init": False}),
+        ("random-distilled", {"height": 64, "width": 128}),
+        ("random-distilled", {"height": 128, "width": 64, "keep_first_frame": False, "history_sizes": (9, 3, 2)}),
+        ("random-base", {"height": 48, "width": 80, "use_zero_init": False}),
     ],
 )
 def test_segment_lengths_are_those_of_the_transformer(presets, name, fields):
@@ -66,13 +66,13 @@ def test_segment_lengths_are_those_of_the_transformer(presets, name, fields):
 
 
 def test_segment_lengths_of_the_default_size(presets):
-    checkpoint = Checkpoint.read(presets["tiny-distilled"])
+    checkpoint = Checkpoint.read(presets["random-distilled"])
     request = Request(prompt=("a fox",), height=384, width=640).resolve(checkpoint)
     assert segment_lengths(request, checkpoint) == [(240, 240, 1920, noisy) for noisy in (540, 2160, 8640)]
 
 
 def choose(presets, sizes, ranks, **flags):
-    checkpoint = Checkpoint.read(presets["tiny-distilled"])
+    checkpoint = Checkpoint.read(presets["random-distilled"])
     requests = [Request(prompt=("a fox",), height=h, width=w).resolve(checkpoint) for h, w in sizes]
     layout = choose_layout(AskedLayout(**flags), checkpoint, requests, ranks, CPU, torch.float32)
     sequences = [lengths for request in requests for lengths in segment_lengths(request, checkpoint)]
@@ -123,7 +123,7 @@ def run_forward(rank: int, folder: str, degrees: Degrees, attention: str) -> tor
 @needs_yunchang
 @pytest.mark.parametrize("degrees", [Degrees(ulysses=2), Degrees(ulysses=4, ffn_tp=2)], ids=str)
 def test_a_forward_by_yunchang(presets, degrees):
-    folder = str(presets["tiny-distilled"])
+    folder = str(presets["random-distilled"])
     (alone,) = shared_pool().run(run_forward, folder, Degrees(), "native", ranks=1)
     for out in shared_pool().run(run_forward, folder, degrees, "yunchang", ranks=degrees.world):
         assert (out - alone).abs().max() <= 1e-5 * (alone.max() - alone.min())

@@ -272,7 +272,7 @@ def test_the_host_is_one_step_ahead(monkeypatch):
 
 @pytest.fixture(scope="module")
 def distilled(presets) -> Pipeline:
-    return Pipeline.from_pretrained(str(presets["tiny-distilled"]), dtype=torch.float32)
+    return Pipeline.from_pretrained(str(presets["random-distilled"]), dtype=torch.float32)
 
 
 REQUEST = Request(
@@ -393,7 +393,7 @@ needs_card = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 @pytest.fixture(scope="module")
 def on_card(presets) -> Pipeline:
-    return Pipeline.from_pretrained(str(presets["tiny-distilled"]), dtype=torch.float32, device="cuda")
+    return Pipeline.from_pretrained(str(presets["random-distilled"]), dtype=torch.float32, device="cuda")
 
 
 @pytest.mark.gpu
@@ -423,7 +423,7 @@ def test_frames_that_are_decoded_in_turn_come_through_pinned_memory(on_card):
 @needs_card
 @pytest.mark.parametrize(
     ("name", "execution"),
-    [("tiny-distilled", Execution()), ("tiny-distilled", Execution(cuda_graphs=True)), ("tiny-mid", Execution())],
+    [("random-distilled", Execution()), ("random-distilled", Execution(cuda_graphs=True)), ("random-mid", Execution())],
     ids=["distilled", "graphs", "guided"],
 )
 def test_the_host_stops_at_no_step(presets, name, execution):
@@ -463,7 +463,7 @@ def test_memory_on_the_card_does_not_grow(on_card):
 @needs_card
 def test_both_take_what_was_measured(presets):
     """The first chunk tells what denoising and decoding need; together they take no more than that."""
-    pipeline = Pipeline.from_pretrained(str(presets["tiny-distilled"]), dtype=torch.float32, device="cuda")
+    pipeline = Pipeline.from_pretrained(str(presets["random-distilled"]), dtype=torch.float32, device="cuda")
     list(pipeline.stream(REQUEST))
     ((size, needed),) = pipeline.room._needed.items()
     assert min(needed.values()) > 0 and pipeline.room.has_both(size)

@@ -31,9 +31,9 @@ from helios_cp.weights.load import load_scheduler
 from tests.pipeline.crossings import META, Crossings
 
 SETTINGS = {
-    "tiny-base": {"num_inference_steps": 3},
-    "tiny-mid": {"pyramid_num_inference_steps_list": (3, 1, 2)},
-    "tiny-distilled": {"pyramid_num_inference_steps_list": (1, 1, 1)},
+    "random-base": {"num_inference_steps": 3},
+    "random-mid": {"pyramid_num_inference_steps_list": (3, 1, 2)},
+    "random-distilled": {"pyramid_num_inference_steps_list": (1, 1, 1)},
 }
 CHUNKS = 3
 STOP, STEP_BEFORE, FRAMES = "the host stops", "it waits for the step before", "the decoder waits for frames"
@@ -100,7 +100,7 @@ def test_the_host_waits_for_steps_before_alone(presets, preset, log):
     (steps,) = SETTINGS[preset].values()
     steps = steps if isinstance(steps, int) else sum(steps)
     assert [chunk.index for chunk in chunks] == list(range(CHUNKS))
-    stages = {f"denoise_{stage}" for stage in range(1, 2 if preset == "tiny-base" else 4)}
+    stages = {f"denoise_{stage}" for stage in range(1, 2 if preset == "random-base" else 4)}
     assert stages | {"conditions", "decode"} <= chunks[-1].seconds.keys()
     rest = log.rest()
     waits = [each for each in rest if not each.startswith("step of")]
@@ -113,7 +113,7 @@ def test_each_upload_that_stops_the_host_shows(presets, log, monkeypatch):
     """Noise of a chunk and of two stages, and timesteps of three, were they sent from pageable memory."""
     for module in (noise, sampling):
         monkeypatch.setattr(module, "to_device", Tensor.to)
-    make_video(presets["tiny-distilled"], log)
+    make_video(presets["random-distilled"], log)
     found = [each for each in log.rest() if "aten" in each]
     assert len(found) == 4 + 6  # what chunk 1 itself begins with is sent before its first step
 
@@ -121,5 +121,5 @@ def test_each_upload_that_stops_the_host_shows(presets, log, monkeypatch):
 def test_clocks_at_the_ends_of_stages_show(presets, log, monkeypatch):
     """Two stops for each of the three stages, and for both parts of the conditions, were the host's clock to time."""
     monkeypatch.setattr(timing, "make_mark", timing.HostMark)
-    make_video(presets["tiny-distilled"], log)
+    make_video(presets["random-distilled"], log)
     assert log.rest().count(STOP) >= 2 * 5 + 4

@@ -40,9 +40,9 @@ GUIDED_LAYOUTS = [
     Degrees(cfg=2, ring=2, ulysses=2, vae=4),
 ]
 STEPS = {
-    "tiny-base": {"num_inference_steps": 2, "guidance_scale": 3.0},
-    "tiny-mid": {"pyramid_num_inference_steps_list": (3, 1, 1), "guidance_scale": 3.0},
-    "tiny-distilled": {"pyramid_num_inference_steps_list": (1, 1, 1)},
+    "random-base": {"num_inference_steps": 2, "guidance_scale": 3.0},
+    "random-mid": {"pyramid_num_inference_steps_list": (3, 1, 1), "guidance_scale": 3.0},
+    "random-distilled": {"pyramid_num_inference_steps_list": (1, 1, 1)},
 }
 
 
@@ -112,9 +112,9 @@ def alone(pool, folders, astronaut):
     from helios_cp.pipeline.pipeline import Pipeline
 
     videos = {name: pool.run(make_videos, folders, Degrees(), astronaut, [name], ranks=1)[0] for name in STEPS}
-    request = Request(prompt=("a fox", "an owl"), height=64, width=64, num_frames=66, **STEPS["tiny-mid"])
-    plain = list(Pipeline.from_pretrained(folders["tiny-mid"], dtype=torch.float32).stream(request))
-    assert torch.equal(torch.cat([chunk.latents for chunk in plain], 2), videos["tiny-mid"][0][0])
+    request = Request(prompt=("a fox", "an owl"), height=64, width=64, num_frames=66, **STEPS["random-mid"])
+    plain = list(Pipeline.from_pretrained(folders["random-mid"], dtype=torch.float32).stream(request))
+    assert torch.equal(torch.cat([chunk.latents for chunk in plain], 2), videos["random-mid"][0][0])
     return videos
 
 
@@ -157,15 +157,15 @@ def test_whole_videos(pool, folders, alone, astronaut, degrees):
 
 @pytest.mark.parametrize("degrees", GUIDED_LAYOUTS, ids=str)
 def test_whole_videos_with_split_guidance(pool, folders, alone, astronaut, degrees):
-    names = ["tiny-base", "tiny-mid"]
+    names = ["random-base", "random-mid"]
     results = pool.run(make_videos, folders, degrees, astronaut, names, ranks=degrees.world, timeout=240)
     check_videos(results, [video for name in names for video in alone[name]])
 
 
 def test_a_broken_merge_shows(pool, folders, forwards_alone):
     """Partial outputs averaged in place of weighted by their log-sum-exp."""
-    outputs = pool.run(run_broken_forwards, folders["tiny-distilled"], Degrees(ring=2), ranks=2)[0]
-    assert largest_error(outputs, forwards_alone["tiny-distilled"]) > 1e-3
+    outputs = pool.run(run_broken_forwards, folders["random-distilled"], Degrees(ring=2), ranks=2)[0]
+    assert largest_error(outputs, forwards_alone["random-distilled"]) > 1e-3
 
 
 @torch.no_grad()
@@ -174,7 +174,7 @@ def make_video_on_card(rank: int, folder: str, degrees: Degrees, dtype: torch.dt
 
     execution = Execution(tf32=False)
     pipeline = load_parallel(folder, Mesh.build(degrees), dtype=dtype, device="cuda:0", execution=execution)
-    request = Request(prompt=("a fox",), height=64, width=64, num_frames=66, **STEPS["tiny-mid"])
+    request = Request(prompt=("a fox",), height=64, width=64, num_frames=66, **STEPS["random-mid"])
     return torch.cat([chunk.latents.cpu() for chunk in pipeline.stream(request, Inputs(image=image))], 2)
 
 
@@ -183,7 +183,7 @@ def make_video_on_card(rank: int, folder: str, degrees: Degrees, dtype: torch.dt
 @pytest.mark.parametrize("degrees", [*LAYOUTS[:8], *GUIDED_LAYOUTS], ids=str)
 def test_whole_videos_with_ranks_that_share_one_card(pool, folders, alone, astronaut, degrees):
     """GPU: gloo stages through pinned memory. fp32 as on the CPU; bf16 rounds to 8 bits at every layer and step."""
-    folder, (reference, _) = folders["tiny-mid"], alone["tiny-mid"][1]
+    folder, (reference, _) = folders["random-mid"], alone["random-mid"][1]
     for dtype, tolerance in ((torch.float32, 1e-3), (torch.bfloat16, 0.1)):
         results = pool.run(make_video_on_card, folder, degrees, dtype, astronaut, ranks=degrees.world, timeout=240)
         for latents in results:
@@ -208,7 +208,7 @@ def count_collectives(rank: int, folder: str, degrees: Degrees) -> dict:
 
 def test_collectives_per_forward(pool, folders):
     """Three blocks: two all-to-alls each and one gather; none for the conditions, none at all on one rank."""
-    folder = folders["tiny-distilled"]
+    folder = folders["random-distilled"]
     assert pool.run(count_collectives, folder, Degrees(), ranks=1) == [{"conditions": 0}]
     for calls in pool.run(count_collectives, folder, Degrees(ulysses=2), ranks=2):
         assert calls == {"conditions": 0, "all_to_all": 6, "all_gather": 1}
@@ -223,5 +223,5 @@ def feed_forward_bytes(rank: int, folder: str, degrees: Degrees) -> int:
 
 def test_each_rank_loads_its_slice_of_the_feed_forward(pool, folders):
     """192 hidden features over 5 ranks: 39, 39, 38, 38, 38, with the whole bias of the second layer on each."""
-    counts = pool.run(feed_forward_bytes, folders["tiny-distilled"], Degrees(ring=5, ffn_tp=5), ranks=5)
+    counts = pool.run(feed_forward_bytes, folders["random-distilled"], Degrees(ring=5, ffn_tp=5), ranks=5)
     assert counts == [3 * (size * (96 + 1 + 96) + 96) for size in (39, 39, 38, 38, 38)]

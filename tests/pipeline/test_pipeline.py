@@ -20,11 +20,11 @@ from helios_cp.model.vae.autoencoder import Autoencoder
 from helios_cp.pipeline.pipeline import Pipeline
 from helios_cp.pipeline.start import Inputs
 
-NAMES = ("tiny-base", "tiny-mid", "tiny-distilled")
+NAMES = ("random-base", "random-mid", "random-distilled")
 SETTINGS = {
-    "tiny-base": {"num_inference_steps": 4, "guidance_scale": 4.0},
-    "tiny-mid": {"pyramid_num_inference_steps_list": (3, 2, 2), "guidance_scale": 4.0},
-    "tiny-distilled": {"pyramid_num_inference_steps_list": (2, 2, 2), "guidance_scale": 1.0},
+    "random-base": {"num_inference_steps": 4, "guidance_scale": 4.0},
+    "random-mid": {"pyramid_num_inference_steps_list": (3, 2, 2), "guidance_scale": 4.0},
+    "random-distilled": {"pyramid_num_inference_steps_list": (2, 2, 2), "guidance_scale": 1.0},
 }
 SIZE = {"height": 64, "width": 64}
 OBLONG = {"height": 64, "width": 128}
@@ -74,37 +74,37 @@ def assert_close(result, reference, tolerance=1e-4):
 def test_equals_diffusers(ours, theirs, media, monkeypatch, name, task):
     """Three chunks: the history fills up from its short end and is all generated at last."""
     fields = {**SETTINGS[name], **OBLONG, "num_frames": 99}
-    amplify = {"is_amplify_first_chunk": True} if name == "tiny-distilled" else {}
+    amplify = {"is_amplify_first_chunk": True} if name == "random-distilled" else {}
     reference = run_theirs(theirs[name], monkeypatch, media[task], **fields, **amplify)
     assert_close(run_ours(ours[name], media[task], **fields, **amplify), reference)
 
 
 KNOBS = [
-    ("tiny-base", "t2v", {"is_skip_first_chunk": True, "num_frames": 99}),
-    ("tiny-base", "t2v", {"guidance_scale": 1.0}),
-    ("tiny-base", "t2v", {"sigmas": (0.9, 0.5, 0.2), "num_inference_steps": 3}),
-    ("tiny-base", "i2v", {"is_skip_first_chunk": True, "num_frames": 99}),
-    ("tiny-base", "i2v", {"image_noise_sigma_min": 0.3, "image_noise_sigma_max": 0.4}),
-    ("tiny-base", "t2v", {"num_latent_frames_per_chunk": 5, "num_frames": 51}),
-    ("tiny-base", "t2v", {"max_sequence_length": 12}),
-    ("tiny-base", "t2v", {"height": 80, "width": 48}),
-    ("tiny-mid", "t2v", {"use_zero_init": False}),
-    ("tiny-mid", "t2v", {"zero_steps": 0}),
-    ("tiny-mid", "t2v", {"history_sizes": (8, 2, 1)}),
-    ("tiny-mid", "t2v", {"height": 128, "width": 64, "num_frames": 1}),
-    ("tiny-mid", "i2v", {"add_noise_to_image_latents": False}),
-    ("tiny-distilled", "t2v", {"is_amplify_first_chunk": False}),
-    ("tiny-distilled", "t2v", {"pyramid_num_inference_steps_list": (1, 1, 1), "is_amplify_first_chunk": True}),
-    ("tiny-distilled", "v2v", {"add_noise_to_video_latents": False, "is_amplify_first_chunk": False}),
-    ("tiny-distilled", "v2v", {"video_noise_sigma_min": 0.0, "video_noise_sigma_max": 0.9}),
-    ("tiny-distilled", "v2v", {"history_sizes": (4, 2, 1)}),
+    ("random-base", "t2v", {"is_skip_first_chunk": True, "num_frames": 99}),
+    ("random-base", "t2v", {"guidance_scale": 1.0}),
+    ("random-base", "t2v", {"sigmas": (0.9, 0.5, 0.2), "num_inference_steps": 3}),
+    ("random-base", "i2v", {"is_skip_first_chunk": True, "num_frames": 99}),
+    ("random-base", "i2v", {"image_noise_sigma_min": 0.3, "image_noise_sigma_max": 0.4}),
+    ("random-base", "t2v", {"num_latent_frames_per_chunk": 5, "num_frames": 51}),
+    ("random-base", "t2v", {"max_sequence_length": 12}),
+    ("random-base", "t2v", {"height": 80, "width": 48}),
+    ("random-mid", "t2v", {"use_zero_init": False}),
+    ("random-mid", "t2v", {"zero_steps": 0}),
+    ("random-mid", "t2v", {"history_sizes": (8, 2, 1)}),
+    ("random-mid", "t2v", {"height": 128, "width": 64, "num_frames": 1}),
+    ("random-mid", "i2v", {"add_noise_to_image_latents": False}),
+    ("random-distilled", "t2v", {"is_amplify_first_chunk": False}),
+    ("random-distilled", "t2v", {"pyramid_num_inference_steps_list": (1, 1, 1), "is_amplify_first_chunk": True}),
+    ("random-distilled", "v2v", {"add_noise_to_video_latents": False, "is_amplify_first_chunk": False}),
+    ("random-distilled", "v2v", {"video_noise_sigma_min": 0.0, "video_noise_sigma_max": 0.9}),
+    ("random-distilled", "v2v", {"history_sizes": (4, 2, 1)}),
 ]
 
 
 @pytest.mark.parametrize(("name", "task", "knobs"), KNOBS, ids=str)
 def test_every_knob_equals_diffusers(ours, theirs, media, monkeypatch, name, task, knobs):
     fields = {**SETTINGS[name], **knobs}
-    if name == "tiny-distilled":
+    if name == "random-distilled":
         fields.setdefault("is_amplify_first_chunk", False)
     reference = run_theirs(theirs[name], monkeypatch, media[task], **fields)
     result = run_ours(ours[name], media[task], **fields)
@@ -119,7 +119,7 @@ def test_every_knob_equals_diffusers(ours, theirs, media, monkeypatch, name, tas
 @pytest.mark.parametrize("task", ["t2v", "i2v"])
 def test_bfloat16_no_further_than_diffusers(presets, ours, media, monkeypatch, name, task):
     """Root mean square distance from the fp32 latents; 5 % covers the luck of which values round which way."""
-    fields = SETTINGS[name] | ({"is_amplify_first_chunk": False} if name == "tiny-distilled" else {})
+    fields = SETTINGS[name] | ({"is_amplify_first_chunk": False} if name == "random-distilled" else {})
     exact = run_ours(ours[name], media[task], output_type="latent", **fields)[0]
     low = Pipeline.from_pretrained(str(presets[name]), dtype=torch.bfloat16)
     mine = run_ours(low, media[task], output_type="latent", **fields)[0]
@@ -134,7 +134,7 @@ def test_bfloat16_no_further_than_diffusers(presets, ours, media, monkeypatch, n
 @pytest.mark.parametrize("name", NAMES)
 def test_parity_can_fail(ours, theirs, monkeypatch, name):
     """One more draw before the first chunk, and the last history frame lost: both are far outside the tolerance."""
-    fields = SETTINGS[name] | ({"is_amplify_first_chunk": False} if name == "tiny-distilled" else {})
+    fields = SETTINGS[name] | ({"is_amplify_first_chunk": False} if name == "random-distilled" else {})
     reference = run_theirs(theirs[name], monkeypatch, **fields)[0]
     assert (run_ours(ours[name], output_type="latent", seed=(6,), **fields)[0] - reference).abs().max() > 0.01
     from helios_cp.pipeline import pipeline as module
@@ -167,9 +167,9 @@ def test_seed_counts_upwards():
 
 def test_interactive_schedule(ours):
     """The blend of each chunk by hand; after the last entry its prompt holds, and no other comes back."""
-    pipeline = ours["tiny-distilled"]
+    pipeline = ours["random-distilled"]
     schedule = (ScheduledPrompt("a fox", 1), ScheduledPrompt("an owl", 3))
-    fields = {**SETTINGS["tiny-distilled"], "seed": (5,), **SIZE}
+    fields = {**SETTINGS["random-distilled"], "seed": (5,), **SIZE}
     request = Request(prompt_schedule=schedule, num_frames=33 * 5, interpolation_steps=3, **fields)
     chunks = list(pipeline.stream(request, output_type="latent"))
     assert len(chunks) == 5
@@ -194,20 +194,20 @@ def test_schedule_runs_at_least_as_long_as_its_entries():
 
 def test_given_embeddings_and_noise(ours):
     """What a caller computed beforehand gives the same video as computing it here."""
-    pipeline = ours["tiny-mid"]
-    reference = run_ours(pipeline, **SETTINGS["tiny-mid"])[0]
+    pipeline = ours["random-mid"]
+    reference = run_ours(pipeline, **SETTINGS["random-mid"])[0]
     embeds = {"prompt_embeds": _embed(pipeline, PROMPT), "negative_prompt_embeds": _embed(pipeline, NEGATIVE)}
-    torch.testing.assert_close(run_ours(pipeline, embeds, prompt=(), **SETTINGS["tiny-mid"])[0], reference)
+    torch.testing.assert_close(run_ours(pipeline, embeds, prompt=(), **SETTINGS["random-mid"])[0], reference)
     noise = torch.randn(1, 16, 18, 8, 8)
-    first = run_ours(pipeline, {"latents": noise}, **SETTINGS["tiny-mid"])[0]
+    first = run_ours(pipeline, {"latents": noise}, **SETTINGS["random-mid"])[0]
     assert (first - reference).abs().max() > 0.1
-    torch.testing.assert_close(run_ours(pipeline, {"latents": noise}, **SETTINGS["tiny-mid"])[0], first)
+    torch.testing.assert_close(run_ours(pipeline, {"latents": noise}, **SETTINGS["random-mid"])[0], first)
 
 
 def test_given_media_latents(ours, media):
     """Encoded outside, pictures and clips start the same video, for the noise is drawn in the same order."""
-    pipeline = ours["tiny-base"]
-    fields = {**SETTINGS["tiny-base"], "add_noise_to_image_latents": False, "add_noise_to_video_latents": False}
+    pipeline = ours["random-base"]
+    fields = {**SETTINGS["random-base"], "add_noise_to_image_latents": False, "add_noise_to_video_latents": False}
     for task in ("i2v", "v2v"):
         request = Request(prompt=(PROMPT,), **SIZE, **fields).resolve(pipeline.checkpoint)
         state = pipeline.initial_state(request, Inputs(**media[task]))
@@ -246,18 +246,18 @@ def test_only_visible_clips_are_encoded(ours, theirs, astronaut, monkeypatch):
     encoded = []
     for kind in (Autoencoder, AutoencoderKLWan):
         monkeypatch.setattr(kind, "encode", noting(kind.encode, encoded))
-    fields = {**SETTINGS["tiny-base"], "height": 32, "width": 32, "num_frames": 33}
-    result = run_ours(ours["tiny-base"], {"video": frames}, **fields)
+    fields = {**SETTINGS["random-base"], "height": 32, "width": 32, "num_frames": 33}
+    result = run_ours(ours["random-base"], {"video": frames}, **fields)
     assert encoded == [1, 33, 33, 33]
     encoded.clear()
-    reference = run_theirs(theirs["tiny-base"], monkeypatch, {"video": frames}, **fields)
+    reference = run_theirs(theirs["random-base"], monkeypatch, {"video": frames}, **fields)
     assert encoded == [1, 33, 33, 33, 33, 33]
     assert_close(result, reference)
 
 
 def test_chunks_come_as_they_are_ready(ours):
     """The first chunk is decoded and handed over before the second is denoised."""
-    pipeline = ours["tiny-distilled"]
+    pipeline = ours["random-distilled"]
     steps = []
     request = Request(prompt=(PROMPT,), **SIZE, num_frames=99)
     stream = pipeline.stream(request, on_step=steps.append)
@@ -270,8 +270,10 @@ def test_chunks_come_as_they_are_ready(ours):
 
 
 def test_two_streams_at_once_do_not_disturb_each_other(ours):
-    pipeline = ours["tiny-mid"]
-    requests = [Request(prompt=(text,), **SIZE, **SETTINGS["tiny-mid"], num_frames=66) for text in ("a fox", "an owl")]
+    pipeline = ours["random-mid"]
+    requests = [
+        Request(prompt=(text,), **SIZE, **SETTINGS["random-mid"], num_frames=66) for text in ("a fox", "an owl")
+    ]
     alone = [torch.cat([chunk.latents for chunk in pipeline.stream(request)], 2) for request in requests]
     pairs = zip(*(pipeline.stream(request) for request in requests), strict=True)
     mixed = [torch.cat([chunk.latents for chunk in chunks], 2) for chunks in zip(*pairs, strict=True)]
@@ -290,7 +292,7 @@ def live_tensor_bytes() -> int:
 
 def test_memory_does_not_grow_with_length(ours):
     """Live tensors after chunk 3 and after chunk 30 of one video, counted to the byte."""
-    pipeline = ours["tiny-distilled"]
+    pipeline = ours["random-distilled"]
     request = Request(
         prompt=(PROMPT,),
         **SIZE,
@@ -307,4 +309,4 @@ def test_memory_does_not_grow_with_length(ours):
 
 def test_bad_output_type(ours):
     with pytest.raises(RequestError, match="output_type"):
-        next(ours["tiny-base"].stream(Request(prompt=("a",)), output_type="pil"))
+        next(ours["random-base"].stream(Request(prompt=("a",)), output_type="pil"))

@@ -28,7 +28,9 @@ REQUEST = Request(
 @pytest.mark.parametrize("execution", [Execution(), Execution(block_cache=1e-9)], ids=["plain", "block cache"])
 def test_old_keys_and_values_go_before_new_ones_are_made(presets, monkeypatch, execution):
     """At 14B they are 0.42 GB. Nobody holds them: no loop, no cache of blocks."""
-    pipeline = Pipeline.from_pretrained(Checkpoint.read(presets["tiny-mid"]), dtype=torch.float32, execution=execution)
+    pipeline = Pipeline.from_pretrained(
+        Checkpoint.read(presets["random-mid"]), dtype=torch.float32, execution=execution
+    )
     encode, made = pipeline.transformer.encode_text, []
 
     def watched(embeds, number):
@@ -44,7 +46,7 @@ def test_old_keys_and_values_go_before_new_ones_are_made(presets, monkeypatch, e
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_each_rank_encodes_both_branches_and_keeps_its_own(presets, monkeypatch, rank):
-    pipeline = Pipeline.from_pretrained(Checkpoint.read(presets["tiny-mid"]), dtype=torch.float32)
+    pipeline = Pipeline.from_pretrained(Checkpoint.read(presets["random-mid"]), dtype=torch.float32)
     pipeline.branches = SplitBranches(SimpleNamespace(rank=rank))
     encode, made = pipeline.transformer.encode_text, []
 

@@ -53,7 +53,9 @@ def test_weights_on_the_device_are_those_predicted(presets, how, quantize):
     """Of text encoder, transformer and decoder, loaded in bf16."""
     if quantize == "int4":
         pytest.importorskip("torchao")
-    pipeline = Pipeline.from_pretrained(str(presets["tiny-mid"]), dtype=BF16, execution=Execution(vae_dtype="bfloat16"))
+    pipeline = Pipeline.from_pretrained(
+        str(presets["random-mid"]), dtype=BF16, execution=Execution(vae_dtype="bfloat16")
+    )
     if quantize is not None:
         quantize_blocks(pipeline.transformer, quantize)
     models = pipeline.prompt_encoder.text_encoder, pipeline.transformer, pipeline.codec.vae

@@ -15,7 +15,7 @@ from helios_cp.plan.choose import choose_layout
 from parallel.mesh import Degrees
 
 CPU = torch.device("cpu")
-GUIDED, PLAIN = "tiny-mid", "tiny-distilled"
+GUIDED, PLAIN = "random-mid", "random-distilled"
 
 
 def choose(presets, name: str, ranks: int, size=(64, 64), **flags) -> Layout:
@@ -67,7 +67,7 @@ def test_impossible_layouts_are_refused(presets, name, ranks, flags, said):
 
 
 def test_smallest_stage(presets):
-    base, distilled = Checkpoint.read(presets["tiny-base"]), Checkpoint.read(presets["tiny-distilled"])
+    base, distilled = Checkpoint.read(presets["random-base"]), Checkpoint.read(presets["random-distilled"])
     size = {"height": 384, "width": 640}
     assert smallest_tokens(Request(prompt=("a",), **size).resolve(distilled), distilled) == 540
     assert smallest_tokens(Request(prompt=("a",), **size).resolve(base), base) == 8640

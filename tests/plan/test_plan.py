@@ -149,7 +149,7 @@ def _shallow(config, *rest):
 
 def test_every_plan_is_accepted_by_the_engine_and_no_other_is(presets):
     """Against what `choose_layout` says to the same flags."""
-    checkpoint = Checkpoint.read(presets["tiny-mid"])
+    checkpoint = Checkpoint.read(presets["random-mid"])
     request = Request(prompt=("a",), height=64, width=64).resolve(checkpoint)
     work = Workload.of(checkpoint, request, torch.float32, *part_configs(checkpoint))
     for ranks in (1, 2, 6, 10):
@@ -339,7 +339,7 @@ def test_json(capsys):
 
 
 def test_a_checkpoint_folder_is_planned_from_its_own_files(presets, capsys):
-    folder = presets["tiny-mid"]
+    folder = presets["random-mid"]
     flags = ["--model", str(folder), "--height", "64", "--width", "64", "--hardware", "cpu", "--dtype", "float32"]
     assert main([*flags, "--json"]) == 0
     values = json.loads(capsys.readouterr().out)

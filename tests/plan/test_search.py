@@ -32,9 +32,9 @@ def auto(presets, name: str, ranks: int, **flags) -> Layout:
 
 
 def test_layout_auto_takes_the_best_plan(presets):
-    assert auto(presets, "tiny-mid", 1) == Layout()
-    assert auto(presets, "tiny-mid", 2).degrees.cfg == 2
-    kept = auto(presets, "tiny-distilled", 6, ulysses=3, shard_weights=True)
+    assert auto(presets, "random-mid", 1) == Layout()
+    assert auto(presets, "random-mid", 2).degrees.cfg == 2
+    kept = auto(presets, "random-distilled", 6, ulysses=3, shard_weights=True)
     assert (kept.degrees.ulysses, kept.degrees.ring, kept.shard_weights) == (3, 2, True)
 
 
@@ -49,7 +49,7 @@ def test_layout_auto_takes_the_best_plan(presets):
 )
 def test_layout_auto_says_what_is_impossible(presets, ranks, flags, said):
     with pytest.raises(RequestError, match=r"--layout auto: no layout of .* is possible") as refusal:
-        auto(presets, "tiny-distilled", ranks, **flags)
+        auto(presets, "random-distilled", ranks, **flags)
     assert said in str(refusal.value) and "\n" not in str(refusal.value)
 
 
@@ -69,12 +69,12 @@ def test_layout_auto_is_a_flag():
 )
 def test_degrees_given_stay(presets, ranks, flags, expected):
     """Also those that a search of its own does not try."""
-    degrees = auto(presets, "tiny-distilled", ranks, **flags).degrees
+    degrees = auto(presets, "random-distilled", ranks, **flags).degrees
     assert {name: getattr(degrees, name) for name in expected} == expected and degrees.world == ranks
 
 
 def test_sharded_weights_of_one_rank_are_whole(presets):
-    assert auto(presets, "tiny-distilled", 1, shard_weights=True) == Layout(shard_weights=True)
+    assert auto(presets, "random-distilled", 1, shard_weights=True) == Layout(shard_weights=True)
 
 
 BF16 = torch.bfloat16
@@ -134,7 +134,7 @@ def test_the_request_that_needs_most_decides():
 def test_hardware_given_is_planned_for(presets, tmp_path):
     """By name or from a calibration, with as many ranks a node as there are here."""
     flags = {"height": 64, "width": 64}
-    checkpoint = Checkpoint.read(presets["tiny-distilled"])
+    checkpoint = Checkpoint.read(presets["random-distilled"])
     request = Request(prompt=("a fox",), **flags).resolve(checkpoint)
     profile = tmp_path / "small.json"
     profile.write_text(json.dumps(dataclasses.replace(H100, name="small", memory_bytes=1e6).to_json()))

@@ -39,9 +39,9 @@ from parallel.mesh import Degrees
 from tests.runtime.compiled_ranks import SIZES, compare, forwards
 
 STEPS = {
-    "tiny-base": {"num_inference_steps": 2, "guidance_scale": 3.0},
-    "tiny-mid": {"pyramid_num_inference_steps_list": (3, 1, 1), "guidance_scale": 3.0},
-    "tiny-distilled": {"pyramid_num_inference_steps_list": (1, 1, 1)},
+    "random-base": {"num_inference_steps": 2, "guidance_scale": 3.0},
+    "random-mid": {"pyramid_num_inference_steps_list": (3, 1, 1), "guidance_scale": 3.0},
+    "random-distilled": {"pyramid_num_inference_steps_list": (1, 1, 1)},
 }
 VAE_GRAPHS = 2  # for each number of channels, of which a tiny VAE has two
 MOST_VAE_GRAPHS = 3  # with one more where two sizes happen to be equal the first time
@@ -94,7 +94,7 @@ def test_whole_video(presets, preset):
     eager = list(pipeline.stream(request_for(preset)))
     recorded = Recorded()
     compile_parts(pipeline.transformer, pipeline.codec.vae, backend=recorded)
-    stages, graphs = 1 if preset == "tiny-base" else 3, []
+    stages, graphs = 1 if preset == "random-base" else 3, []
     for index, (mine, theirs) in enumerate(zip(pipeline.stream(request_for(preset)), eager, strict=True)):
         assert error(mine.latents, theirs.latents) <= 1e-4
         assert (mine.frames.int() - theirs.frames.int()).abs().max() <= 1
@@ -107,7 +107,7 @@ def test_whole_video(presets, preset):
 
 def test_blocks_share_graphs_and_sizes_do_not(presets):
     """Three blocks make two graphs a size; a size that comes again makes none."""
-    transformer = load_transformer(Checkpoint.read(presets["tiny-mid"]), torch.float32)
+    transformer = load_transformer(Checkpoint.read(presets["random-mid"]), torch.float32)
     counter = CompileCounterWithBackend("eager")
     compile_blocks(transformer.blocks, counter)
     for _ in range(2):
@@ -118,7 +118,7 @@ def test_blocks_share_graphs_and_sizes_do_not(presets):
 def test_more_sizes_than_there_is_room_for(presets, monkeypatch, caplog):
     """Graphs are dropped at the limit, which is told, and sizes go on; one that comes again is compiled again."""
     monkeypatch.setattr(compilation, "MOST_COMPILED", 3)
-    transformer = load_transformer(Checkpoint.read(presets["tiny-mid"]), torch.float32)
+    transformer = load_transformer(Checkpoint.read(presets["random-mid"]), torch.float32)
     sizes = ((2, 2), (2, 4), (4, 4), (2, 2))
     eager = forwards(transformer, sizes)
     counter = CompileCounterWithBackend("eager")
@@ -138,7 +138,7 @@ def test_a_graph_of_another_size_shows(presets, monkeypatch):
 
     So would results of one size differ if Dynamo took a graph of another for it.
     """
-    transformer = load_transformer(Checkpoint.read(presets["tiny-mid"]), torch.float32)
+    transformer = load_transformer(Checkpoint.read(presets["random-mid"]), torch.float32)
     eager = forwards(transformer)
     per_token = layers._per_token
     monkeypatch.setattr(
@@ -160,7 +160,7 @@ def test_reading_a_value_shows(presets, monkeypatch, decides):
         return attend(self, states * 2 if float(states.sum()) > 0 else states, keys_values)
 
     monkeypatch.setattr(layers.CrossAttention, "forward", decides_by_it if decides else reads)
-    transformer = load_transformer(Checkpoint.read(presets["tiny-mid"]), torch.float32)
+    transformer = load_transformer(Checkpoint.read(presets["random-mid"]), torch.float32)
     recorded = Recorded()
     compile_blocks(transformer.blocks, recorded)
     try:
@@ -175,7 +175,7 @@ def test_reading_a_value_shows(presets, monkeypatch, decides):
 def test_ranks(presets, degrees, sharded):
     """Collectives inside of the graphs: results, calls and bytes are those of eager code; no graph is made twice."""
     results = shared_pool().run(
-        compare, presets["tiny-mid"], degrees, sharded, "aot_eager", ranks=degrees.world, timeout=600
+        compare, presets["random-mid"], degrees, sharded, "aot_eager", ranks=degrees.world, timeout=600
     )
     for found in results:
         assert max(map(error, found.compiled, found.eager)) <= 1e-5
@@ -213,7 +213,7 @@ def test_inductor_and_its_cache(presets, tmp_path):
     """Inductor's own code for the blocks of a forward and for a latent frame; a second process generates none of it."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TORCHINDUCTOR")}
     for is_first in (True, False):
-        command = [sys.executable, "-c", START, str(presets["tiny-mid"]), str(tmp_path / "compiled")]
+        command = [sys.executable, "-c", START, str(presets["random-mid"]), str(tmp_path / "compiled")]
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
         largest, hits, misses = map(float, done.stdout.split())
         assert largest <= 1e-5
@@ -224,7 +224,7 @@ def test_the_folder_of_compiled_code_is_set_by_who_starts_the_process(presets, t
     """Loading a pipeline leaves the environment alone, and says when compiled code would go elsewhere."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "other"))
     execution = Execution(compile=True, compile_cache=str(tmp_path / "compiled"))
-    checkpoint = Checkpoint.read(presets["tiny-mid"])
+    checkpoint = Checkpoint.read(presets["random-mid"])
     with pytest.warns(UserWarning, match="other and not to .*compiled: call helios_cp.pipeline.environment.prepare"):
         Pipeline.from_pretrained(checkpoint, dtype=torch.float32, execution=execution)
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "other")
@@ -256,13 +256,13 @@ def test_refused():
 
 def test_one_graph_of_the_vae_serves_all_sizes_and_groups(presets):
     """Of norm and SiLU together; the same when it encodes."""
-    vae = load_vae(Checkpoint.read(presets["tiny-mid"]))
+    vae = load_vae(Checkpoint.read(presets["random-mid"]))
     counter = CompileCounterWithBackend("inductor")
     compile_vae(vae, counter)
     with torch.no_grad():
         for frames, rows, group in ((3, 4, None), (9, 6, 3)):
             latents = torch.randn(1, 16, frames, rows, 5)
-            eager = load_vae(Checkpoint.read(presets["tiny-mid"])).decode(latents, group)
+            eager = load_vae(Checkpoint.read(presets["random-mid"])).decode(latents, group)
             assert error(vae.decode(latents, group), eager) <= 1e-5
         vae.encode(torch.rand(1, 3, 9, 32, 40))
     assert counter.frame_count <= MOST_VAE_GRAPHS

@@ -60,7 +60,7 @@ class Captures:
 
 @pytest.fixture
 def transformer(presets) -> HeliosTransformer:
-    return load_transformer(Checkpoint.read(presets["tiny-mid"]), torch.float32)
+    return load_transformer(Checkpoint.read(presets["random-mid"]), torch.float32)
 
 
 @pytest.fixture
@@ -276,7 +276,7 @@ def test_graphs_go_before_the_process_groups(presets, captures, monkeypatch):
     monkeypatch.setattr(dist, "destroy_process_group", lambda: (left.append(graph()), leave()))
 
     def capture() -> weakref.ref:
-        transformer = load_transformer(Checkpoint.read(presets["tiny-mid"]), torch.float32)
+        transformer = load_transformer(Checkpoint.read(presets["random-mid"]), torch.float32)
         transformer.forward = GraphedForward(transformer, captures)
         transformer(latents_of(0), torch.tensor([700]), text_of(transformer, 0))
         return weakref.ref(*transformer.forward.captured.values())
@@ -293,7 +293,7 @@ def test_graphs_go_before_the_process_groups(presets, captures, monkeypatch):
 
 def test_whole_video(presets, captures):
     """Two chunks of guided Mid: each branch has a graph for each stage."""
-    pipeline = Pipeline.from_pretrained(Checkpoint.read(presets["tiny-mid"]), dtype=torch.float32)
+    pipeline = Pipeline.from_pretrained(Checkpoint.read(presets["random-mid"]), dtype=torch.float32)
     steps = {"pyramid_num_inference_steps_list": (3, 2, 2), "guidance_scale": 3.0}
     request = Request(prompt=("a fox",), height=64, width=64, num_frames=66, **steps)
     eager = [chunk.latents for chunk in pipeline.stream(request, output_type="latent")]
@@ -386,10 +386,10 @@ def test_what_goes_together_on_which_card(fields, target, is_distilled, message)
 @pytest.mark.parametrize(
     ("preset", "execution", "message"),
     [
-        ("tiny-mid", Execution(cuda_graphs=True), "--cuda-graphs: not on cpu"),
-        ("tiny-distilled", Execution(block_cache=0.1), "--block-cache 0.1: Helios-Distilled has too few steps"),
-        ("tiny-mid", Execution(quantize="fp4"), "--quantize fp4: allowed are"),
-        ("tiny-mid", Execution(offload="disk"), "--offload disk: allowed are"),
+        ("random-mid", Execution(cuda_graphs=True), "--cuda-graphs: not on cpu"),
+        ("random-distilled", Execution(block_cache=0.1), "--block-cache 0.1: Helios-Distilled has too few steps"),
+        ("random-mid", Execution(quantize="fp4"), "--quantize fp4: allowed are"),
+        ("random-mid", Execution(offload="disk"), "--offload disk: allowed are"),
     ],
     ids=str,
 )
@@ -416,7 +416,7 @@ def test_refused_from_python_too(presets, no_weights, preset, execution, message
 def test_cards_of_a_cluster_are_checked_from_elsewhere(cache, tmp_path, monkeypatch, arguments, capability, expected):
     """As a driver does for the cards of its nodes: the call is checked for them and not for this machine."""
     monkeypatch.chdir(tmp_path)
-    size = "--model tiny-mid --prompt fox --height 64 --width 64 --num-frames 33 --device cpu"
+    size = "--model random-mid --prompt fox --height 64 --width 64 --num-frames 33 --device cpu"
     parsed = Call.of(build_parser().parse_args([*size.split(), *arguments.split()]))
     ranks = Ranks(size=2 if "--ulysses" in arguments else 1)
     target = Target("cuda", capability)
@@ -459,7 +459,7 @@ def test_nccl_registers_no_buffers_in_segments_that_grow(environment, ranks, exp
 @pytest.mark.parametrize("compiled", [False, True])
 def test_on_a_card(presets, compiled):
     """Whole videos on a card, replayed against launched one by one."""
-    checkpoint = Checkpoint.read(presets["tiny-mid"])
+    checkpoint = Checkpoint.read(presets["random-mid"])
     request = Request(
         prompt=("a fox",),
         height=64,
@@ -485,7 +485,7 @@ def test_on_a_card(presets, compiled):
 def test_the_only_graph_is_dropped_and_another_captured_on_a_card(presets):
     """With room for one graph, three sizes in turn, twice; memory stays that of one."""
     device = torch.device("cuda", torch.cuda.current_device())
-    transformer = load_transformer(Checkpoint.read(presets["tiny-mid"]), torch.bfloat16, device)
+    transformer = load_transformer(Checkpoint.read(presets["random-mid"]), torch.bfloat16, device)
     graphed = GraphedForward(transformer, CudaCapture(device), most=1)
     words = torch.randn(1, 11, 32, generator=torch.Generator().manual_seed(0))
     text = transformer.encode_text(words.to(device, torch.bfloat16))
@@ -505,7 +505,7 @@ def test_the_only_graph_is_dropped_and_another_captured_on_a_card(presets):
 def test_graphs_stay_right_after_others_were_dropped_on_a_card(presets):
     """With room for two graphs, three sizes in turn; memory that was freed goes to others and stays as they left it."""
     device = torch.device("cuda", torch.cuda.current_device())
-    transformer = load_transformer(Checkpoint.read(presets["tiny-mid"]), torch.bfloat16, device)
+    transformer = load_transformer(Checkpoint.read(presets["random-mid"]), torch.bfloat16, device)
     graphed = GraphedForward(transformer, CudaCapture(device), most=2)
     words = torch.randn(1, 11, 32, generator=torch.Generator().manual_seed(0))
     text = transformer.encode_text(words.to(device, torch.bfloat16))
@@ -545,7 +545,7 @@ def test_garbage_spoils_no_capture_on_a_card():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_no_step_waits_on_a_card(presets):
     """PyTorch's own watch over calls that make the host wait; the first chunk builds what is kept."""
-    pipeline = Pipeline.from_pretrained(Checkpoint.read(presets["tiny-mid"]), dtype=torch.bfloat16, device="cuda")
+    pipeline = Pipeline.from_pretrained(Checkpoint.read(presets["random-mid"]), dtype=torch.bfloat16, device="cuda")
     capture_forwards(pipeline.transformer, pipeline.device)
     request = Request(prompt=("a fox",), height=64, width=64, num_frames=66, pyramid_num_inference_steps_list=(3, 2, 2))
     seen = []

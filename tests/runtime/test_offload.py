@@ -36,9 +36,9 @@ HOW = ("model", "group")
 CPU = torch.device("cpu")
 SIZE = "--prompt fox --height 64 --width 64 --num-frames 33"
 FIELDS = {
-    "tiny-base": {"num_inference_steps": 2, "guidance_scale": 3.0},
-    "tiny-mid": {"pyramid_num_inference_steps_list": (3, 1, 1), "guidance_scale": 3.0},
-    "tiny-distilled": {"pyramid_num_inference_steps_list": (1, 1, 1)},
+    "random-base": {"num_inference_steps": 2, "guidance_scale": 3.0},
+    "random-mid": {"pyramid_num_inference_steps_list": (3, 1, 1), "guidance_scale": 3.0},
+    "random-distilled": {"pyramid_num_inference_steps_list": (1, 1, 1)},
 }
 PARTS = ("text encoder", "transformer", "encoder", "decoder")
 
@@ -106,7 +106,7 @@ def offload_parts(pipeline: Pipeline, how: str, card: Card | None = None) -> Non
 @pytest.fixture(scope="module")
 def plain(folders, astronaut):
     """Videos from a picture, with prompts that change, without offloading."""
-    cases = [(name, torch.float32) for name in FIELDS] + [("tiny-mid", torch.bfloat16)]
+    cases = [(name, torch.float32) for name in FIELDS] + [("random-mid", torch.bfloat16)]
     return {
         (name, dtype): video(load(folders[name], dtype=dtype), request_of(name), Inputs(image=astronaut))
         for name, dtype in cases
@@ -135,15 +135,15 @@ def test_bits_and_bytes(folders, astronaut, plain, name, how):
 
 @pytest.mark.parametrize("copies", [DirectCopies, Late])
 def test_order_of_copies_does_not_matter(folders, astronaut, plain, copies):
-    pipeline = load(folders["tiny-mid"], "group", torch.bfloat16, Card(CPU, copies()))
-    result = video(pipeline, request_of("tiny-mid"), Inputs(image=astronaut))
-    assert all(map(torch.equal, result, plain["tiny-mid", torch.bfloat16]))
+    pipeline = load(folders["random-mid"], "group", torch.bfloat16, Card(CPU, copies()))
+    result = video(pipeline, request_of("random-mid"), Inputs(image=astronaut))
+    assert all(map(torch.equal, result, plain["random-mid", torch.bfloat16]))
 
 
 def test_not_waiting_shows(folders, astronaut, plain):
-    pipeline = load(folders["tiny-mid"], "group", torch.float32, Card(CPU, NobodyWaits()))
-    result = video(pipeline, request_of("tiny-mid"), Inputs(image=astronaut))
-    assert not torch.equal(result[0], plain["tiny-mid", torch.float32][0])
+    pipeline = load(folders["random-mid"], "group", torch.float32, Card(CPU, NobodyWaits()))
+    result = video(pipeline, request_of("random-mid"), Inputs(image=astronaut))
+    assert not torch.equal(result[0], plain["random-mid", torch.float32][0])
 
 
 def test_bringing_a_layer_into_the_buffer_at_work_shows(folders, astronaut, plain, monkeypatch):
@@ -153,9 +153,9 @@ def test_bringing_a_layer_into_the_buffer_at_work_shows(folders, astronaut, plai
         self._bring((layer + 2) % len(self.weights))
 
     monkeypatch.setattr(Streamed, "fetch", fetch)
-    pipeline = load(folders["tiny-mid"], "group", torch.float32, Card(CPU, DirectCopies()))
-    result = video(pipeline, request_of("tiny-mid"), Inputs(image=astronaut))
-    assert not torch.equal(result[0], plain["tiny-mid", torch.float32][0])
+    pipeline = load(folders["random-mid"], "group", torch.float32, Card(CPU, DirectCopies()))
+    result = video(pipeline, request_of("random-mid"), Inputs(image=astronaut))
+    assert not torch.equal(result[0], plain["random-mid", torch.float32][0])
 
 
 def layers_of(count: int) -> list[nn.Linear]:
@@ -210,8 +210,8 @@ def test_each_layer_is_brought_once_a_round():
 
 def test_weights_that_are_away_are_no_numbers(folders):
     """So that whatever reads them there by mistake shows in every other test."""
-    pipeline = load(folders["tiny-mid"], "group")
-    video(pipeline, request_of("tiny-mid"))
+    pipeline = load(folders["random-mid"], "group")
+    video(pipeline, request_of("random-mid"))
     assert all(parameter.isnan().all() for parameter in pipeline.transformer.parameters())
     assert not any(parameter.isnan().any() for parameter in pipeline.codec.vae.decoder.parameters())
 
@@ -222,12 +222,12 @@ def test_what_is_loaded_goes_to_the_host_and_never_as_a_whole_to_the_device(fold
     take = device_weights.DeviceMemory.take
     monkeypatch.setattr(device_weights.DeviceMemory, "take", lambda self: (taken.append(self.size), take(self)))
     pipeline = Pipeline.from_pretrained(
-        folders["tiny-mid"], dtype=torch.float32, device="meta", execution=Execution(offload="group")
+        folders["random-mid"], dtype=torch.float32, device="meta", execution=Execution(offload="group")
     )
     assert pipeline.transformer.device == pipeline.codec.vae.device == torch.device("meta")
     assert taken == []
     stored = {id(place.tensor): tensor for place, tensor in pipeline.card.stored()}
-    whole = load(folders["tiny-mid"])
+    whole = load(folders["random-mid"])
     for name, parameter in whole.transformer.named_parameters():
         assert torch.equal(stored[id(pipeline.transformer.get_parameter(name))], parameter), name
 
@@ -236,7 +236,7 @@ def test_everything_is_computed_on_the_device(folders):
     """On meta, where a tensor that was left on the host by mistake is refused by the operation that it meets."""
     device = torch.device("meta")
     pipeline = Pipeline.from_pretrained(
-        folders["tiny-mid"], dtype=torch.float32, device=device, execution=Execution(offload="group")
+        folders["random-mid"], dtype=torch.float32, device=device, execution=Execution(offload="group")
     )
     words = torch.empty(1, 4, 32, device=device)  # looked up on the host, which meta gives nothing back to
     states = pipeline.prompt_encoder.text_encoder(inputs_embeds=words).last_hidden_state
@@ -268,27 +268,27 @@ class Meter:
 def test_other_parts_stay_where_there_is_room(folders):
     """Once it is measured what they need, on the first chunk of a size; all of them then stay."""
     meter = Meter(room=10**9)
-    pipeline = load(folders["tiny-mid"], "model", card=Card(CPU, meter=meter))
+    pipeline = load(folders["random-mid"], "model", card=Card(CPU, meter=meter))
     parts, counter = pipeline.card.parts, pipeline.card.counter
     brought = lambda: [counter.brought[id(parts[name].held[0].weights[0])] for name in PARTS]  # noqa: E731
     here = lambda: [part.is_here for part in parts.values()]  # noqa: E731
-    video(pipeline, request_of("tiny-mid"))  # of two chunks
+    video(pipeline, request_of("random-mid"))  # of two chunks
     assert here() == [False, True, False, True]
     assert brought() == [1, 2, 0, 1]
-    video(pipeline, request_of("tiny-mid"))
+    video(pipeline, request_of("random-mid"))
     assert here() == [True, True, False, True]  # nothing was encoded
     assert brought() == [2, 2, 0, 1]
     assert counter.bytes == counter.peak_bytes == sum(parts[name].device_bytes for name in PARTS if name != "encoder")
     meter.room = 0
-    video(pipeline, request_of("tiny-mid"))
+    video(pipeline, request_of("random-mid"))
     assert here() == [False, False, False, True]
 
 
 def test_a_part_stays_only_beside_what_was_measured(folders):
     """Its weights and what it needs have to fit, with a margin; a larger video is measured anew."""
-    pipeline = load(folders["tiny-mid"], "model", card=Card(CPU, meter=Meter(0)))
+    pipeline = load(folders["random-mid"], "model", card=Card(CPU, meter=Meter(0)))
     card, parts = pipeline.card, pipeline.card.parts
-    video(pipeline, request_of("tiny-mid"))
+    video(pipeline, request_of("random-mid"))
     assert [part.working for part in parts.values()] == [10, 10, None, 10]
     for room, stays in ((parts["transformer"].device_bytes + 10, False), (2 * parts["transformer"].device_bytes, True)):
         card.meter.room = room
@@ -304,7 +304,7 @@ def test_a_part_stays_only_beside_what_was_measured(folders):
 @pytest.mark.parametrize("how", HOW)
 def test_a_failure_to_bring_weights_is_no_video_of_others(folders, monkeypatch, how):
     """As when the card is full: the next video, which begins with the transformer, has its weights in place."""
-    name = "tiny-distilled"
+    name = "random-distilled"
     pipeline, request = load(folders[name], how), replace(request_of(name), prompt_schedule=())
     inputs = Inputs(prompt_embeds=torch.ones(1, 8, 32))
     expected = video(pipeline, request, inputs)
@@ -356,19 +356,19 @@ def test_quantised_layers(folders):
     quantization = pytest.importorskip("torchao.quantization")
     results = []
     for card in (None, Card(CPU, Late())):
-        pipeline = load(folders["tiny-distilled"])
+        pipeline = load(folders["random-distilled"])
         for block in pipeline.transformer.blocks:
             quantization.quantize_(block.ffn, quantization.Int8WeightOnlyConfig())
         if card is not None:
             offload_parts(pipeline, "group", card)
-        results.append(video(pipeline, request_of("tiny-distilled"))[0])
+        results.append(video(pipeline, request_of("random-distilled"))[0])
     assert torch.equal(*results)
-    assert not torch.equal(results[0], video(load(folders["tiny-distilled"]), request_of("tiny-distilled"))[0])
+    assert not torch.equal(results[0], video(load(folders["random-distilled"]), request_of("random-distilled"))[0])
 
 
 def test_weights_changed_on_the_host_are_those_of_the_next_video(folders):
-    whole, pipeline = load(folders["tiny-distilled"]), load(folders["tiny-distilled"], "group")
-    request = request_of("tiny-distilled")
+    whole, pipeline = load(folders["random-distilled"]), load(folders["random-distilled"], "group")
+    request = request_of("random-distilled")
     video(pipeline, request)
     pipeline.card.rest()
     changed = pipeline.transformer.blocks[1].attn1.to_qkv.weight
@@ -384,7 +384,7 @@ def test_compiled_blocks_are_compiled_once(folders):
     for how in ("none", "group"):
         torch._dynamo.reset()
         execution = Execution(offload=how, block_cache=1e9)
-        pipeline = Pipeline.from_pretrained(folders["tiny-base"], dtype=torch.float32, execution=execution)
+        pipeline = Pipeline.from_pretrained(folders["random-base"], dtype=torch.float32, execution=execution)
         counter = CompileCounterWithBackend("aot_eager")
         compile_blocks(pipeline.transformer.blocks, counter)
         (chunk,) = pipeline.stream(request, output_type="latent")
@@ -397,9 +397,9 @@ def test_compiled_blocks_are_compiled_once(folders):
 
 
 LAYOUTS = [
-    ("tiny-mid", Degrees(cfg=2)),
-    ("tiny-distilled", Degrees(ulysses=2, vae=2)),
-    ("tiny-mid", Degrees(ring=2, ffn_tp=2)),
+    ("random-mid", Degrees(cfg=2)),
+    ("random-distilled", Degrees(ulysses=2, vae=2)),
+    ("random-mid", Degrees(ring=2, ffn_tp=2)),
 ]
 
 
@@ -437,7 +437,7 @@ def refuse_shards(rank: int, folder: str) -> str:
 
 
 def test_sharded_weights_are_refused(folders):
-    assert refuse_shards(0, folders["tiny-mid"]) == "refused"
+    assert refuse_shards(0, folders["random-mid"]) == "refused"
 
 
 @pytest.mark.parametrize(
@@ -461,7 +461,7 @@ def test_refusals(cache, no_weights, monkeypatch, capsys, tmp_path, arguments, p
 
 def test_command_line(cache, tmp_path, monkeypatch):
     monkeypatch.setenv("HELIOS_CP_CACHE", str(cache))
-    arguments = f"--model tiny-distilled --pyramid-steps 1 1 1 {SIZE}".split()
+    arguments = f"--model random-distilled --pyramid-steps 1 1 1 {SIZE}".split()
     for how in ("none", "group"):
         files = ["--output", str(tmp_path / f"{how}.mp4"), "--save-latents", str(tmp_path / f"{how}.safetensors")]
         assert main([*arguments, *files, "--offload", how]) == 0
@@ -473,7 +473,7 @@ def test_every_way_to_offload_has_segments_grow(folders, monkeypatch):
     """By hand, as here, or by a flag, or by what a resumed run says: all of them come to `offload`."""
     asked = []
     monkeypatch.setattr(engine, "grow_segments", asked.append)
-    pipeline = load(folders["tiny-distilled"])
+    pipeline = load(folders["random-distilled"])
     assert asked == []
     offload_parts(pipeline, "group")
     assert asked == [CPU]
@@ -511,11 +511,11 @@ def test_bits_in_a_thread_with_another_card(folders, astronaut):
     """The current card is one of each thread; a new thread begins with the first."""
     with torch.cuda.device(0):  # loading makes the other one current, which ends here
         pipelines = [
-            Pipeline.from_pretrained(folders["tiny-mid"], device="cuda:1", execution=Execution(offload=how))
+            Pipeline.from_pretrained(folders["random-mid"], device="cuda:1", execution=Execution(offload=how))
             for how in ("none", "model")
         ]
     with ThreadPoolExecutor(1) as threads:
-        inputs = request_of("tiny-mid"), Inputs(image=astronaut)
+        inputs = request_of("random-mid"), Inputs(image=astronaut)
         results = [threads.submit(video, pipeline, *inputs).result() for pipeline in pipelines]
     assert all(map(torch.equal, *results))
 

@@ -34,7 +34,7 @@ def plan_for(folder, **fields) -> tuple[SamplingPlan, Checkpoint]:
 
 def test_distilled_timesteps_at_384x640(presets):
     """Two steps a stage; the shift comes from the size before the stage's upsample: 540, 540, 2160 tokens."""
-    plan, checkpoint = plan_for(presets["tiny-distilled"])
+    plan, checkpoint = plan_for(presets["random-distilled"])
     scheduler = load_scheduler(checkpoint)
     expected = [[998.534, 833.964], [742.605, 512.463], [385.147, 174.764]]
     sizes = [(12, 20), (12, 20), (24, 40)]
@@ -89,7 +89,7 @@ def test_resizing_noise():
 
 @pytest.fixture
 def mid_plan(presets):
-    return plan_for(presets["tiny-mid"], pyramid_num_inference_steps_list=(4, 2, 2))[0]
+    return plan_for(presets["random-mid"], pyramid_num_inference_steps_list=(4, 2, 2))[0]
 
 
 def test_guidance_formulas(mid_plan):
@@ -109,7 +109,7 @@ def test_guidance_formulas(mid_plan):
 def test_zeroed_steps_need_no_forward(presets, zero_steps, use_zero_init, zeroed):
     steps = (4, 2, 2)
     plan, checkpoint = plan_for(
-        presets["tiny-mid"],
+        presets["random-mid"],
         pyramid_num_inference_steps_list=steps,
         zero_steps=zero_steps,
         use_zero_init=use_zero_init,
@@ -133,7 +133,7 @@ def test_zeroed_steps_need_no_forward(presets, zero_steps, use_zero_init, zeroed
 
 
 def test_base_passes_floating_timesteps(presets):
-    plan, checkpoint = plan_for(presets["tiny-base"], num_inference_steps=3)
+    plan, checkpoint = plan_for(presets["random-base"], num_inference_steps=3)
     timesteps = []
 
     def predict(latents, timestep):
@@ -147,13 +147,13 @@ def test_base_passes_floating_timesteps(presets):
 
 def test_distilled_ignores_guidance(presets):
     """One forward a step whatever the scale: the negative prompt is never asked for."""
-    plan, _ = plan_for(presets["tiny-distilled"], guidance_scale=7.0)
+    plan, _ = plan_for(presets["random-distilled"], guidance_scale=7.0)
     assert not plan.is_guided and not plan.is_zeroed(0, 0)
 
 
 def test_dmd_adds_no_new_noise(presets):
     """With zero velocity x0 = x, so a step only mixes x with the stage's start point, which is x: nothing moves."""
-    plan, checkpoint = plan_for(presets["tiny-distilled"], is_amplify_first_chunk=False)
+    plan, checkpoint = plan_for(presets["random-distilled"], is_amplify_first_chunk=False)
     scheduler = load_scheduler(checkpoint)
     one_stage = dataclasses.replace(plan, steps=(3,))
     noise = normal((16, 9, 4, 4), make_generators((0,)), CPU)
@@ -169,5 +169,5 @@ def test_dmd_adds_no_new_noise(presets):
 
 
 def test_unipc_scheduler_is_diffusers_own(presets):
-    assert isinstance(load_scheduler(Checkpoint.read(presets["tiny-mid"])), HeliosScheduler)
-    assert isinstance(load_scheduler(Checkpoint.read(presets["tiny-distilled"])), HeliosDMDScheduler)
+    assert isinstance(load_scheduler(Checkpoint.read(presets["random-mid"])), HeliosScheduler)
+    assert isinstance(load_scheduler(Checkpoint.read(presets["random-distilled"])), HeliosDMDScheduler)

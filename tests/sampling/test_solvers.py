@@ -26,9 +26,9 @@ from helios_cp.weights.load import load_scheduler
 from tests.pipeline.crossings import META, Crossings
 
 STEPS = {
-    "tiny-base": {"num_inference_steps": 5},
-    "tiny-mid": {"pyramid_num_inference_steps_list": (4, 3, 2)},
-    "tiny-distilled": {"pyramid_num_inference_steps_list": (2, 2, 2)},
+    "random-base": {"num_inference_steps": 5},
+    "random-mid": {"pyramid_num_inference_steps_list": (4, 3, 2)},
+    "random-distilled": {"pyramid_num_inference_steps_list": (2, 2, 2)},
 }
 
 
@@ -46,13 +46,13 @@ def solve(solver, dtype: torch.dtype, steps: int) -> list[Tensor]:
 @pytest.mark.parametrize(
     ("preset", "changes", "solver"),
     [
-        ("tiny-distilled", {}, DmdSolver),
-        ("tiny-base", {}, UniPcSolver),
-        ("tiny-mid", {}, UniPcSolver),
-        ("tiny-mid", {"solver_order": 1}, SchedulerSteps),
-        ("tiny-mid", {"solver_type": "bh1", "disable_corrector": [1]}, SchedulerSteps),
-        ("tiny-mid", {"scheduler_type": "euler"}, SchedulerSteps),
-        ("tiny-mid", {"prediction_type": "v_prediction"}, SchedulerSteps),
+        ("random-distilled", {}, DmdSolver),
+        ("random-base", {}, UniPcSolver),
+        ("random-mid", {}, UniPcSolver),
+        ("random-mid", {"solver_order": 1}, SchedulerSteps),
+        ("random-mid", {"solver_type": "bh1", "disable_corrector": [1]}, SchedulerSteps),
+        ("random-mid", {"scheduler_type": "euler"}, SchedulerSteps),
+        ("random-mid", {"prediction_type": "v_prediction"}, SchedulerSteps),
     ],
 )
 def test_a_step_is_diffusers_own(presets, preset, changes, solver, dtype):
@@ -77,7 +77,7 @@ def test_a_step_is_diffusers_own(presets, preset, changes, solver, dtype):
 def test_a_wrong_coefficient_shows(presets, monkeypatch):
     monkeypatch.setattr(UniPcSolver, "_weights", lambda *_: torch.tensor([0.5, 0.5], dtype=torch.float64))
     with pytest.raises(AssertionError):
-        test_a_step_is_diffusers_own(presets, "tiny-mid", {}, UniPcSolver, torch.float32)
+        test_a_step_is_diffusers_own(presets, "random-mid", {}, UniPcSolver, torch.float32)
 
 
 def events_on_meta(folder, crossings: Crossings, monkeypatch, make=make_solver):

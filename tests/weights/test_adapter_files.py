@@ -28,7 +28,7 @@ ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 
 @pytest.fixture(scope="module")
 def checkpoint(presets) -> Checkpoint:
-    return Checkpoint.read(presets["tiny-distilled"])
+    return Checkpoint.read(presets["random-distilled"])
 
 
 WAN = {f"attn{index}.{ours}": f"{name}_attn.{wan}" for index, name in ((1, "self"), (2, "cross"))

@@ -44,7 +44,7 @@ ALL = "transformer,vae,text_encoder"
 
 @pytest.fixture(scope="module")
 def model(presets) -> Path:
-    return presets["tiny-distilled"]
+    return presets["random-distilled"]
 
 
 @pytest.fixture
@@ -371,7 +371,7 @@ del os.environ["HOME"]
 """
 
 
-@pytest.mark.parametrize(("name", "variable"), [(NAME, "HF_HOME"), ("tiny-base", "HELIOS_CP_CACHE")])
+@pytest.mark.parametrize(("name", "variable"), [(NAME, "HF_HOME"), ("random-base", "HELIOS_CP_CACHE")])
 def test_a_user_without_a_home(name, variable, hub, environment):
     """As in a container with a user number of nobody: no HOME, and no entry in the list of users."""
     command = [sys.executable, "-c", NOBODY + RESOLVE, name, ALL]

@@ -39,13 +39,13 @@ INDEX = "diffusion_pytorch_model.safetensors.index.json"
 
 @pytest.fixture(scope="module")
 def checkpoint(cache) -> Checkpoint:
-    return resolve("tiny-mid", cache)
+    return resolve("random-mid", cache)
 
 
 @pytest.fixture
 def copied(cache, tmp_path) -> Checkpoint:
     """A checkpoint to damage."""
-    return Checkpoint.read(shutil.copytree(preset_folder("tiny-mid", cache), tmp_path / "copied"))
+    return Checkpoint.read(shutil.copytree(preset_folder("random-mid", cache), tmp_path / "copied"))
 
 
 def edit_json(file: Path, **values) -> None:
@@ -70,7 +70,7 @@ def edit_shard(file: Path, change) -> None:
 def test_a_preset_by_name(name, cache):
     checkpoint = resolve(name, cache)
     assert checkpoint.folder == preset_folder(name, cache)
-    assert checkpoint.random_weights
+    assert checkpoint.random_weights == name.startswith("random-")
 
 
 def test_a_folder(checkpoint):
@@ -111,7 +111,7 @@ def test_a_file_is_no_checkpoint(tmp_path, monkeypatch):
 
 def test_an_unwritable_cache_is_said(tmp_path):
     (tmp_path / "file").write_text("")
-    assert "HELIOS_CP_CACHE" in refused("tiny-base", tmp_path / "file")
+    assert "HELIOS_CP_CACHE" in refused("random-base", tmp_path / "file")
 
 
 @pytest.fixture
@@ -127,7 +127,7 @@ def progress_bars():
 
 def test_a_preset_is_written_without_a_word(progress_bars, tmp_path, capfd):
     """The first time it is used, so that an error that follows is one line; bars are shown again afterwards."""
-    preset_folder("tiny-distilled", tmp_path)
+    preset_folder("random-distilled", tmp_path)
     assert capfd.readouterr() == ("", "")
     assert progress_bars.is_progress_bar_enabled()
 
@@ -480,7 +480,7 @@ def test_loading_never_touches_the_network(cache, monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", connect)
     with pytest.raises(pytest.fail.Exception):
         socket.create_connection(("hub.invalid", 443))
-    checkpoint = resolve("tiny-base", cache)
+    checkpoint = resolve("random-base", cache)
     load_transformer(checkpoint, torch.float32)
     load_vae(checkpoint)
     load_text_encoder(checkpoint)

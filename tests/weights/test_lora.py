@@ -40,7 +40,7 @@ REQUEST = Request(prompt=("a fox",), height=64, width=64, num_frames=33, pyramid
 
 @pytest.fixture(scope="module")
 def checkpoint(presets) -> Checkpoint:
-    return Checkpoint.read(presets["tiny-distilled"])
+    return Checkpoint.read(presets["random-distilled"])
 
 
 def theirs_with(checkpoint: Checkpoint, configs: dict[str, LoraConfig]) -> HeliosTransformer3DModel:
@@ -283,7 +283,7 @@ def test_taking_an_update_off_would_change_bits(checkpoint, pair):
 
 def test_exchanged_when_the_files_are_gone(presets, pair, tmp_path):
     """They stay mapped into memory."""
-    folder = shutil.copytree(presets["tiny-distilled"], tmp_path / "copy")
+    folder = shutil.copytree(presets["random-distilled"], tmp_path / "copy")
     pipeline = Pipeline.from_pretrained(str(folder), dtype=torch.float32)
     before = next(iter(pipeline.stream(REQUEST, output_type="latent"))).latents
     shutil.rmtree(folder / "transformer")
@@ -337,7 +337,7 @@ def forwards(rank: int, folder: str, degrees: Degrees, sharded: bool, sets, quan
 )
 def test_every_layout(presets, pair, kinds, degrees, sharded, quantize):
     """Merged into narrowed and sharded weights, and before weights are quantised."""
-    folder, (style, motion) = str(presets["tiny-distilled"]), pair[1]
+    folder, (style, motion) = str(presets["random-distilled"]), pair[1]
     dora, loha, lokr = (kinds[kind][1] for kind in ("DoRA", "LoHa", "LoKr"))
     sets = [(style,), (), (motion, style), (dora,), (loha, lokr)]
     alone = forwards(0, folder, Degrees(), False, sets, quantize)
@@ -385,7 +385,7 @@ def test_a_resumed_run_keeps_its_adapters(tmp_path):
     from helios_cp.generate.run_folder import Run
 
     runs = [
-        Run(REQUEST, "tiny-distilled", "float32", (), Execution(lora=lora))
+        Run(REQUEST, "random-distilled", "float32", (), Execution(lora=lora))
         for lora in ((Adapter("/a.safetensors", 0.5),), (Adapter("/a.safetensors"), Adapter("/b")), ())
     ]
     check_same_run(runs[0], runs[0], tmp_path)

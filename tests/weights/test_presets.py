@@ -17,10 +17,10 @@ from diffusers import AutoencoderKLWan, DiffusionPipeline, HeliosTransformer3DMo
 from helios_cp.config.checkpoint import Checkpoint
 from helios_cp.model.codec import denormalise
 from helios_cp.weights import presets
-from helios_cp.weights.presets import PRESETS, main, preset_folder, write_preset
+from helios_cp.weights.presets import PRESETS, RANDOM, main, preset_folder, write_preset
 
 
-@pytest.fixture(scope="module", params=PRESETS)
+@pytest.fixture(scope="module", params=RANDOM)
 def folder(request, cache) -> Path:
     return preset_folder(request.param, cache)
 
@@ -39,13 +39,13 @@ def test_diffusers_loads_it(folder):
 
 
 def test_variants_are_told_apart(cache):
-    read = {name: Checkpoint.read(preset_folder(name, cache)) for name in PRESETS}
+    read = {name: Checkpoint.read(preset_folder(name, cache)) for name in RANDOM}
     assert {name: c.variant for name, c in read.items()} == {
-        "tiny-base": "base",
-        "tiny-mid": "mid",
-        "tiny-distilled": "distilled",
+        "random-base": "base",
+        "random-mid": "mid",
+        "random-distilled": "distilled",
     }
-    assert [name for name, c in read.items() if c.is_cfg_zero_star] == ["tiny-mid"]
+    assert [name for name, c in read.items() if c.is_cfg_zero_star] == ["random-mid"]
     assert all(c.random_weights for c in read.values())
 
 
@@ -68,16 +68,16 @@ def test_weights_are_sharded_safetensors(folder):
 
 def test_same_bytes_every_time_and_other_weights_for_each(cache, tmp_path):
     torch.seed()  # the global generator must play no part
-    write_preset("tiny-mid", tmp_path / "again")
+    write_preset("random-mid", tmp_path / "again")
     again = contents(tmp_path / "again")
-    assert again == contents(preset_folder("tiny-mid", cache))
-    other = contents(preset_folder("tiny-base", cache))
+    assert again == contents(preset_folder("random-mid", cache))
+    other = contents(preset_folder("random-base", cache))
     weights = [name for name in again if name.endswith(".safetensors")]
     assert all(again[name] != other[name] for name in weights)
 
 
 def test_distilled_timesteps_at_384x640(cache):
-    scheduler = DiffusionPipeline.from_pretrained(preset_folder("tiny-distilled", cache)).scheduler
+    scheduler = DiffusionPipeline.from_pretrained(preset_folder("random-distilled", cache)).scheduler
     slope = 0.65 / 3840  # of the shift mu over the number of tokens, which is 0.5 at 256
     found = []
     for stage, tokens in enumerate((540, 540, 2160)):
@@ -172,7 +172,7 @@ def test_text_embeddings_tell_prompts_apart(folder):
 
 
 def test_a_long_video_stays_finite(cache):
-    pipeline = DiffusionPipeline.from_pretrained(preset_folder("tiny-base", cache))
+    pipeline = DiffusionPipeline.from_pretrained(preset_folder("random-base", cache))
     pipeline.set_progress_bar_config(disable=True)
     chunks = 6
     latents = pipeline(
@@ -192,24 +192,24 @@ def test_a_long_video_stays_finite(cache):
 
 
 def test_a_changed_definition_gets_its_own_folder(cache, monkeypatch):
-    before = preset_folder("tiny-base", cache)
+    before = preset_folder("random-base", cache)
     monkeypatch.setattr(presets, "LAYOUT", presets.LAYOUT + 1)
-    after = preset_folder("tiny-base", cache)
+    after = preset_folder("random-base", cache)
     assert before != after
     assert before.is_dir() and after.is_dir()
 
 
 def test_digests_are_stable_and_distinct():
     assert len({preset.digest for preset in PRESETS.values()}) == len(PRESETS)
-    preset = PRESETS["tiny-base"]
+    preset = PRESETS["random-base"]
     assert preset.digest == dataclasses.replace(preset).digest
     assert preset.digest != dataclasses.replace(preset, seed=99).digest
 
 
 def test_second_use_writes_nothing(cache, monkeypatch):
-    folder = preset_folder("tiny-base", cache)
+    folder = preset_folder("random-base", cache)
     monkeypatch.setattr(presets, "write_preset", lambda *_: pytest.fail("written again"))
-    assert preset_folder("tiny-base", cache) == folder
+    assert preset_folder("random-base", cache) == folder
 
 
 def test_losing_the_race_ends_well(tmp_path, monkeypatch):
@@ -222,7 +222,7 @@ def test_losing_the_race_ends_well(tmp_path, monkeypatch):
         write_preset(name, target)
 
     monkeypatch.setattr(presets, "write_preset", slow_write)
-    folder = preset_folder("tiny-base", tmp_path)
+    folder = preset_folder("random-base", tmp_path)
     assert winners
     assert Checkpoint.read(folder).variant == "base"
     assert list(tmp_path.iterdir()) == [folder]
@@ -233,7 +233,7 @@ def test_many_writers_at_once(tmp_path):
 
     def work():
         barrier.wait()
-        found.append(preset_folder("tiny-base", tmp_path))
+        found.append(preset_folder("random-base", tmp_path))
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
@@ -253,15 +253,15 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(presets, "write_preset", broken_write)
     with pytest.raises(OSError, match="disk full"):
-        preset_folder("tiny-base", tmp_path)
+        preset_folder("random-base", tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_command_line_writes_and_lists(tmp_path, capsys):
-    assert main(["--write", str(tmp_path / "out"), "--preset", "tiny-mid"]) == 0
+    assert main(["--write", str(tmp_path / "out"), "--preset", "random-mid"]) == 0
     assert Checkpoint.read(tmp_path / "out").variant == "mid"
     listing = capsys.readouterr().out
-    assert "tiny-mid" in listing
+    assert "random-mid" in listing
     assert "transformer/diffusion_pytorch_model.safetensors.index.json" in listing
 
 
@@ -275,3 +275,21 @@ def test_command_line_refuses_what_is_there(tmp_path, capsys, kind):
     assert captured.err.count("\n") == 1
     assert str(target) in captured.err
     assert [p.name for p in tmp_path.iterdir()] == ["precious.txt"]
+
+
+@pytest.mark.parametrize("variant", ["base", "mid", "distilled"])
+def test_trained_models_are_complete(variant, cache):
+    """Beside those of random weights, of which each has one: the same pipeline and scheduler, trained parts."""
+    folder = preset_folder(f"tiny-{variant}", cache)
+    checkpoint, random = Checkpoint.read(folder), Checkpoint.read(preset_folder(f"random-{variant}", cache))
+    assert (checkpoint.variant, checkpoint.is_cfg_zero_star) == (random.variant, random.is_cfg_zero_star)
+    assert not checkpoint.random_weights
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    assert pipeline.vae.config.patch_size == 2
+    assert pipeline.transformer.config.num_layers == 4
+
+
+def test_trained_weights_are_small():
+    sizes = [path.stat().st_size for path in presets.EMBEDDED.glob("*.safetensors")]
+    assert len(sizes) == 5
+    assert sum(sizes) <= 16 * 2**20

@@ -56,7 +56,7 @@ REQUEST = Request(prompt=("a fox",), height=64, width=64, num_frames=33, pyramid
 
 @pytest.fixture(scope="module")
 def checkpoint(presets) -> Checkpoint:
-    return Checkpoint.read(presets["tiny-distilled"])
+    return Checkpoint.read(presets["random-distilled"])
 
 
 @pytest.fixture(scope="module")
@@ -298,11 +298,11 @@ def test_a_folder_in_several_files_with_an_adapter(checkpoint, tmp_path, monkeyp
 def test_the_command(cache, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HELIOS_CP_CACHE", str(cache))
     out = tmp_path / "new" / "out"
-    assert main(["quantize", "tiny-distilled", str(out)]) == 0
+    assert main(["quantize", "random-distilled", str(out)]) == 0
     assert "int8" in capsys.readouterr().out
     pipeline = Pipeline.from_pretrained(str(out), dtype=torch.float32)
     direct = Pipeline.from_pretrained(
-        "tiny-distilled", dtype=torch.float32, cache=cache, execution=Execution(quantize="int8")
+        "random-distilled", dtype=torch.float32, cache=cache, execution=Execution(quantize="int8")
     )
     latents = [next(iter(each.stream(REQUEST, output_type="latent"))).latents for each in (pipeline, direct)]
     assert torch.equal(*latents)
@@ -310,14 +310,14 @@ def test_the_command(cache, tmp_path, capsys, monkeypatch):
     (tmp_path / "adapter.pt").write_bytes(b"pickled")
     capsys.readouterr()
     for arguments, expected in (
-        (["tiny-distilled", str(out)], f"OUT {out}: it exists"),
-        (["tiny-distilled", str(tmp_path / "adapter.pt" / "x")], "is not a folder"),
+        (["random-distilled", str(out)], f"OUT {out}: it exists"),
+        (["random-distilled", str(tmp_path / "adapter.pt" / "x")], "is not a folder"),
         (["nothing", str(tmp_path / "x")], "error: IN nothing: no such folder"),
         ([str(tmp_path / "new"), str(tmp_path / "x")], f"error: IN {tmp_path / 'new'}: "),
         ([str(out), str(tmp_path / "x")], "its weights are quantised already"),
-        (["tiny-distilled", str(tmp_path / "x"), "--lora", str(tmp_path / "adapter.pt")], "is a pickle"),
-        (["tiny-distilled", str(tmp_path / "x"), "--quantize", "int3"], "invalid choice: 'int3'"),
-        (["tiny-distilled", str(tmp_path / "x"), "--device", "abacus"], "--device abacus"),
+        (["random-distilled", str(tmp_path / "x"), "--lora", str(tmp_path / "adapter.pt")], "is a pickle"),
+        (["random-distilled", str(tmp_path / "x"), "--quantize", "int3"], "invalid choice: 'int3'"),
+        (["random-distilled", str(tmp_path / "x"), "--device", "abacus"], "--device abacus"),
     ):
         with pytest.raises(SystemExit) as stopped:
             main(["quantize", *arguments])

@@ -32,16 +32,16 @@ from parallel.collectives import Group
 from parallel.mesh import Degrees, Mesh
 
 CASES = [
-    ("tiny-mid", Degrees()),
-    ("tiny-distilled", Degrees()),
-    ("tiny-mid", Degrees(cfg=2)),
-    ("tiny-distilled", Degrees(ulysses=2, vae=2)),
-    ("tiny-mid", Degrees(ulysses=3)),
-    ("tiny-distilled", Degrees(ring=3)),
+    ("random-mid", Degrees()),
+    ("random-distilled", Degrees()),
+    ("random-mid", Degrees(cfg=2)),
+    ("random-distilled", Degrees(ulysses=2, vae=2)),
+    ("random-mid", Degrees(ulysses=3)),
+    ("random-distilled", Degrees(ring=3)),
 ]
 STEPS = {
-    "tiny-mid": {"pyramid_num_inference_steps_list": (3, 1, 1), "guidance_scale": 3.0},
-    "tiny-distilled": {"pyramid_num_inference_steps_list": (1, 1, 1)},
+    "random-mid": {"pyramid_num_inference_steps_list": (3, 1, 1), "guidance_scale": 3.0},
+    "random-distilled": {"pyramid_num_inference_steps_list": (1, 1, 1)},
 }
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -121,7 +121,7 @@ def order_of_calls(rank: int, folder: str, degrees: Degrees, image) -> list[str]
     pipeline.transformer.register_forward_pre_hook(lambda *_: calls.append("forward"))
     with mock.patch.object(Group, "broadcast", noted("broadcast", Group.broadcast)):
         prompts = (ScheduledPrompt("a fox", 1), ScheduledPrompt("an owl", 1))
-        request = Request(prompt_schedule=prompts, height=64, width=64, interpolation_steps=1, **STEPS["tiny-mid"])
+        request = Request(prompt_schedule=prompts, height=64, width=64, interpolation_steps=1, **STEPS["random-mid"])
         for _ in pipeline.stream(request, Inputs(image=image)):
             pass
     return calls
@@ -129,7 +129,7 @@ def order_of_calls(rank: int, folder: str, degrees: Degrees, image) -> list[str]
 
 def test_both_branches_encode_text_in_step(pool, folders, astronaut):
     """Were each to encode its own alone, they would wait for each other for ever: prompts change at other times."""
-    first, second = pool.run(order_of_calls, folders["tiny-mid"], Degrees(cfg=2), astronaut, ranks=2)
+    first, second = pool.run(order_of_calls, folders["random-mid"], Degrees(cfg=2), astronaut, ranks=2)
     assert first == second
     assert first.count("text") == 3  # two prompts and the negative prompt
 
@@ -153,7 +153,7 @@ def run_in_any_order(rank: int, folder: str, degrees: Degrees, sharded: bool) ->
 
 @pytest.mark.parametrize("degrees", [Degrees(), Degrees(ring=2), Degrees(ulysses=3)], ids=str)
 def test_text_history_and_forwards_in_any_order(pool, folders, degrees):
-    arguments = run_in_any_order, folders["tiny-mid"], degrees
+    arguments = run_in_any_order, folders["random-mid"], degrees
     whole, sharded = (pool.run(*arguments, is_sharded, ranks=degrees.world) for is_sharded in (False, True))
     for outputs, references in zip(sharded, whole, strict=True):
         assert all(torch.equal(*pair) for pair in zip(outputs, references, strict=True))
@@ -172,7 +172,7 @@ def run_with_swapped_rows(rank: int, folder: str, degrees: Degrees, swapped: boo
 
 def test_wrong_rows_show(pool, folders):
     right, wrong = (
-        pool.run(run_with_swapped_rows, folders["tiny-mid"], Degrees(ring=2), swapped, ranks=2)[0]
+        pool.run(run_with_swapped_rows, folders["random-mid"], Degrees(ring=2), swapped, ranks=2)[0]
         for swapped in (False, True)
     )
     assert (right - wrong).abs().max() > 1e-2 * (right.max() - right.min())
@@ -237,7 +237,7 @@ def test_quantised_weights_are_not_sharded(folders):
     group = Group(object(), (0, 1))  # refused before anything is sent
     with pytest.raises(ValueError, match="give one of the two"):
         load_transformer(
-            resolve(folders["tiny-mid"]), torch.float32, "cpu", Execution(quantize="int8"), ShardedRows(group)
+            resolve(folders["random-mid"]), torch.float32, "cpu", Execution(quantize="int8"), ShardedRows(group)
         )
 
 
@@ -310,9 +310,9 @@ def test_bytes_are_those_predicted(pool, folders, ranks, dtype):
     """Two blocks are gathered while there is a next one, then one, then none; 5 ranks have uneven shards."""
     from helios_cp.weights.sharded import predicted_bytes
 
-    config = resolve(folders["tiny-mid"]).transformer
+    config = resolve(folders["random-mid"]).transformer
     expected = predicted_bytes(config, dtype, ranks)
-    ((held, gathered),) = pool.run(watch_gathered_memory, folders["tiny-mid"], ranks, dtype, ranks=1)
+    ((held, gathered),) = pool.run(watch_gathered_memory, folders["random-mid"], ranks, dtype, ranks=1)
     assert held == [expected.resident] * 2
     assert gathered == [expected.gathered, expected.gathered, expected.gathered // 2, 0]
 
@@ -363,11 +363,11 @@ def bytes_read(rank: int, folder: str, degrees: Degrees, sharded: bool) -> int:
 def test_only_own_rows_are_read(pool, folders, degrees):
     """Stored in fp32: all ranks together read what is sharded once, and each what is not."""
 
-    whole = load_transformer(resolve(folders["tiny-mid"]), torch.float32)
+    whole = load_transformer(resolve(folders["random-mid"]), torch.float32)
     linear = [m for m in whole.blocks.modules() if isinstance(m, nn.Linear)]
     shared_out = sum(p.nbytes for module in linear for p in module.parameters())
     total = sum(p.nbytes for p in whole.parameters())
-    arguments = bytes_read, folders["tiny-mid"], degrees
+    arguments = bytes_read, folders["random-mid"], degrees
     assert pool.run(*arguments, False, ranks=degrees.world) == [total] * degrees.world
     read = pool.run(*arguments, True, ranks=degrees.world)
     assert sum(read) == shared_out + degrees.world * (total - shared_out)
@@ -419,7 +419,7 @@ def watch_gathers(rank: int, folder: str, degrees: Degrees, ahead: bool) -> tupl
 
 def test_gathers_run_one_block_ahead(pool, folders):
     for text, forward, received, expected in pool.run(
-        watch_gathers, folders["tiny-mid"], Degrees(ulysses=2), True, ranks=2
+        watch_gathers, folders["random-mid"], Degrees(ulysses=2), True, ranks=2
     ):
         assert forward == ["gather 0", "gather 1", "compute 0", "gather 2", "compute 1", "compute 2"]
         assert [event.replace("text ", "") for event in text] == forward
@@ -428,7 +428,7 @@ def test_gathers_run_one_block_ahead(pool, folders):
 
 
 def test_gathers_that_are_not_ahead_show(pool, folders):
-    for _, forward, *_ in pool.run(watch_gathers, folders["tiny-mid"], Degrees(ulysses=2), False, ranks=2):
+    for _, forward, *_ in pool.run(watch_gathers, folders["random-mid"], Degrees(ulysses=2), False, ranks=2):
         assert forward == ["gather 0", "compute 0", "gather 1", "compute 1", "gather 2", "compute 2"]
 
 
@@ -442,4 +442,4 @@ def notes_for_a_backward_pass(rank: int, folder: str, degrees: Degrees) -> int:
 
 @pytest.mark.skipif(not hasattr(FSDPModule, "reset_iter_state"), reason="this PyTorch cannot forget them")
 def test_forwards_leave_no_notes_behind(pool, folders):
-    assert pool.run(notes_for_a_backward_pass, folders["tiny-mid"], Degrees(ring=2), ranks=2) == [0, 0]
+    assert pool.run(notes_for_a_backward_pass, folders["random-mid"], Degrees(ring=2), ranks=2) == [0, 0]
