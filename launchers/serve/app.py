@@ -9,9 +9,10 @@ from fastapi import APIRouter, FastAPI
 from launchers.serve import answers, health
 from launchers.serve.gate import Gate
 from launchers.serve.limits import Rates
+from launchers.serve.page import routes as page
 from launchers.serve.server import Server
 
-ROUTERS: tuple[Callable[[Server], APIRouter], ...] = (health.router,)
+ROUTERS: tuple[Callable[[Server], APIRouter], ...] = (health.router, page.router)
 """Each makes its routes for a server."""
 
 

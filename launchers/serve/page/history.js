@@ -1,0 +1,78 @@
+// The prompts of a session, newest first, each with what became of it.
+
+import { fill, seconds } from "./words.js";
+
+const WIDTH = 160; // Pixels of a thumbnail, which is shown half as wide on most screens.
+
+export class History {
+  #list;
+  #template;
+  #actions;
+  #rows = new Map(); // Change -> its row.
+
+  /** @param {{reuse: (prompt: string) => void, announce: (text: string) => void}} actions with a prompt that was picked; to those who listen */
+  constructor(list, template, actions) {
+    this.#list = list;
+    this.#template = template;
+    this.#actions = actions;
+  }
+
+  clear() {
+    this.#rows.clear();
+    this.#list.replaceChildren();
+  }
+
+  show(session) {
+    for (const change of session.changes) {
+      const row = this.#rows.get(change) ?? this.#add(change);
+      const text = describe(change, session);
+      fill(row.querySelector(".change-state"), text);
+      // Once a state, because the seconds count down.
+      if (row.dataset.state !== change.state && change.state !== "sent") this.#actions.announce(`${change.prompt}: ${text}`);
+      row.dataset.state = change.state;
+    }
+  }
+
+  /** Keeps the picture on screen as that of a prompt. */
+  picture(change, video) {
+    const canvas = this.#rows.get(change)?.querySelector("canvas");
+    if (!canvas || !video.videoWidth) return;
+    canvas.width = WIDTH;
+    canvas.height = Math.round((WIDTH * video.videoHeight) / video.videoWidth);
+    canvas.getContext("2d").drawImage(video, 0, 0, canvas.width, canvas.height);
+    canvas.classList.add("is-drawn");
+  }
+
+  #add(change) {
+    const row = this.#template.content.firstElementChild.cloneNode(true);
+    fill(row.querySelector(".change-prompt"), change.prompt);
+    row.querySelector("button").addEventListener("click", () => this.#actions.reuse(change.prompt));
+    this.#list.prepend(row);
+    this.#rows.set(change, row);
+    return row;
+  }
+}
+
+/** What became of a change, in words. */
+export function describe(change, session) {
+  const over = change.transition > 1 ? `, over ${change.transition} chunks` : "";
+  switch (change.state) {
+    case "sent":
+      return "Sent";
+    case "received":
+      return change.isReset ? "Received: a new start" : "Received";
+    case "coming": {
+      const chunk = session.chunks.get(change.chunk);
+      if (session.state === "paused" && !chunk) return `Received. Applies from chunk ${change.chunk}, which a step or resume makes`;
+      const wait = chunk ? chunk.media_time - session.time : (change.due - Date.now()) / 1000;
+      return `Received. Applies from chunk ${change.chunk}${wait > 0.05 ? ` (in ${seconds(wait)})` : ""}${over}`;
+    }
+    case "shown":
+      if (change.isSeen) return `On screen from chunk ${change.chunk}`;
+      return `On screen from chunk ${change.chunk}, ${seconds(change.took)} after ${change.id ? "it was sent" : "the start"}${over}`;
+    case "replaced":
+      return "Replaced by the next one before it was shown";
+    case "refused":
+      return `Refused: ${change.why}`;
+  }
+}

@@ -1,0 +1,345 @@
+// The page: what the user does goes to the session, what the session says is shown.
+
+import { History } from "./history.js";
+import { PlayedRate } from "./measures.js";
+import { missing } from "./player.js";
+import { Session, address } from "./session.js";
+import { Settings, StartFile } from "./settings.js";
+import { Strip } from "./strip.js";
+import { fill, find, seconds } from "./words.js";
+
+const REMEMBERED = "helios-session";
+const LIKELY_MIME = 'video/mp4; codecs="avc1.42c01e"';
+const FAR_BEHIND = 3; // Chunks after which a viewer is offered the newest picture.
+const ENDS = {
+  stopped: "Stopped.",
+  finished: "Finished.",
+  idle: "Ended, because nobody was here.",
+  limit: "Ended at the longest time that this server allows.",
+  failed: "Ended by a fault of the server.",
+  server: "Ended, because the server stops.",
+};
+
+const video = find("video");
+const prompt = find("prompt");
+const played = new PlayedRate(video);
+const strip = new Strip(find("strip"));
+const settings = new Settings(find("settings"));
+const startFile = new StartFile(complain);
+const history = new History(find("history"), find("change"), {
+  reuse: (text) => {
+    prompt.value = text;
+    prompt.focus();
+  },
+  announce: (text) => fill(find("announced"), text),
+});
+
+let server = null; // What GET /v1/server says.
+let session = null;
+
+// What is shown
+
+function show() {
+  const state = session?.state ?? "idle";
+  const isLost = session?.link.state === "lost";
+  const isViewer = session !== null && !session.isController;
+  document.body.dataset.state = state;
+  document.body.dataset.role = isViewer ? "viewer" : "controller";
+  document.body.classList.toggle("has-picture", (session?.newest ?? -1) >= 0);
+  document.body.classList.toggle("is-lost", isLost);
+  document.body.classList.toggle("is-ready", server?.state === "ready");
+  startFile.isOpen = session === null;
+
+  const isActive = ["running", "paused"].includes(state) && !isLost;
+  for (const button of document.querySelectorAll(".steers")) button.disabled = !isActive || isViewer;
+  find("stop").disabled &&= state !== "queued" || isLost || isViewer;
+  find("step").disabled ||= state !== "paused";
+  fill(find("pause-text"), state === "paused" ? "Resume" : "Pause");
+  find("pause-icon").setAttribute("href", state === "paused" ? "#i-play" : "#i-pause");
+  for (const id of ["save-video", "save-schedule"]) find(id).disabled = !session || session.newest < 0;
+  find("share").disabled = !session?.viewToken;
+  find("send").disabled = session !== null && !isActive;
+  fill(find("send"), session ? "Change" : "Start");
+  fill(find("prompt-label"), session ? "What to show next" : "What to show");
+  prompt.placeholder = session ? "What comes next?" : "a red fox running through fresh snow";
+  find("retry").hidden = !isLost;
+
+  fill(find("badge-text"), badge(state, isLost, isViewer));
+  const text = status(state, isLost);
+  fill(find("status"), text);
+  find("status").classList.toggle("is-busy", text.endsWith("…"));
+  if (session) {
+    history.show(session);
+    strip.show(session);
+  }
+}
+
+function badge(state, isLost, isViewer) {
+  if (isLost) return "Reconnecting";
+  if (!session) return server === null ? "Connecting" : server.state === "ready" ? "Ready" : "Loading";
+  if (state === "running") return isViewer ? "Watching" : session.newest < 0 ? "Starting" : "Live";
+  return { connecting: "Connecting", queued: "Waiting", paused: "Paused", done: "Ended" }[state] ?? state;
+}
+
+/** One sentence on what is happening, or nothing where the picture says it. It ends in … where one has to wait. */
+function status(state, isLost) {
+  if (isLost) return session.newest < 0 ? "The server does not answer. Trying again…" : "Connection lost. What is here plays on, and it comes back by itself…";
+  if (!session) return !server ? "The server does not answer yet…" : server.state === "ready" ? "" : `${sentence(server.status || "loading weights")}…`;
+  if (session.doing && !session.hasEnded) return `${sentence(session.doing)}…`;
+  switch (state) {
+    case "connecting":
+      return "Connecting…";
+    case "queued":
+      return session.queue ? `Number ${session.queue.position} of ${session.queue.length} in the queue…` : "In the queue…";
+    case "running":
+      if (session.newest < 0) return "Making the first chunk…";
+      return video.readyState <= HTMLMediaElement.HAVE_CURRENT_DATA ? `Making chunk ${session.newest + 1}…` : "";
+    case "paused":
+      return session.newest < 0 ? "Paused." : `Paused after chunk ${session.newest}.`;
+    case "done":
+      return ENDS[session.why] ?? `Ended: ${session.why.replace(/\.$/, "")}.`;
+  }
+  return "";
+}
+
+const sentence = (text) => text[0].toUpperCase() + text.slice(1).replace(/[.…]+$/, "");
+
+function showFigures() {
+  const rate = session && played.read();
+  fill(find("made"), session?.made ? session.made.toFixed(1) : "–");
+  fill(find("played"), rate == null || session.newest < 0 ? "–" : rate.toFixed(1));
+  fill(find("lead"), session && session.newest >= 0 ? session.lead.toFixed(1) : "–");
+  fill(find("lag"), session?.lag == null ? "–" : session.lag.toFixed(1));
+  find("go-live").hidden = !session || session.isController || !session.seconds || session.lead < FAR_BEHIND * session.seconds;
+}
+
+function complain(text, code) {
+  fill(find("alert-text"), text);
+  find("alert").hidden = false;
+  if (code === "unauthorized") settings.askKey();
+  if (session?.state === "connecting" && code) {
+    prompt.value ||= session.changes[0]?.prompt ?? "";
+    leave();
+  }
+}
+
+// Sessions
+
+function begin() {
+  history.clear();
+  session = new Session(video, show, complain, (isBlocked) => (find("unblock").hidden = !isBlocked));
+  find("alert").hidden = true;
+  return session;
+}
+
+async function submit() {
+  const text = prompt.value.trim();
+  if (!text) return prompt.focus();
+  if (session) {
+    session.change(text, Number(find("transition").value));
+    prompt.value = "";
+    return;
+  }
+  if (!settings.isValid) return;
+  const lack = missing(server?.mime ?? LIKELY_MIME);
+  if (lack) return complain(lack);
+  try {
+    const request = { prompt: text, ...settings.read(), ...(await startFile.read()) };
+    begin().start(request);
+    prompt.value = "";
+    show();
+  } catch (error) {
+    complain(error.message);
+  }
+}
+
+/** Back to the form; the session itself goes on, or has ended. */
+function leave() {
+  session?.close();
+  session = null;
+  sessionStorage.removeItem(REMEMBERED);
+  if (location.hash) window.history.replaceState(null, "", location.pathname);
+  history.clear();
+  show();
+  prompt.focus();
+}
+
+/** A session of this tab or of a viewers' link. */
+function comeBack() {
+  const link = new URLSearchParams(location.hash.slice(1));
+  const lack = missing(LIKELY_MIME);
+  if (lack) return complain(lack);
+  if (link.get("watch")) return begin().watch(link.get("watch"), link.get("token"));
+  const remembered = JSON.parse(sessionStorage.getItem(REMEMBERED) ?? "null");
+  if (remembered) begin().attach(remembered);
+}
+
+function remember() {
+  const memory = session?.memory;
+  if (memory && !session.hasEnded) sessionStorage.setItem(REMEMBERED, JSON.stringify(memory));
+  else if (session?.hasEnded) sessionStorage.removeItem(REMEMBERED);
+}
+
+/** Saves a file of the session. The token travels in a header, so that no address holds it. */
+async function save(name) {
+  const headers = { authorization: `Bearer ${session.viewToken}` };
+  const { id } = session;
+  try {
+    const answer = await fetch(address(`v1/sessions/${encodeURIComponent(id)}/${name}`), { headers });
+    if (!answer.ok) throw new Error(`the server answers ${answer.status}`);
+    const link = document.createElement("a");
+    link.href = URL.createObjectURL(await answer.blob());
+    link.download = `helios-${id}-${name}`;
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
+  } catch (error) {
+    complain(`${name} cannot be saved: ${error.message}.`);
+  }
+}
+
+// The server, asked until its weights are loaded
+
+async function askServer() {
+  try {
+    const answer = await fetch(address("v1/server"));
+    if (!answer.ok) throw new Error(answer.status);
+    server = await answer.json();
+    settings.show(server);
+    startFile.most = server.limits?.upload_bytes;
+    if (server.limits?.prompt_characters) prompt.maxLength = server.limits.prompt_characters;
+    fill(find("model"), server.model ?? "");
+    showSamples(server.prompts ?? []);
+    showTransitions(server);
+  } catch {
+    server = null;
+  }
+  show();
+  if (server?.state !== "ready") setTimeout(askServer, 1000);
+}
+
+function showSamples(prompts) {
+  if (find("samples").childElementCount) return;
+  for (const text of prompts.slice(0, 4)) {
+    const item = document.createElement("li");
+    const button = document.createElement("button");
+    button.type = "button";
+    button.textContent = text;
+    button.addEventListener("click", () => {
+      prompt.value = text;
+      prompt.focus();
+    });
+    item.append(button);
+    find("samples").append(item);
+  }
+}
+
+function showTransitions({ defaults, limits, chunk_frames: frames }) {
+  const select = find("transition");
+  if (select.length) return;
+  const one = frames && defaults?.fps ? frames / defaults.fps : null;
+  for (let chunks = 1; chunks <= Math.min(8, limits?.transition_chunks ?? 8); chunks++) {
+    const label = chunks === 1 ? "at once" : `over ${chunks} chunks${one ? ` (${seconds(chunks * one)})` : ""}`;
+    select.add(new Option(label, chunks, false, chunks === (defaults?.transition_chunks ?? 1)));
+  }
+}
+
+// What the user does
+
+const actions = {
+  pause: () => (session.state === "paused" ? session.resume() : session.pause()),
+  step: () => session.step(),
+  stop: () => session.stop(),
+  new: leave,
+  retry: () => session.retryNow(),
+  unblock: () => session.play(),
+  "go-live": () => session.goLive(),
+  "save-video": () => save("video.mp4"),
+  "save-schedule": () => save("schedule.json"),
+  full: () => (document.fullscreenElement ? document.exitFullscreen() : find("stage").requestFullscreen?.()),
+  "alert-close": () => (find("alert").hidden = true),
+  "keys-open": () => find("keys-dialog").showModal(),
+  share: () => {
+    find("share-link").value = session.viewersLink;
+    fill(find("share-said"), "");
+    find("share-dialog").showModal();
+    find("share-link").select();
+  },
+  "share-copy": async () => {
+    find("share-link").select();
+    // The clipboard is closed to pages that came by plain http from another machine.
+    const isCopied = await navigator.clipboard?.writeText(find("share-link").value).then(() => true, () => false);
+    fill(find("share-said"), isCopied ? "Copied." : "Selected: press Ctrl C.");
+  },
+  reset: () => {
+    const latest = session.changes.findLast(({ state }) => state === "shown" || state === "coming");
+    find("reset-prompt").value = latest?.prompt ?? "";
+    find("reset-seed").value = session.configuration.seed ?? 42;
+    find("reset-dialog").showModal();
+  },
+};
+for (const [id, act] of Object.entries(actions)) find(id).addEventListener("click", act);
+
+find("reset-dialog").addEventListener("close", ({ target }) => {
+  if (target.returnValue === "reset") session.reset(find("reset-seed").valueAsNumber, find("reset-prompt").value.trim());
+  target.returnValue = "";
+});
+find("composer").addEventListener("submit", (event) => {
+  event.preventDefault();
+  submit();
+});
+find("settings").addEventListener("submit", (event) => {
+  event.preventDefault();
+  submit();
+});
+prompt.addEventListener("keydown", (event) => {
+  if (event.key === "Escape") prompt.blur();
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  event.preventDefault();
+  find("composer").requestSubmit(find("send"));
+});
+
+const shortcuts = { p: "pause", ".": "step", r: "reset", f: "full", "?": "keys-open" };
+document.addEventListener("keydown", (event) => {
+  const isTyping = event.target.closest("input, textarea, select, dialog");
+  if (isTyping || event.ctrlKey || event.metaKey || event.altKey) return;
+  if (event.key === "/") {
+    event.preventDefault();
+    prompt.focus();
+  }
+  const button = shortcuts[event.key] && find(shortcuts[event.key]);
+  if (button && !button.disabled) button.click();
+});
+
+// The clock of the page: pictures while it is seen, the video's own `timeupdate` also while it is hidden
+
+function look() {
+  if (!session || video.seeking || video.readyState < HTMLMediaElement.HAVE_CURRENT_DATA) return;
+  for (const change of session.look()) history.picture(change, video);
+}
+
+function eachPicture() {
+  look();
+  video.requestVideoFrameCallback(eachPicture);
+}
+
+if (video.requestVideoFrameCallback) video.requestVideoFrameCallback(eachPicture);
+video.addEventListener("resize", () => find("stage").style.setProperty("--shape", video.videoWidth / video.videoHeight));
+video.addEventListener("timeupdate", () => {
+  look();
+  session?.reportPosition();
+});
+setInterval(() => {
+  session?.reportPosition();
+  showFigures();
+  if (session) show();
+}, 250);
+addEventListener("pagehide", remember);
+addEventListener("hashchange", () => {
+  if (!location.hash) return;
+  session?.close();
+  session = null;
+  comeBack();
+});
+
+comeBack();
+askServer();

@@ -1,0 +1,315 @@
+// What is known of a session: its chunks, its prompts, its state. No DOM here; whoever shows it is told that it changed.
+
+import { Connection } from "./connection.js";
+import { Player } from "./player.js";
+
+const MOST_CHUNKS = 400; // What is remembered of chunks; older ones are played and gone.
+
+/** A path of this server; relative, so that a proxy may put the server under any prefix. */
+export function address(path, scheme = location.protocol) {
+  const url = new URL(path, new URL("./", location.href));
+  url.protocol = scheme;
+  return url.href;
+}
+
+export class Session {
+  state = "connecting"; // connecting, queued, running, paused, done
+  link = { state: "connecting" };
+  doing = ""; // What the server says that it is doing.
+  queue = null; // {position, length}
+  why = ""; // Why it is done.
+  id = null;
+  viewToken = null;
+  configuration = {};
+  seconds = 0; // Of a chunk.
+  chunks = new Map(); // Number -> what the server said of it, with `arrived`.
+  newest = -1; // Number of the newest chunk here.
+  made = 0; // Frames a second at which the newest chunk was made.
+  lag = null; // Seconds from the arrival of the chunk on screen to its first picture on screen.
+  changes = []; // Prompts, oldest first; see #change.
+
+  #controlToken = null;
+  #hello;
+  #connection;
+  #player;
+  #tell;
+  #complain;
+  #onScreen = -1;
+  #isAttached = false; // The server knows on this connection which session is meant.
+  #rebuilds = [];
+
+  /**
+   * @param {HTMLVideoElement} video
+   * @param {() => void} changed something here is different
+   * @param {(text: string, code?: string) => void} complain to the user
+   * @param {(is: boolean) => void} blocked the browser plays after a click alone
+   */
+  constructor(video, changed, complain, blocked) {
+    this.#tell = changed;
+    this.#complain = complain;
+    this.#player = new Player(video, {
+      skipped: (seconds) => complain(`${seconds.toFixed(1)} s of video did not come, and were jumped over.`),
+      broken: (why) => this.#rebuild(why),
+      blocked,
+    });
+  }
+
+  get isController() {
+    return this.#controlToken !== null || this.#hello?.type === "session.start";
+  }
+
+  get hasEnded() {
+    return this.state === "done";
+  }
+
+  /** What it takes to come back to this session after a reload. */
+  get memory() {
+    return this.#controlToken && { id: this.id, token: this.#controlToken, changes: this.changes.slice(-50) };
+  }
+
+  get viewersLink() {
+    return `${address("")}#watch=${encodeURIComponent(this.id)}&token=${encodeURIComponent(this.viewToken)}`;
+  }
+
+  get time() {
+    return this.#player.time;
+  }
+
+  get lead() {
+    return this.#player.lead;
+  }
+
+  /** The chunk on screen. */
+  get chunkOnScreen() {
+    return this.chunks.get(this.#onScreen);
+  }
+
+  start(request) {
+    this.#hello = { type: "session.start", format: "m4s", ...request };
+    this.#change({ id: null, prompt: request.prompt, transition: 1, state: "sent" });
+    this.#connect();
+  }
+
+  attach({ id, token, changes }) {
+    this.id = id;
+    this.#controlToken = token;
+    this.changes = changes;
+    this.#connect();
+  }
+
+  watch(id, token) {
+    this.id = id;
+    this.viewToken = token;
+    this.#connect();
+  }
+
+  change(prompt, transition) {
+    const id = `change-${crypto.getRandomValues(new Uint32Array(2)).join("-")}`;
+    this.#change({ id, prompt, transition, state: "sent" });
+    this.#request(this.changes.at(-1));
+  }
+
+  pause = () => this.#send({ type: "session.pause" });
+  resume = () => this.#send({ type: "session.resume" });
+  step = () => this.#send({ type: "session.step" });
+  stop = () => this.#send({ type: "session.stop" });
+
+  reset(seed, prompt) {
+    if (this.#send({ type: "session.reset", seed, prompt })) {
+      this.#change({ id: null, prompt, transition: 1, state: "sent", isReset: true });
+    }
+  }
+
+  play = () => this.#player.play();
+  goLive = () => this.#player.goLive();
+  retryNow = () => this.#connection.retryNow();
+
+  /** Ends what this page holds of it; the server goes on. */
+  close() {
+    this.#connection?.close();
+    this.#player.close();
+  }
+
+  /** Called for each picture that may be new on screen. Returns the changes that came on screen with it. */
+  look() {
+    const time = this.time;
+    const number = this.#chunkAt(time);
+    if (number < 0) return [];
+    if (number !== this.#onScreen) {
+      this.#onScreen = number;
+      this.lag = Math.max(0, (performance.now() - this.chunks.get(number).arrived) / 1000 - (time - this.chunks.get(number).media_time));
+      this.#tell();
+    }
+    const shown = this.changes.filter((change) => change.state === "coming" && change.isMade && change.chunk <= number);
+    for (const change of shown) {
+      change.state = "shown";
+      change.took = (Date.now() - change.sent) / 1000;
+      this.#tell();
+    }
+    return shown;
+  }
+
+  /** Tells the server what has been played; pacing reads it. */
+  reportPosition() {
+    if (this.#isAttached && this.isController && this.#onScreen >= 0 && !this.hasEnded) {
+      this.#send({ type: "session.position", media_time: this.time, displayed_chunk: this.#onScreen });
+    }
+  }
+
+  #connect() {
+    this.#connection = new Connection(
+      () => this.#url(),
+      () => this.#greeting(),
+      (message, media) => this.#receive(message, media),
+      (link) => this.#linked(link),
+    );
+  }
+
+  /** The first chunk that is still missing here; -1, the newest, where there is none yet. */
+  get #from() {
+    return this.newest < 0 && this.#onScreen < 0 ? -1 : this.newest + 1;
+  }
+
+  #url() {
+    const path = this.isController ? "v1/realtime/video" : `v1/sessions/${encodeURIComponent(this.id)}/watch?from=${this.#from}`;
+    return address(path, location.protocol.replace("http", "ws"));
+  }
+
+  #greeting() {
+    if (this.#controlToken) {
+      return { type: "session.attach", session_id: this.id, token: this.#controlToken, from_chunk: this.#from };
+    }
+    return this.#hello ?? { type: "watch", token: this.viewToken };
+  }
+
+  #request({ id, prompt, transition }) {
+    const interaction = { event_id: id, event: { prompt }, transition_chunks: transition };
+    this.#send({ type: "session.interaction", interaction });
+  }
+
+  #send(message) {
+    return this.#connection.send(message);
+  }
+
+  #linked(link) {
+    this.link = link;
+    this.#isAttached &&= link.state === "open";
+    if (link.state === "closed" && !this.hasEnded) {
+      this.state = "done";
+      this.why = link.reason || "the server closed the connection";
+    }
+    this.#tell();
+  }
+
+  #receive(message, media) {
+    const handler = this.#handlers[message.type];
+    if (!handler) return;
+    handler(message, media);
+    this.#tell();
+  }
+
+  #handlers = {
+    "session.queue": ({ position, length }) => {
+      this.state = "queued";
+      this.queue = { position, length };
+    },
+
+    "session.status": ({ text }) => {
+      this.doing = text;
+    },
+
+    "video.start": (message, init) => {
+      this.#isAttached = true;
+      this.id = message.session_id;
+      this.#controlToken = message.control_token ?? this.#controlToken;
+      this.viewToken = message.view_token ?? this.viewToken;
+      this.configuration = message.configuration ?? {};
+      this.seconds = message.chunk_frames / message.fps;
+      this.queue = null;
+      this.#player.open(message.mime, init);
+      // After a lost connection: what no chunk has begun to show is asked for again, by the same id.
+      for (const change of this.changes) if (change.id && (change.state === "sent" || change.state === "coming") && !change.isMade) this.#request(change);
+    },
+
+    "video.chunk_metadata": (chunk, fragment) => {
+      if (this.chunks.has(chunk.chunk) && chunk.chunk <= this.newest) return;
+      this.doing = "";
+      this.chunks.set(chunk.chunk, { ...chunk, arrived: performance.now() });
+      if (this.chunks.size > MOST_CHUNKS) this.chunks.delete(this.chunks.keys().next().value);
+      this.newest = chunk.chunk;
+      this.made = chunk.fps;
+      this.#match(chunk);
+      if (!this.isController) this.#follow(chunk);
+      this.#player.append(fragment, chunk.media_time, chunk.media_time + chunk.duration);
+    },
+
+    "session.interaction.queued": ({ event_id, chunk, seconds }) => {
+      for (const change of this.changes) {
+        // Latest wins: what no chunk showed yet will never be shown.
+        if (change.id === event_id) Object.assign(change, { state: "coming", chunk, due: Date.now() + seconds * 1000 });
+        else if (change.state === "coming" && change.chunk >= chunk) change.state = "replaced";
+      }
+    },
+
+    "session.state": ({ state, why }) => {
+      this.state = state;
+      this.why = why ?? this.why;
+      for (const change of this.changes) if (!change.id && change.state === "sent") change.state = "received";
+      this.queue = state === "queued" ? this.queue : null;
+    },
+
+    "session.done": ({ reason }) => {
+      this.state = "done";
+      this.why = reason;
+      this.#player.end();
+    },
+
+    error: ({ code, message, event_id }) => {
+      const change = this.changes.find(({ id }) => id === event_id && id);
+      if (change) Object.assign(change, { state: "refused", why: message });
+      else this.#complain(message, code);
+    },
+  };
+
+  #change(change) {
+    // {id, prompt, transition, state, chunk, isMade, due, sent, took, isReset, isSeen}, where `state` is sent, received (a
+    // first prompt, whose chunk is not known yet), coming, shown, replaced or refused; `isMade`: a chunk here shows it;
+    // `isSeen`: it was given elsewhere.
+    this.changes.push({ sent: Date.now(), ...change });
+    this.#tell();
+  }
+
+  // A chunk says which changes it is the first to show. The prompt of a start has no id: its take's first chunk shows it.
+  #match(chunk) {
+    for (const change of this.changes) {
+      const isFirst = !change.id && ["sent", "received"].includes(change.state) && (!change.isReset || chunk.is_reset);
+      if (isFirst || (change.id && chunk.started?.includes(change.id))) {
+        Object.assign(change, { state: change.state === "shown" ? "shown" : "coming", chunk: chunk.chunk, isMade: true });
+      }
+    }
+  }
+
+  // A viewer learns of prompts by the chunks that show them.
+  #follow({ chunk, prompt }) {
+    if (prompt && prompt !== this.changes.at(-1)?.prompt) this.#change({ id: null, prompt, transition: 1, state: "coming", chunk, isMade: true, isSeen: true });
+  }
+
+  #chunkAt(time) {
+    for (let number = this.newest; this.chunks.has(number); number--) {
+      const { media_time, duration } = this.chunks.get(number);
+      if (time >= media_time - 1e-3) return time < media_time + duration + 0.5 ? number : -1;
+    }
+    return -1;
+  }
+
+  // The browser gave up on the video, as phones do with hidden pages: the same chunks are asked for again.
+  #rebuild(why) {
+    const now = performance.now();
+    this.#rebuilds = [...this.#rebuilds.filter((time) => now - time < 30_000), now];
+    if (this.#rebuilds.length > 3) return this.#complain(`The video cannot be played: ${why}.`);
+    this.chunks.clear();
+    this.newest = Math.max(0, this.#onScreen) - 1;
+    this.#connection.close();
+    this.#connect();
+  }
+}
