@@ -214,7 +214,7 @@ async function askServer() {
     server = null;
   }
   show();
-  if (server?.state !== "ready") setTimeout(askServer, 1000);
+  if (server?.state !== "ready") setTimeout(askServer, 2000);
 }
 
 function showSamples(prompts) {

@@ -1,4 +1,4 @@
-"""Routes of the page. It holds no secret, so it needs no key; nothing of it is cached longer than it is unchanged."""
+"""Routes of the page. It holds no secret, so it needs no key. Its policy is that of all answers; see `access.HEADERS`."""
 
 from __future__ import annotations
 
@@ -11,22 +11,6 @@ from fastapi import APIRouter, HTTPException, Request, Response
 
 if TYPE_CHECKING:
     from launchers.serve.server import Server
-
-CONTENT_SECURITY_POLICY = "; ".join(
-    (
-        "default-src 'none'",
-        "script-src 'self'",
-        "style-src 'self'",
-        "img-src 'self' data: blob:",
-        "media-src 'self' blob:",
-        "connect-src 'self'",
-        "base-uri 'none'",
-        "form-action 'none'",
-        "frame-ancestors 'none'",
-        "require-trusted-types-for 'script'",
-    )
-)
-"""Scripts, styles and requests of this server alone; pictures and videos that the page makes are `blob:`."""
 
 TYPES = {
     ".html": "text/html; charset=utf-8",
@@ -75,13 +59,7 @@ def router(_: Server | None = None) -> APIRouter:
 
 def answer(file: PageFile, request: Request) -> Response:
     """The file, or 304 where the browser has it. `no-cache` makes it ask each time, so a new server is a new page."""
-    headers = {
-        "etag": file.etag,
-        "cache-control": "no-cache",
-        "content-security-policy": CONTENT_SECURITY_POLICY,
-        "x-content-type-options": "nosniff",
-        "referrer-policy": "no-referrer",
-    }
+    headers = {"etag": file.etag, "cache-control": "no-cache"}
     if file.etag in request.headers.get("if-none-match", "").replace("W/", "").split(", "):
         return Response(status_code=304, headers=headers)
     return Response(file.content, media_type=file.media_type, headers=headers)
