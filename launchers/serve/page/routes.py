@@ -1,4 +1,4 @@
-"""Routes of the page. It holds no secret, so it needs no key. Its policy is that of all answers; see `access.HEADERS`."""
+"""Routes of the page. It holds no secret, so it needs no key; its headers are those of all answers, in `access`."""
 
 from __future__ import annotations
 
