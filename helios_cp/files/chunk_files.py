@@ -39,12 +39,12 @@ class ChunkFiles:
         if latents is not None:
             write_tensors(self._latents(chunk), {"latents": latents.cpu().contiguous()})
         for video, segment in enumerate(segments):
-            write_bytes(self._segment(chunk, video), segment)
+            write_bytes(self.segment(chunk, video), segment)
 
     def count(self) -> int:
         """How many chunks are there, from the first on."""
         count = 0
-        while all(self._segment(count, video).is_file() for video in range(self.videos)):
+        while all(self.segment(count, video).is_file() for video in range(self.videos)):
             count += 1
         return count
 
@@ -56,17 +56,18 @@ class ChunkFiles:
         count = self.count()
         if count:
             for video, output in enumerate(outputs):
-                join_segments([self._segment(chunk, video) for chunk in range(count)], output)
+                join_segments([self.segment(chunk, video) for chunk in range(count)], output)
             if latents is not None:
                 _join_latents([self._latents(chunk) for chunk in range(count)], latents)
         return count
 
     def remove(self) -> None:
         """Remove the folder with all that is in it, if it is there."""
-        self._segment(0, 0).unlink(missing_ok=True)  # first: then no chunk counts, whenever this process is killed
+        self.segment(0, 0).unlink(missing_ok=True)  # first: then no chunk counts, whenever this process is killed
         shutil.rmtree(self.path, ignore_errors=True)
 
-    def _segment(self, chunk: int, video: int) -> Path:
+    def segment(self, chunk: int, video: int = 0) -> Path:
+        """The MP4 of a chunk, which is there once the chunk is saved."""
         return self.path / f"chunk-{chunk:05d}-{video}.mp4"
 
     def _latents(self, chunk: int) -> Path:

@@ -188,7 +188,7 @@ class RunFolder(ChunkFiles):
     def _check_whole(self) -> None:
         """Raises `RequestError` if what the commit counts as finished is not there."""
         for chunk in range(self.finished_chunks()):
-            for path in (self._latents(chunk), *(self._segment(chunk, video) for video in range(self.videos))):
+            for path in (self._latents(chunk), *(self.segment(chunk, video) for video in range(self.videos))):
                 if not path.is_file():
                     raise RequestError(
                         f"run folder {self.path}: {path.name} is missing, though state.json counts chunk {chunk} as "

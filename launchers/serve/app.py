@@ -10,9 +10,17 @@ from launchers.serve import answers, health
 from launchers.serve.gate import Gate
 from launchers.serve.limits import Rates
 from launchers.serve.page import routes as page
+from launchers.serve.realtime import control, watch
 from launchers.serve.server import Server
+from launchers.serve.sessions import routes
 
-ROUTERS: tuple[Callable[[Server], APIRouter], ...] = (health.router, page.router)
+ROUTERS: tuple[Callable[[Server], APIRouter], ...] = (
+    health.router,
+    page.router,
+    control.router,
+    watch.router,
+    routes.router,
+)
 """Each makes its routes for a server."""
 
 

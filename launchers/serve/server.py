@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from launchers.serve.access import Access
 from launchers.serve.flags import ServeCall
 from launchers.serve.logs import Log
+from launchers.serve.sessions.sessions import Sessions
 
 if TYPE_CHECKING:
     from helios_cp.generate.check import Session as CheckedCall
@@ -29,6 +30,10 @@ class Server:
     pipeline: ChunkPipeline | None = None
     doing: str = "starting"
     is_draining: bool = False
+    sessions: Sessions = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.sessions = Sessions(self.call, self.checked, self.access)
 
     @property
     def is_ready(self) -> bool:
@@ -38,7 +43,9 @@ class Server:
     def opened(self, pipeline: ChunkPipeline) -> None:
         """The workers are loaded."""
         self.pipeline, self.doing = pipeline, "ready"
+        self.sessions.opened(pipeline)
 
     async def drain(self) -> None:
         """Take nothing new; save what runs, so that the next start goes on with it; tell clients to come back."""
         self.is_draining, self.doing = True, "shutting down"
+        await self.sessions.drain()

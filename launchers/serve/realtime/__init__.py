@@ -1,0 +1,1 @@
+"""The WebSocket protocol: the messages, the controller's connection, and the viewers'."""

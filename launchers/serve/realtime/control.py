@@ -1,0 +1,141 @@
+"""`WS /v1/realtime/video`: a controller starts a session, or comes back to one, and steers it."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any
+
+from fastapi import APIRouter, WebSocket
+from starlette.websockets import WebSocketDisconnect
+
+from launchers.serve.access import bearer
+from launchers.serve.problems import Refusal
+from launchers.serve.realtime import messages
+from launchers.serve.realtime.outlet import Outlet, both
+from launchers.serve.server import Server
+from launchers.serve.sessions import telling
+from launchers.serve.sessions.asked import request_of
+from launchers.serve.sessions.session import Session
+
+
+def router(server: Server) -> APIRouter:
+    routes = APIRouter()
+
+    @routes.websocket("/v1/realtime/video")
+    async def control(websocket: WebSocket) -> None:
+        await websocket.accept()
+        await Controller(server, websocket).run()
+
+    return routes
+
+
+class Controller:
+    """One controller's connection. What it sends wrong is told by an `error`, and all goes on; what it may not do ends
+    the connection. When it goes, its session stays: it can be attached to."""
+
+    def __init__(self, server: Server, websocket: WebSocket) -> None:
+        self._server = server
+        self._websocket = websocket
+        self._outlet = Outlet(websocket)
+        self._session: Session | None = None
+        self._transition = 1
+
+    async def run(self) -> None:
+        try:
+            await both(self._outlet, self._read())
+        finally:
+            if self._session is not None:
+                self._session.leave(self._outlet)
+
+    async def _read(self) -> None:
+        """Until the client goes, or is told to."""
+        while True:
+            await self._outlet.room()
+            frame = await self._websocket.receive()
+            if frame["type"] == "websocket.disconnect":
+                raise WebSocketDisconnect(frame.get("code", 1005))
+            text = frame.get("text")
+            try:
+                if text is None:
+                    raise Refusal("invalid_message", "a binary frame: messages are JSON in text frames")
+                await self._obey(messages.parse(text))
+            except Refusal as refusal:
+                self._outlet.refuse(refusal, None if text is None else messages.event_id_of(text))
+                if refusal.code in ("unauthorized", "forbidden"):
+                    self._outlet.end(refusal.problem.close, str(refusal))
+                    return
+
+    async def _obey(self, message: Any) -> None:
+        session = self._session
+        match message:
+            case messages.Ping():
+                self._outlet.say({**message.model_dump(), "type": "session.pong"})
+            case messages.Start():
+                await self._start(message)
+            case messages.Attach():
+                self._attach(message)
+            case messages.Watch():
+                raise Refusal("invalid_message", "watch: a viewer sends it to /v1/sessions/ID/watch")
+            case _ if session is None:
+                raise Refusal("not_started", f"{message.type}: send session.start or session.attach first")
+            case messages.Interaction():
+                await self._change(message.interaction)
+            case messages.Pause():
+                await session.pause()
+            case messages.Resume():
+                await session.resume()
+            case messages.Step():
+                await session.step()
+            case messages.Reset():
+                await session.reset(message.seed, message.prompt)
+            case messages.Position():
+                session.pacer.told(message.media_time)
+            case messages.Playback():
+                session.pacer.told(message.position_seconds)
+            case messages.Stop():
+                await session.stop()
+
+    async def _start(self, message: messages.Start) -> None:
+        server = self._server
+        if self._session is not None:
+            raise Refusal("already_started", "this connection has a session; open another one for another session")
+        server.access.check_key(bearer(self._websocket.headers) or message.api_key)
+        if message.format != "m4s":
+            raise Refusal("unsupported", f"format {message.format[:32]!r}: m4s is what is sent")
+        asked = request_of({"prompt": message.prompt, **message.others}, server.call, server.checked.checkpoint)
+        if message.image is not None or message.video is not None:
+            raise Refusal("unsupported", "image and video: this server does not take them yet")
+        lead = message.lead
+        if lead is None and message.streaming_buffer_seconds is not None:
+            request = asked.request
+            lead = max(1.0, message.streaming_buffer_seconds * request.fps / request.frames_per_chunk)
+        session, control, view = await server.sessions.create(asked.request, lead, asked.is_endless)
+        self._transition = max(1, message.transition_chunks)
+        ignored = [*asked.ignored, *(["model"] if message.model not in (None, server.checked.model) else [])]
+        tokens = {"control_token": control, "view_token": view, "ignored": ignored}
+        self._take_control(session, tokens, 0)
+        server.sessions.admit()
+
+    def _attach(self, message: messages.Attach) -> None:
+        if self._session is not None:
+            raise Refusal("already_started", "this connection has a session; open another one for another session")
+        session = self._server.sessions.steered(message.session_id, message.token)
+        count = len(session.store.chunks)
+        first = max(count - 1, 0) if message.from_chunk < 0 else min(message.from_chunk, count)
+        self._take_control(session, {"ignored": []}, first)
+        if session.is_done:
+            self._outlet.say(telling.done(session.recording, session.store))
+            self._outlet.end(1000, session.recording.why)
+
+    def _take_control(self, session: Session, about: dict[str, Any], first: int) -> None:
+        self._session = session
+        start = telling.start(session.recording, session.store, self._server.checked.model)
+        self._outlet.follow(session, {**start, **about}, first, skips=False)
+        session.take_control(self._outlet)
+
+    async def _change(self, change: messages.Change) -> None:
+        event_id = change.event_id or uuid.uuid4().hex
+        transition = self._transition if change.transition_chunks is None else max(1, change.transition_chunks)
+        made = await self._session.change(event_id, change.event.prompt, transition)
+        session = self._session
+        self._outlet.say(telling.queued(session.recording, session.store, made, session.pacer.played))

@@ -1,0 +1,136 @@
+"""The way out of one connection: messages and chunks in order, as fast as its client reads, with no queue of chunks."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import deque
+from typing import Any
+
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from launchers.serve.problems import Refusal
+from launchers.serve.sessions import telling
+from launchers.serve.sessions.session import Session
+
+MOST_MESSAGES = 256
+"""That wait for a client. One that reads nothing meanwhile is cut off."""
+
+MOST_BEHIND = 8
+"""Chunks that a viewer of the newest may be behind; then it skips to the newest one, and its metadata say so."""
+
+REASON_BYTES = 123
+"""Of a close frame."""
+
+
+class Outlet:
+    """A follower of a session, by WebSocket; see `media.audience.Follower`.
+
+    `run` sends until `end`, in one task, so that no message comes between a chunk's metadata and its bytes.
+    """
+
+    def __init__(self, websocket: WebSocket) -> None:
+        self.session: Session | None = None
+        self.next = 0
+        self._skips = False
+        self._websocket = websocket
+        self._messages: deque[dict[str, Any]] = deque()
+        self._news = asyncio.Event()
+        self._has_room = asyncio.Event()
+        self._close: tuple[int, str] | None = None
+
+    def say(self, message: dict[str, Any]) -> None:
+        self._messages.append(message)
+        if len(self._messages) >= MOST_MESSAGES:
+            self.end(1013, "too many messages wait for this client; read them faster")
+        self.wake()
+
+    def refuse(self, refusal: Refusal, event_id: str | None = None) -> None:
+        about = {} if event_id is None else {"event_id": event_id}
+        self.say({"type": "error", "code": refusal.code, "message": str(refusal), **about})
+
+    def follow(self, session: Session, start: dict[str, Any], first: int, skips: bool) -> None:
+        """Send `start` with the initialization segment, and chunks from `first` on. `skips`: it may skip to the newest
+        where it falls behind."""
+        self.session, self.next, self._skips = session, first, skips
+        self.say({**start, "first_chunk": first})
+        self.say(telling.state(session.recording, session.store))
+
+    def wake(self) -> None:
+        self._news.set()
+
+    def end(self, code: int, reason: str) -> None:
+        if self._close is None:
+            self._close = code, reason
+        self.wake()
+
+    async def room(self) -> None:
+        """Until the client has read what it was sent, so that one that only writes is not read any more."""
+        while len(self._messages) >= MOST_MESSAGES // 4 and self._close is None:
+            self._has_room.clear()
+            await self._has_room.wait()
+
+    async def run(self) -> None:
+        """Raises `WebSocketDisconnect` where the client goes."""
+        while True:
+            await self._news.wait()
+            self._news.clear()
+            await self._send_messages()
+            while self._has_chunk() and not self._is_cut_off():
+                await self._send_chunk()
+                await self._send_messages()
+            if self._close is not None:
+                code, reason = self._close
+                await self._websocket.close(code, reason.encode()[:REASON_BYTES].decode(errors="ignore"))
+                return
+
+    async def _send_messages(self) -> None:
+        while self._messages and not (self._is_cut_off() and len(self._messages) >= MOST_MESSAGES):
+            message = self._messages.popleft()
+            self._has_room.set()
+            if message["type"] == "session.done":  # after the last chunk
+                while self._has_chunk():
+                    await self._send_chunk()
+            await self._send(message)
+            if message["type"] == "video.start":
+                await self._websocket.send_bytes(self.session.store.init)
+
+    def _has_chunk(self) -> bool:
+        return self.session is not None and self.next < len(self.session.store.chunks)
+
+    def _is_cut_off(self) -> bool:
+        return self._close is not None and self._close[0] != 1000
+
+    async def _send_chunk(self) -> None:
+        store, skipped = self.session.store, 0
+        newest = len(store.chunks) - 1
+        if self._skips and newest - self.next >= MOST_BEHIND:
+            skipped, self.next = newest - self.next, newest
+        media = store.media(self.next)
+        await self._send(telling.chunk_message(store.chunks[self.next], skipped))
+        await self._websocket.send_bytes(media)
+        self.next += 1
+        self.session.pacer.wake()
+
+    async def _send(self, message: dict[str, Any]) -> None:
+        await self._websocket.send_text(json.dumps(message))
+
+
+async def both(outlet: Outlet, reading: Any) -> None:
+    """Send and read at once, until either ends."""
+    tasks = [asyncio.create_task(outlet.run()), asyncio.create_task(reading)]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if tasks[0] not in done and tasks[1].exception() is None:  # told to go by what was read
+            await asyncio.wait([tasks[0]], timeout=CLOSE_SECONDS)
+    finally:
+        for task in tasks:
+            task.cancel()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+    for error in results:
+        if isinstance(error, Exception) and not isinstance(error, WebSocketDisconnect):
+            raise error
+
+
+CLOSE_SECONDS = 10.0
+"""For what a connection has to send before it is closed."""

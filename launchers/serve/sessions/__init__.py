@@ -1,0 +1,1 @@
+"""Live sessions: their states, pacing, recordings on disk, and the queue."""

@@ -1,0 +1,113 @@
+"""Lets the maker of a session go on, one chunk after the other, as its controller's player goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+
+from launchers.driver.handle import VideoHandle
+from launchers.serve.media.audience import Follower
+from launchers.serve.media.store import MediaStore
+from launchers.serve.sessions.pacing import Playhead, allowed
+
+UNREAD = 2
+"""Chunks beyond the lead that may lie between the maker and a controller that does not read."""
+
+
+class Pacer:
+    """`granted` chunks of the take that begins with chunk `first` of the session may have begun.
+
+    `reader` is the controller's connection. While `is_paused`, only `step` grants more.
+    """
+
+    def __init__(self, store: MediaStore, lead: float) -> None:
+        self.lead = lead
+        self.reader: Follower | None = None
+        self.is_paused = False
+        self.first = 0
+        self.granted = 0
+        self.playhead = Playhead()
+        self._store = store
+        self._handle: VideoHandle | None = None
+        self._news = asyncio.Event()
+
+    @property
+    def played(self) -> float:
+        """Seconds of media that the controller's player has played, or the clock in its place."""
+        return self.playhead.seconds(time.monotonic(), self._store.seconds)
+
+    def restart(self, first: int) -> int:
+        """A take begins, from what is ready; returns how many of its chunks may begin."""
+        self._handle, self.first = None, first
+        self.granted = self._may_begin()
+        return self.granted
+
+    def steer(self, handle: VideoHandle) -> None:
+        self._handle = handle
+        self.wake()
+
+    def wake(self) -> None:
+        """Something that counts here has changed."""
+        self._news.set()
+
+    def told(self, seconds: float) -> None:
+        """The player tells its position."""
+        self.playhead.told(seconds, time.monotonic(), self._store.seconds)
+        self.wake()
+
+    def waited(self) -> None:
+        """More is about to be ready."""
+        self.playhead.waited(time.monotonic(), self._store.seconds)
+
+    def skip(self) -> None:
+        """All that is ready counts as played."""
+        self.playhead = Playhead(self._store.seconds, time.monotonic())
+
+    def reads(self, reader: Follower | None) -> None:
+        """Another controller, or none any more."""
+        self.reader = reader
+        self.playhead.left(time.monotonic(), self._store.seconds)
+        self.wake()
+
+    def pause(self) -> None:
+        """Grant nothing beyond the chunk in hand."""
+        self.is_paused = True
+        self.granted = min(self.granted, len(self._store.chunks) - self.first + 1)
+        self._handle.allow(self.granted)
+
+    def resume(self) -> None:
+        self.is_paused = False
+        self.wake()
+
+    def step(self) -> None:
+        self.granted += 1
+        self._handle.allow(self.granted)
+
+    async def run(self) -> None:
+        """Until it is cancelled."""
+        while True:
+            self._news.clear()
+            wait = None
+            if self._handle is not None and not self.is_paused:
+                may = self._may_begin()
+                if may > self.granted:
+                    self.granted = may
+                    self._handle.allow(may)
+                wait = self._seconds_until_next()
+            try:
+                await asyncio.wait_for(self._news.wait(), wait)
+            except TimeoutError:
+                continue
+
+    def _may_begin(self) -> int:
+        """Chunks of this take."""
+        count = allowed(self.played / self._store.chunk_seconds, self.lead)
+        if self.reader is not None:  # one that does not read holds up its own session, and nothing else
+            count = min(count, self.reader.next + math.ceil(self.lead) + UNREAD)
+        return max(count - self.first, 0)
+
+    def _seconds_until_next(self) -> float | None:
+        target = (self.first + self.granted - self.lead) * self._store.chunk_seconds
+        wait = self.playhead.seconds_until(target, time.monotonic(), self._store.seconds)
+        return None if wait is None else wait + 0.001  # so that the clock is past it

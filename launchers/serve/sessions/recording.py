@@ -1,0 +1,114 @@
+"""A session on disk: what it is asked to make, by whom it may be steered, and every change; enough to go on with it.
+
+session.json   this recording, written whole at every change
+take-000/      a run folder (see `helios_cp.generate.run_folder`); a reset begins the next
+media/         see `launchers.serve.media.store`
+video.mp4      all takes, once the session is done
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from helios_cp.config.request import Request
+from helios_cp.files.whole_files import write_json
+from launchers.serve.sessions.changes import Change
+
+FORMAT = 1
+FILE = "session.json"
+STATES = ("queued", "running", "paused", "done")
+
+
+@dataclass
+class Take:
+    """A run from a seed and a prompt. `first_chunk` counts over the session; `chunks` is known when it has ended."""
+
+    first_chunk: int
+    seed: int
+    prompt: str
+    chunks: int | None = None
+
+
+@dataclass
+class Recording:
+    """`control` and `view` are digests of the tokens. `request` is resolved; takes replace its
+    seed and prompt. One that `is_endless` goes on until it is stopped, or has all the chunks that the server allows."""
+
+    id: str
+    folder: Path
+    request: Request
+    control: str
+    view: str
+    lead: float
+    is_endless: bool = True
+    state: str = "queued"
+    why: str = ""
+    created: float = field(default_factory=time.time)
+    ended: float | None = None
+    takes: list[Take] = field(default_factory=list)
+    changes: list[Change] = field(default_factory=list)
+
+    def save(self) -> None:
+        """Whole or as it was before, whenever the process is killed."""
+        values = {name: value for name, value in vars(self).items() if name not in ("folder", "request")}
+        values |= {"takes": [asdict(take) for take in self.takes], "request": self.request.to_json()}
+        values["changes"] = [change.to_json() for change in self.changes]
+        write_json(self.folder / FILE, {"format": FORMAT, **values})
+
+    @classmethod
+    def load(cls, folder: Path) -> Recording:
+        """Raises `ValueError` for what is no recording."""
+        try:
+            values = json.loads((folder / FILE).read_text(encoding="utf-8"))
+            if values.pop("format") != FORMAT or values["state"] not in STATES:
+                raise ValueError("it is of another version")
+            values["request"] = Request.from_json(values["request"])
+            values["takes"] = [Take(**each) for each in values["takes"]]
+            values["changes"] = [Change(**each) for each in values["changes"]]
+            return cls(folder=folder, **values)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{folder / FILE}: this is no recording of a session: {error}") from None
+
+    def prompt_at(self, take: int, chunk: int) -> str:
+        """The newest prompt in a chunk of a take; in a transition the older ones are mixed with it."""
+        shown = [each for each in self.changes if each.take == take and not each.superseded_by and each.chunk <= chunk]
+        return max(shown, key=lambda each: each.chunk).prompt if shown else self.takes[take].prompt
+
+    @property
+    def media(self) -> Path:
+        return self.folder / "media"
+
+    def run_folder(self, take: int) -> Path:
+        return self.folder / f"take-{take:03d}"
+
+    def segments(self, chunks: int) -> Iterator[Path]:
+        """The MP4 segments of the first chunks of the session, over all takes."""
+        for number, take in enumerate(self.takes):
+            count = chunks - take.first_chunk if take.chunks is None else take.chunks
+            for chunk in range(count):
+                yield self.run_folder(number) / f"chunk-{chunk:05d}-0.mp4"
+
+    def schedule(self, take: int, chunks: int) -> dict[str, Any]:
+        """What `--prompt-schedule-file` takes to make `chunks` chunks of a take again."""
+        begun = self.takes[take]
+        shown = [each for each in self.changes if each.take == take and each.superseded_by is None]
+        shown = [each for each in shown if each.chunk < begun.first_chunk + chunks]
+        borders = [begun.first_chunk, *(each.chunk for each in shown), begun.first_chunk + chunks]
+        lengths = [after - before for before, after in pairwise(borders)]
+        entries: list[dict[str, Any]] = [{"prompt": begun.prompt, "chunks": lengths[0]}]
+        for each, length in zip(shown, lengths[1:], strict=True):
+            entries.append({"prompt": each.prompt, "chunks": length, "transition": each.transition})
+        if lengths[0] == 0:  # a change took over before the first chunk, with nothing to mix with
+            entries = entries[1:]
+            entries[0].pop("transition")
+        request = self.request.to_json()
+        for name in ("prompt", "prompt_schedule", "sigmas"):
+            request.pop(name)
+        frames = chunks * self.request.frames_per_chunk
+        return {"prompt_schedule": entries, **request, "seed": [begun.seed], "num_frames": frames}

@@ -1,0 +1,82 @@
+"""One take of a session as a video of the pipeline: what the pipeline's thread tells is passed to the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from concurrent.futures import CancelledError
+from dataclasses import dataclass
+from pathlib import Path
+
+from helios_cp.config.request import Request
+from helios_cp.device.device import dtype_name
+from helios_cp.generate.check import Session as CheckedCall
+from helios_cp.generate.run_folder import Run, RunFolder
+from launchers.driver.handle import VideoChunk, VideoHandle
+from launchers.driver.pipeline import ChunkPipeline
+from launchers.messages.messages import Span
+
+
+@dataclass(frozen=True)
+class Made:
+    """A chunk that is on disk; `index` counts in its take, from 0. `spans` say when each stage worked on it."""
+
+    take: int
+    index: int
+    segment: bytes
+    spans: dict[str, Span]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """No chunk of a take comes any more. `error` is `None` after its last chunk, and after `stop`."""
+
+    take: int
+    error: BaseException | None
+
+
+Tell = Callable[[Made | Ended], object]
+
+
+def open_run(checked: CheckedCall, request: Request, folder: Path) -> RunFolder:
+    """The run folder of a take: as it stands, or a new one. Raises `RequestError`."""
+    if RunFolder.is_run(folder):
+        return RunFolder.open(folder)
+    output = (str(video_of(folder).absolute()),)
+    dtype = dtype_name(checked.dtype)
+    return RunFolder.create(folder, Run(request, checked.model, dtype, output, checked.execution, checked.made_with))
+
+
+def video_of(folder: Path) -> Path:
+    return folder / "video.mp4"
+
+
+def submit(
+    pipeline: ChunkPipeline, folder: RunFolder, take: int, allowed: int, tell: Tell, loop: asyncio.AbstractEventLoop
+) -> VideoHandle:
+    """Begin, or go on with, the video of a run folder; `tell` is called in the event loop. Raises `RequestError`."""
+
+    def pass_on(news: Made | Ended) -> None:
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(tell, news)
+
+    def on_chunk(chunk: VideoChunk) -> None:
+        pass_on(Made(take, chunk.index, folder.segment(chunk.index).read_bytes(), chunk.spans))
+
+    from launchers.serve.sessions.old_handle import OldHandle
+
+    handle = OldHandle(
+        pipeline.submit(folder.run.request, folder=folder, output=[video_of(folder.path)], on_chunk=on_chunk)
+    )
+
+    def wait() -> None:
+        error: BaseException | None = None
+        try:
+            handle.result()
+        except (Exception, CancelledError) as reason:
+            error = reason
+        pass_on(Ended(take, error))
+
+    threading.Thread(target=wait, name=f"end of video {handle.key}", daemon=True).start()
+    return handle

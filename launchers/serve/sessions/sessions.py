@@ -1,0 +1,192 @@
+"""All sessions: the queue, who runs, who is let go, and what an earlier server left."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+import time
+import uuid
+from collections.abc import Coroutine, Iterator
+
+from helios_cp.config.errors import RequestError
+from helios_cp.config.request import Request
+from helios_cp.generate.check import Session as CheckedCall
+from launchers.driver.pipeline import ChunkPipeline
+from launchers.serve.access import Access, digest, matches, new_token
+from launchers.serve.flags import ServeCall
+from launchers.serve.media.store import MediaStore, blank_init
+from launchers.serve.problems import Refusal
+from launchers.serve.sessions.recording import FILE, Recording
+from launchers.serve.sessions.session import Session
+
+logger = logging.getLogger(__name__)
+
+LOOK_SECONDS = 1.0
+"""Between two looks for sessions that nobody watches, and for old ones."""
+
+DELETE_SECONDS = 60.0
+"""For the chunk in hand of a session that is deleted."""
+
+
+class Sessions:
+    """By id, in the order they came. It belongs to the event loop."""
+
+    def __init__(self, call: ServeCall, checked: CheckedCall, access: Access) -> None:
+        self.folder = call.data / "sessions"
+        self._call = call
+        self._checked = checked
+        self._access = access
+        self._pipeline: ChunkPipeline | None = None
+        self._sessions: dict[str, Session] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._is_draining = False
+
+    def __iter__(self) -> Iterator[Session]:
+        return iter(tuple(self._sessions.values()))
+
+    def viewed(self, session_id: str, token: str | None) -> Session:
+        """For one of its tokens, or a key of the server. Raises `Refusal`."""
+        session = self._find(session_id)
+        if not self._is_steered(session, token) and not matches(token, session.recording.view):
+            raise Refusal("unauthorized", "a token of this session is needed, or a key of the server")
+        return session
+
+    def steered(self, session_id: str, token: str | None) -> Session:
+        """For its control token, or a key of the server. Raises `Refusal`."""
+        session = self._find(session_id)
+        if self._is_steered(session, token):
+            return session
+        if matches(token, session.recording.view):
+            raise Refusal("forbidden", "a viewer's token may only watch; the control token is needed")
+        raise Refusal("unauthorized", "the control token of this session is needed, or a key of the server")
+
+    def _is_steered(self, session: Session, token: str | None) -> bool:
+        is_key = self._access.needs_key and self._access.admits(token)
+        return matches(token, session.recording.control) or is_key
+
+    def _find(self, session_id: str) -> Session:
+        if session_id not in self._sessions:
+            raise Refusal("not_found", f"session {session_id[:64]!r}: there is no such session")
+        return self._sessions[session_id]
+
+    @property
+    def queue(self) -> list[Session]:
+        return [each for each in self if each.state == "queued"]
+
+    @property
+    def running(self) -> list[Session]:
+        return [each for each in self if each.state in ("running", "paused")]
+
+    @property
+    def viewers(self) -> int:
+        """Connections to all sessions."""
+        return sum(len(each.audience) for each in self)
+
+    # Their ways
+
+    async def create(self, request: Request, lead: float | None, is_endless: bool) -> tuple[Session, str, str]:
+        """A new session at the end of the queue, with the tokens to steer and to view it. Raises `Refusal`."""
+        if self._is_draining:
+            raise Refusal("busy", "the server is shutting down; try again in a moment")
+        if len(self.queue) + len(self.running) >= self._call.most_sessions + self._call.queue:
+            raise Refusal("busy", f"{len(self.queue)} sessions wait already; try again later")
+        control, view, session_id = new_token(), new_token(), uuid.uuid4().hex
+        folder = self.folder / session_id
+        recording = Recording(session_id, folder, request, digest(control), digest(view), lead or self._call.lead)
+        recording.is_endless = is_endless
+        store = await asyncio.to_thread(_store, recording)
+        await asyncio.to_thread(recording.save)
+        self._sessions[session_id] = session = Session(recording, store, self._ended)
+        return session, control, view
+
+    def admit(self) -> None:
+        """Let sessions run in order, as many as may at a time, and tell the others where they are."""
+        if self._pipeline is None or self._is_draining:
+            return self._tell_queue()
+        room = self._call.most_sessions - len(self.running)
+        for session in self.queue[: max(room, 0)]:
+            session.recording.state = "running"
+            self._start(session)
+        self._tell_queue()
+
+    def opened(self, pipeline: ChunkPipeline) -> None:
+        """The workers are loaded: go on with what ran, then admit."""
+        self._pipeline = pipeline
+        for session in self.running:
+            self._start(session)
+        self.admit()
+        self._spawn(self._look_after())
+
+    def restore(self) -> None:
+        """Take up the sessions of an earlier server from disk; those that ran wait for the workers."""
+        for file in sorted(self.folder.glob(f"*/{FILE}"), key=lambda each: each.stat().st_mtime):
+            try:
+                recording = Recording.load(file.parent)
+            except ValueError as error:
+                logger.warning("%s", error)
+                continue
+            store = _store(recording)
+            store.load(recording.request.num_chunks)
+            self._sessions[recording.id] = Session(recording, store, self._ended)
+
+    async def delete(self, session: Session) -> None:
+        """With all its files."""
+        await session.abandon(DELETE_SECONDS)
+        self._sessions.pop(session.id, None)
+        await asyncio.to_thread(shutil.rmtree, session.recording.folder, ignore_errors=True)
+
+    async def drain(self) -> None:
+        """Leave everything as it stands on disk to the next start; connections are told to come back."""
+        self._is_draining = True
+        for session in self:
+            session.audience.end(1012, "the server restarts; connect again")
+            session.leave_to_next_start()
+        for task in self._tasks:
+            task.cancel()
+
+    def positions(self) -> dict[str, int]:
+        """In the queue, from 1."""
+        return {session.id: place for place, session in enumerate(self.queue, 1)}
+
+    def _start(self, session: Session) -> None:
+        self._spawn(self._begin(session))
+
+    async def _begin(self, session: Session) -> None:
+        try:
+            await session.begin(self._pipeline, self._checked)
+        except (RequestError, OSError, RuntimeError) as error:
+            logger.error("session %s cannot begin: %s", session.id, error)
+            session.audience.say({"type": "error", "code": "failed", "message": " ".join(str(error).split())})
+            await session.end("failed")
+
+    def _ended(self, session: Session) -> None:
+        self.admit()
+
+    def _tell_queue(self) -> None:
+        waiting = self.queue
+        for place, session in enumerate(waiting, 1):
+            session.audience.say({"type": "session.queue", "position": place, "length": len(waiting)})
+
+    async def _look_after(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            now = time.monotonic()
+            for session in self:
+                if session.is_done:
+                    ended = session.recording.ended or session.recording.created
+                    if self._call.keep is not None and time.time() - ended > 3600 * self._call.keep:
+                        await self.delete(session)
+                elif not len(session.audience) and now - session.watched > self._call.idle:
+                    await session.stop("idle")
+
+    def _spawn(self, coroutine: Coroutine[None, None, None]) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def _store(recording: Recording) -> MediaStore:
+    request = recording.request
+    init = blank_init(request.height, request.width, request.fps)
+    return MediaStore(recording.media, init, request.fps, request.frames_per_chunk)

@@ -1,0 +1,79 @@
+"""Clients of the live server, written from its protocol alone: nothing of the server is imported here."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from websockets.sync.client import ClientConnection, connect
+
+PATIENCE = 300
+"""Seconds for what takes a few on a quiet machine."""
+
+
+class Client:
+    """One WebSocket: sends messages, and waits for those of a type; everything that comes is kept in order.
+
+    `chunks` are pairs of metadata and bytes; `init` is the initialization segment.
+    """
+
+    def __init__(self, url: str, **options: Any) -> None:
+        self.socket: ClientConnection = connect(
+            url.replace("http", "ws", 1), max_size=None, open_timeout=PATIENCE, ping_timeout=None, **options
+        )
+        self.init = b""
+        self.chunks: list[tuple[dict[str, Any], bytes]] = []
+        self.messages: list[dict[str, Any]] = []
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.socket.close()
+
+    def send(self, kind: str, **fields: Any) -> None:
+        self.socket.send(json.dumps({"type": kind, **fields}))
+
+    def receive(self, timeout: float = PATIENCE) -> dict[str, Any]:
+        """The next message, with the bytes that follow it taken up."""
+        text = self.socket.recv(timeout)
+        assert isinstance(text, str), "bytes come behind the message that tells of them alone"
+        message = json.loads(text)
+        self.messages.append(message)
+        if message["type"] == "video.start":
+            self.init = self.socket.recv(timeout)
+            assert isinstance(self.init, bytes)
+        if message["type"] == "video.chunk_metadata":
+            media = self.socket.recv(timeout)
+            assert len(media) == message["bytes"]
+            self.chunks.append((message, media))
+        return message
+
+    def until(self, kind: str, **fields: Any) -> dict[str, Any]:
+        """The next message of a type, with these values in it."""
+        while True:
+            message = self.receive()
+            if message["type"] == kind and all(message.get(name) == value for name, value in fields.items()):
+                return message
+
+    def until_chunk(self, number: int) -> dict[str, Any]:
+        while not self.chunks or self.chunks[-1][0]["chunk"] < number:
+            self.receive()
+        return self.chunks[-1][0]
+
+    def start(self, **fields: Any) -> dict[str, Any]:
+        """Start a session of small pictures."""
+        self.send("session.start", **{"prompt": "a red fox", "height": 64, "width": 64, **fields})
+        return self.until("video.start")
+
+    def ask(self, kind: str, **fields: Any) -> dict[str, Any]:
+        """Send, and wait for the answer of the next ping: whatever the message brought comes before it."""
+        self.send(kind, **fields)
+        self.send("session.ping", number=len(self.messages))
+        before = len(self.messages)
+        self.until("session.pong", number=before)
+        return next((each for each in self.messages[before:] if each["type"] == "error"), self.messages[-1])
+
+    def media(self) -> bytes:
+        """All that was received, as one file."""
+        return self.init + b"".join(media for _, media in self.chunks)
