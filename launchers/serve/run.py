@@ -14,7 +14,6 @@ from helios_cp.device.device import dtype_name
 from helios_cp.files.locks import LockedError, locked
 from helios_cp.files.whole_files import check_folder_target
 from helios_cp.generate.check import Session as CheckedCall
-from helios_cp.generate.run import quiet_libraries
 from helios_cp.generate.stopping import Stopped, StopSignal
 from helios_cp.weights.load import resolve
 from launchers.cluster.cluster import ClusterError, connected
@@ -39,7 +38,6 @@ EXAMPLE = "a red fox running through fresh snow"
 
 def run(parser: OneLineParser, call: ServeCall, cache: Path | None) -> int:
     """Returns the exit code: 0 after Ctrl-C or SIGTERM, which are how a server ends."""
-    quiet_libraries()
     try:
         with ExitStack() as stack:
             try:
