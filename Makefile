@@ -1,4 +1,4 @@
-# make demo   set up .venv and generate a video on the embedded tiny model
+# make demo   set up .venv and make three short videos and a contact sheet with the embedded tiny model
 # make demo-ray   the same on a Ray cluster of two nodes on this machine, two videos at once
 # make live   a server on the embedded tiny model: open the address that it prints, type, and watch
 # make test   set up .venv, lint, and run all tests, side by side
@@ -23,17 +23,13 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	touch $@
 
 demo: $(INSTALLED)
-	mkdir -p outputs
-	$(BIN)/torchrun --nproc_per_node 2 -m helios_cp.generate \
-		--model tiny-distilled --prompt "a red fox running through fresh snow" \
-		--height 128 --width 192 --num-frames 99 \
-		--output outputs/demo.mp4 --report outputs/demo.json
+	$(BIN)/python -m helios_cp.tiny.demo --output outputs/demo
 
 demo-ray: $(INSTALLED)
 	$(BIN)/python -m launchers.demo --output outputs/demo-ray
 
 live: $(INSTALLED)
-	$(BIN)/python -m launchers.serve --model tiny-distilled --height 128 --width 192 --data outputs/live
+	$(BIN)/python -m launchers.serve --model tiny-distilled --height 64 --width 128 --data outputs/live
 
 tiny: $(INSTALLED)
 	nice $(BIN)/python -m helios_cp.tiny.train all --output outputs/tiny

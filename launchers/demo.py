@@ -12,7 +12,11 @@ from helios_cp.config.arguments import OneLineParser
 from helios_cp.config.errors import RequestError
 from helios_cp.config.paths import user_path
 
-PROMPTS = ("a red fox running through fresh snow", "a lighthouse in a storm at night")
+PROMPTS = (
+    "a green balloon floating to the left over a desert by day",
+    "a red boat sailing to the right on the sea at night",
+)
+HEIGHT, WIDTH = 64, 128
 NODES = (3, 2)
 """Logical CPUs of each node: together what the text encoder, two groups and two decoders take, so both are used."""
 
@@ -46,14 +50,19 @@ def main(argv: list[str] | None = None) -> int:
     try:
         cluster.add_node(num_cpus=NODES[1], **store)
         workers = ["--groups", "2", "--decoders", "2", "--wait", "60", "--device", "cpu"]
-        request = ["--height", "128", "--width", "192", "--num-frames", "264", "--pyramid-steps", "8", "8", "8"]
+        request = ["--height", str(HEIGHT), "--width", str(WIDTH), "--num-frames", "264"]
         files = ["--prompt-file", str(prompts), "--output", str(output), "--timeline", str(output / "timeline.png")]
         code = generate(["--address", cluster.address, *workers, *request, *files])
     finally:
         cluster.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
     if code == 0:
+        from helios_cp.tiny.sheet import write_sheet_of_files
+
+        videos = [output / f"{index}.mp4" for index in range(len(PROMPTS))]
+        write_sheet_of_files(videos, 8, output / "sheet.png", (HEIGHT, WIDTH), scale=2)
         print(f"{output}/0.mp4, {output}/1.mp4, and who worked when: {output}/timeline.png")
+        print(f"A contact sheet, a row a video: {output}/sheet.png")
     return code
 
 

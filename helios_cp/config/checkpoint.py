@@ -109,8 +109,8 @@ class Checkpoint:
     """A checkpoint folder in the diffusers layout, read from its JSON files only.
 
     `variant` comes from `model_index.json`: `HeliosPipeline` is base, `HeliosPyramidPipeline` is distilled if
-    `is_distilled`, else mid. `source` is what `--model` takes to mean the same files on any rank or machine: of a hub
-    id it names the commit.
+    `is_distilled`, else mid. `rendered_world` says that it knows the rendered clips of `helios_cp.tiny` alone. `source`
+    is what `--model` takes to mean the same files on any rank or machine: of a hub id it names the commit.
     """
 
     folder: Path
@@ -118,6 +118,7 @@ class Checkpoint:
     is_cfg_zero_star: bool
     transformer: TransformerConfig
     random_weights: bool = False
+    rendered_world: bool = False
     source: str = dataclasses.field(default="", compare=False)
 
     @property
@@ -157,6 +158,7 @@ class Checkpoint:
             is_cfg_zero_star=bool(index.get("is_cfg_zero_star", False)),
             transformer=transformer,
             random_weights=bool(index.get("random_weights", False)),
+            rendered_world=bool(index.get("rendered_world", False)),
         )
 
 

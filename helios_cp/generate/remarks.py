@@ -8,11 +8,14 @@ from helios_cp.config.checkpoint import Checkpoint
 from helios_cp.config.request import Request
 from helios_cp.files.clips import clip_remarks
 from helios_cp.files.pictures import picture_remarks
+from helios_cp.tiny.vocabulary import outside
 
 
 def request_remarks(requests: Sequence[Request], checkpoint: Checkpoint) -> list[str]:
     """Of resolved requests whose pictures and clips were checked: each remark once."""
     found = [remark for request in requests for remark in [*_media(request), *_cut_prompts(request, checkpoint)]]
+    if checkpoint.rendered_world:
+        found += [remark for request in requests for remark in _outside(request)]
     ignored = {flag: value for request in requests for flag, value in request.ignored(checkpoint).items()}
     found += [
         f"{flag} {value}: Helios-Distilled has its guidance built in and does not read it"
@@ -25,6 +28,19 @@ def _media(request: Request) -> list[str]:
     size = request.height, request.width, request.resize_mode
     picture = [] if request.image is None else picture_remarks(request.image, *size)
     return picture + ([] if request.video is None else clip_remarks(request.video, *size, request.fps))
+
+
+def _outside(request: Request) -> list[str]:
+    """What the embedded models do not know."""
+    texts = (*request.prompt, *(entry.prompt for entry in request.prompt_schedule))
+    found = [outside(text) for text in texts]
+    found += [
+        f"--{kind} {path}: the embedded models know pictures of their own world alone, which helios_cp.tiny renders; "
+        "what they make of others says nothing of the real ones"
+        for kind, path in (("image", request.image), ("video", request.video))
+        if path is not None
+    ]
+    return [remark for remark in found if remark is not None]
 
 
 def _cut_prompts(request: Request, checkpoint: Checkpoint) -> list[str]:

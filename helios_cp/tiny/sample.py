@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -97,13 +96,3 @@ def decode(vae, mean: Tensor, std: Tensor, latents: Tensor) -> np.ndarray:
     with torch.autocast(latents.device.type, torch.bfloat16):
         videos = vae.decode(latents * std.view(view).to(latents.device) + mean.view(view).to(latents.device)).sample
     return ((videos.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 4, 1).cpu().numpy()
-
-
-def write_sheet(videos: Sequence[np.ndarray], columns: int, path: Path) -> None:
-    """A contact sheet: a row a video, `columns` frames spread over it."""
-    from PIL import Image
-
-    rows = []
-    for video in videos:
-        rows.append(np.concatenate(list(video[np.linspace(0, len(video) - 1, columns).round().astype(int)]), 1))
-    Image.fromarray(np.concatenate(rows)).save(path)

@@ -17,6 +17,7 @@ from helios_cp.tiny.judging import test_prompts, verdict
 from helios_cp.tiny.latents import Clips, write_clips
 from helios_cp.tiny.loop import Learner, Rates, average_of, run
 from helios_cp.tiny.options import Options
+from helios_cp.tiny.sheet import write_sheet
 
 VARIANTS = ("mid", "distilled", "base")
 
@@ -107,7 +108,7 @@ def _sheet(options: Options) -> None:
         texts = [prompt for prompt, _ in prompts]
         chunks = sample.sample(model, encoder, variant, texts, chunks=2, size=size, seed=options.seed)
         videos = list(np.concatenate([sample.decode(codec, clips.mean, clips.std, each) for each in chunks], 1))
-        sample.write_sheet(videos[:12], 8, options.output / f"{variant}.png")
+        write_sheet(videos[:12], 8, options.output / f"{variant}.png")
         report = verdict(classifier, videos, prompts)
         write_json(options.output / f"{variant}.json", report)
         print(f"{variant}:", json.dumps(report["accuracy"]), flush=True)

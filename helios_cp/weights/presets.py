@@ -179,11 +179,11 @@ def write_trained(name: str, weights: Path, folder: Path) -> None:
     from helios_cp.weights.trained import read_trained
 
     transformer, vae, text_encoder = read_trained(weights, name.removeprefix("tiny-"))
-    _save(PRESETS[name], transformer, vae, text_encoder, folder, random_weights=False)
+    _save(PRESETS[name], transformer, vae, text_encoder, folder, rendered_world=True)
 
 
-def _save(preset: Preset, transformer: Any, vae: Any, text_encoder: Any, folder: Path, *, random_weights: bool) -> None:
-    """Write the parts as a checkpoint folder of diffusers."""
+def _save(preset: Preset, transformer: Any, vae: Any, text_encoder: Any, folder: Path, **about: bool) -> None:
+    """Write the parts as a checkpoint folder of diffusers, `about` in its index: what `Checkpoint` reads there."""
     import diffusers
     from transformers import ByT5Tokenizer
 
@@ -195,8 +195,7 @@ def _save(preset: Preset, transformer: Any, vae: Any, text_encoder: Any, folder:
         scheduler=getattr(diffusers, preset.scheduler)(**preset.scheduler_config),
         **preset.flags,
     )
-    if random_weights:
-        pipeline.register_to_config(random_weights=True)
+    pipeline.register_to_config(**about)
     with without_progress_bars():
         pipeline.save_pretrained(folder, safe_serialization=True, max_shard_size=SHARD_SIZE)
 

@@ -15,10 +15,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from helios_cp.config.errors import RequestError
 from helios_cp.config.execution import Execution
+from helios_cp.files.mp4 import encode_segment
 from helios_cp.generate.__main__ import build_parser as build_single_parser
+from helios_cp.tiny.vocabulary import outside
 from launchers import demo, status
 from launchers.cluster.address import address_of, check_address, host_and_port
 from launchers.cluster.cluster import ClusterError, connected, knock
@@ -351,6 +354,9 @@ def demonstration(folder, monkeypatch):
 
     def generate(flags):
         calls.flags = flags
+        for index in range(len(demo.PROMPTS) if calls.result == 0 else 0):
+            path = Path(flags[flags.index("--output") + 1]) / f"{index}.mp4"
+            path.write_bytes(encode_segment(torch.zeros(33, demo.HEIGHT, demo.WIDTH, 3, dtype=torch.uint8), 24))
         if isinstance(calls.result, BaseException):
             raise calls.result
         return calls.result
@@ -372,13 +378,15 @@ def test_the_demonstration_asks_for_what_its_nodes_have(demonstration, folder, c
     workers = arguments.groups + arguments.decoders + 1
     assert len(demonstration.nodes) == 2 and sum(demonstration.nodes) == workers > max(demonstration.nodes)
     assert demonstration.is_down
+    assert Image.open("made/sheet.png").size == (2 * 8 * demo.WIDTH, 2 * 2 * demo.HEIGHT)
+    assert not [text for text in demo.PROMPTS if outside(text)]
 
 
 def test_the_demonstration_replaces_its_own_files_only(demonstration, folder):
     for name in ("0.mp4", "mine.mp4"):
         (folder / name).write_text("something")
     assert demo.main(["--output", "."]) == 0
-    assert (folder / "mine.mp4").exists() and not (folder / "0.mp4").exists()
+    assert (folder / "mine.mp4").read_text() == "something" and (folder / "0.mp4").stat().st_size > 100
     with pytest.raises(SystemExit) as refusal:
         demo.main(["--output", "mine.mp4"])
     assert refusal.value.code == 2
