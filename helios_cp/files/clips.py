@@ -11,10 +11,10 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import av
 import numpy as np
-import torch
 from av.sidedata.sidedata import Type as SideData
 from av.stream import Disposition
 from PIL import Image
@@ -23,6 +23,9 @@ from helios_cp.config.errors import RequestError
 from helios_cp.files.mp4 import EXACT_CONVERSION
 from helios_cp.files.pictures import to_rgb
 from helios_cp.files.resize import PathLike, check_readable, resize, stretch_remark
+
+if TYPE_CHECKING:
+    import torch
 
 TURNS = {
     (False, True, False): Image.Transpose.FLIP_LEFT_RIGHT,
@@ -112,6 +115,8 @@ def clip_remarks(path: PathLike, height: int, width: int, mode: str, fps: float)
 
 
 def _stack(frames: Iterator[torch.Tensor] | list[torch.Tensor]) -> torch.Tensor:
+    import torch  # here, because who only checks a clip need not wait for it
+
     return torch.stack(list(frames), dim=2)
 
 
@@ -120,7 +125,7 @@ def _resized(
 ) -> Iterator[torch.Tensor]:
     with _opened(path) as (_, stream):
         pixel_width = 1 if mode == "stretch" else float(stream.sample_aspect_ratio or 1)
-    for index, frame in enumerate(_decoded(path)):
+    for index, frame in enumerate(decoded(path)):
         if wanted is None or index in wanted:
             yield resize(_picture(frame, pixel_width), height, width, mode)
 
@@ -134,11 +139,11 @@ def _count(path: PathLike) -> int:
 
 @functools.lru_cache(maxsize=16)
 def _counted(absolute: str, path: PathLike, *version: int) -> int:
-    return sum(1 for _ in _decoded(path))
+    return sum(1 for _ in decoded(path))
 
 
-def _decoded(path: PathLike) -> Iterator[av.VideoFrame]:
-    """Yield every frame of a clip; a corrupt or missing part raises `RequestError`."""
+def decoded(path: PathLike) -> Iterator[av.VideoFrame]:
+    """Yield every frame of a clip, as it is stored; a corrupt or missing part raises `RequestError`."""
     with _opened(path) as (container, stream):
         # Only with one thread does FFmpeg's H.264 decoder say which frames it had to patch up.
         stream.thread_type = "NONE"

@@ -13,12 +13,15 @@ import os
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import av
-import torch
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
 from helios_cp.files.whole_files import replacing
+
+if TYPE_CHECKING:
+    import torch
 
 # libswscale's flags for full chroma interpolation, accurate rounding and the same bits on every CPU. With its fast
 # defaults the way from RGB to YUV and back darkens a picture by about one level out of 255.
@@ -60,7 +63,7 @@ def encode_segment(frames: torch.Tensor, fps: float | Fraction, *, crf: int = 18
     The stream is H.264 in yuv420p, BT.709 in TV range, and tagged so. The same input gives the same bytes. Raises
     `ValueError` for other frames.
     """
-    if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not len(frames):
+    if str(frames.dtype) != "torch.uint8" or frames.ndim != 4 or frames.shape[-1] != 3 or not len(frames):
         raise ValueError(f"frames {frames.dtype} {list(frames.shape)}: allowed is uint8 [T, H, W, 3], T of at least 1")
     height, width = frames.shape[1:3]
     if height % 2 or width % 2:

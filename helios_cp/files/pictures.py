@@ -6,13 +6,16 @@ import contextlib
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps, PngImagePlugin
 
 from helios_cp.config.errors import RequestError
 from helios_cp.files.resize import PathLike, check_readable, resize, stretch_remark
+
+if TYPE_CHECKING:
+    import torch
 
 MOST_PIXELS = 2**28
 """Of a picture: 16384 × 16384. It takes 0.8 GB as RGB."""
@@ -22,7 +25,7 @@ MOST_TEXT = 2**28
 
 def check_image(path: PathLike) -> None:
     """Raise `RequestError` unless the file holds a whole picture."""
-    _load(path)
+    open_picture(path)
 
 
 def read_image(path: PathLike, height: int, width: int, mode: str = "stretch") -> torch.Tensor:
@@ -31,16 +34,17 @@ def read_image(path: PathLike, height: int, width: int, mode: str = "stretch") -
     EXIF orientation is honoured; grey, palette, CMYK and 16-bit pictures become RGB, and transparent ones are laid over
     white. Of an animation the first picture counts. Raises `RequestError`.
     """
-    return resize(_load(path), height, width, mode)
+    return resize(open_picture(path), height, width, mode)
 
 
 def picture_remarks(path: PathLike, height: int, width: int, mode: str) -> list[str]:
     """What to tell of a picture that was checked, before it becomes a video of this size."""
-    picture = _load(path)
+    picture = open_picture(path)
     return stretch_remark("--image", path, (picture.height, picture.width), height, width) if mode == "stretch" else []
 
 
-def _load(path: PathLike) -> Image.Image:
+def open_picture(path: PathLike) -> Image.Image:
+    """A picture as people see it, in RGB with 8 bits a colour. Raises `RequestError`."""
     check_readable("--image", path)
     try:
         with _own_limits(), Image.open(path) as picture:

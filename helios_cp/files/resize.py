@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import os
 import stat
+from typing import TYPE_CHECKING
 
-import torch
 from PIL import Image
 
 from helios_cp.config.checkpoint import VAE_SPATIAL
 from helios_cp.config.errors import RequestError
+
+if TYPE_CHECKING:
+    import torch
 
 PathLike = str | os.PathLike[str]
 

@@ -9,12 +9,12 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-from safetensors.torch import save
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from helios_cp.config.errors import RequestError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def check_file_target(flag: str, path: str | os.PathLike[str], suffix: str) -> None:
@@ -107,6 +107,8 @@ def write_json(path: Path, values: Any) -> None:
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file, with `metadata` in its header."""
+    from safetensors.torch import save  # here, because who writes no tensors need not wait for torch
+
     write_bytes(path, save(tensors, metadata))
 
 

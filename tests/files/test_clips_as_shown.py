@@ -224,8 +224,8 @@ def test_a_clip_that_was_checked_is_counted_once(tmp_path, monkeypatch):
     path = write(tmp_path / "a.mp4", frames=5)
     check_video(path, 5)
     decoded = []
-    decode = clips._decoded
-    monkeypatch.setattr(clips, "_decoded", lambda path: decoded.append(path) or decode(path))
+    decode = clips.decoded
+    monkeypatch.setattr(clips, "decoded", lambda path: decoded.append(path) or decode(path))
     read_ends(path, 16, 16, 2)
     assert len(decoded) == 1
     write(path, frames=6)  # another file of the same name

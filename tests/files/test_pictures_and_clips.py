@@ -339,7 +339,7 @@ def test_a_turned_camera(tmp_path, clip):
 def test_frames_are_resized_as_they_are_decoded(clip, monkeypatch):
     """When n frames are resized, n are decoded, and of the pictures in full size at most two are alive."""
     decoded, resized, alive = 0, 0, []
-    decode, resize = clips._decoded, clips.resize
+    decode, resize = clips.decoded, clips.resize
 
     def counted_decode(path):
         nonlocal decoded
@@ -355,12 +355,12 @@ def test_frames_are_resized_as_they_are_decoded(clip, monkeypatch):
         assert sum(reference() is not None for reference in alive) <= 2
         return resize(picture, height, width, mode)
 
-    monkeypatch.setattr(clips, "_decoded", counted_decode)
+    monkeypatch.setattr(clips, "decoded", counted_decode)
     monkeypatch.setattr(clips, "resize", counted_resize)
     read_video(clip, HEIGHT, WIDTH)
     assert decoded == resized == FRAMES
     # Decoding everything first, as `preprocess_video` needs it, breaks the rule.
-    monkeypatch.setattr(clips, "_decoded", lambda path: list(counted_decode(path)))
+    monkeypatch.setattr(clips, "decoded", lambda path: list(counted_decode(path)))
     with pytest.raises(AssertionError):
         read_video(clip, HEIGHT, WIDTH)
 
@@ -379,12 +379,12 @@ def test_the_check_holds_one_frame_at_a_time(monkeypatch, tmp_path):
             most = max(most, sum(reference() is not None for reference in alive))
             yield frame
 
-    monkeypatch.setattr(clips, "_decoded", frames)
+    monkeypatch.setattr(clips, "decoded", frames)
     for name in ("one.mp4", "other.mp4"):
         (tmp_path / name).write_text("-")
     check_video(tmp_path / "one.mp4", 100)
     assert most <= 2
-    monkeypatch.setattr(clips, "_decoded", lambda path: list(frames(path)))
+    monkeypatch.setattr(clips, "decoded", lambda path: list(frames(path)))
     check_video(tmp_path / "other.mp4", 100)
     gc.collect()
     assert most == 100
