@@ -9,6 +9,7 @@ from launchers.serve.access import Access
 from launchers.serve.flags import ServeCall
 from launchers.serve.logs import Log
 from launchers.serve.sessions.sessions import Sessions
+from launchers.serve.uploads.uploads import Uploads
 
 if TYPE_CHECKING:
     from helios_cp.generate.check import Session as CheckedCall
@@ -31,9 +32,11 @@ class Server:
     doing: str = "starting"
     is_draining: bool = False
     sessions: Sessions = field(init=False)
+    uploads: Uploads = field(init=False)
 
     def __post_init__(self) -> None:
         self.sessions = Sessions(self.call, self.checked, self.access)
+        self.uploads = Uploads(self.call.data / "uploads", self.call.upload_bytes)
 
     @property
     def is_ready(self) -> bool:
