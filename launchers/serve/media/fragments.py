@@ -59,10 +59,10 @@ def fragment(segment: bytes, first_frame: int, number: int) -> Fragment:
     return Fragment(init, bytes(media), frames)
 
 
-def codec(init: bytes) -> str:
-    """Of an initialization segment, as Media Source Extensions name it (RFC 6381): `avc1.64000a`."""
+def mime(init: bytes) -> str:
+    """Of an initialization segment, as Media Source Extensions want it, such as `video/mp4; codecs="avc1.64000a"`."""
     at = init.index(b"avcC") + 4
-    return f"avc1.{init[at + 1 : at + 4].hex()}"
+    return f'video/mp4; codecs="avc1.{init[at + 1 : at + 4].hex()}"'
 
 
 def timescale(init: bytes) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from helios_cp.files.mp4 import encode_segment
-from launchers.serve.media.fragments import codec, fragment
+from launchers.serve.media.fragments import fragment, mime
 from launchers.serve.media.playlist import INIT, PLAYLIST, fragment_name, playlist
 
 
@@ -25,6 +25,10 @@ def blank_init(height: int, width: int, fps: float) -> bytes:
     """The initialization segment of every video of a size and rate: its headers do not depend on the pictures."""
     black = torch.zeros(1, height, width, 3, dtype=torch.uint8)
     return fragment(encode_segment(black, fps), 0, 0).init
+
+
+def blank_mime(height: int, width: int, fps: float) -> str:
+    return mime(blank_init(height, width, fps))
 
 
 KEPT = 4
@@ -60,7 +64,7 @@ class MediaStore:
 
     @property
     def mime(self) -> str:
-        return f'video/mp4; codecs="{codec(self.init)}"'
+        return mime(self.init)
 
     def write(self, segment: bytes, about: Mapping[str, Any]) -> dict[str, Any]:
         """Make the next chunk's files, but for the playlist; returns its metadata, which `add` makes count.

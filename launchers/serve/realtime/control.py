@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import APIRouter, WebSocket
 from starlette.websockets import WebSocketDisconnect
 
-from launchers.serve.access import bearer
+from launchers.serve.access import bearer, matches
 from launchers.serve.problems import Refusal
 from launchers.serve.realtime import messages
 from launchers.serve.realtime.outlet import Outlet, both
@@ -16,6 +16,7 @@ from launchers.serve.server import Server
 from launchers.serve.sessions import telling
 from launchers.serve.sessions.asked import request_of
 from launchers.serve.sessions.session import Session
+from launchers.serve.sessions.sessions import view_token
 
 
 def router(server: Server) -> APIRouter:
@@ -122,7 +123,8 @@ class Controller:
         session = self._server.sessions.steered(message.session_id, message.token)
         count = len(session.store.chunks)
         first = max(count - 1, 0) if message.from_chunk < 0 else min(message.from_chunk, count)
-        self._take_control(session, {"ignored": []}, first)
+        about = {"view_token": view_token(message.token)} if matches(message.token, session.recording.control) else {}
+        self._take_control(session, {**about, "ignored": []}, first)
         if session.is_done:
             self._outlet.say(telling.done(session.recording, session.store))
             self._outlet.end(1000, session.recording.why)

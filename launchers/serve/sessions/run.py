@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Callable
 from concurrent.futures import CancelledError
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,7 +71,7 @@ def submit(
         pipeline.submit(folder.run.request, folder=folder, output=[video_of(folder.path)], on_chunk=on_chunk)
     )
 
-    def wait() -> None:
+    def see_through() -> None:
         error: BaseException | None = None
         try:
             handle.result()
@@ -78,5 +79,11 @@ def submit(
             error = reason
         pass_on(Ended(take, error))
 
-    threading.Thread(target=wait, name=f"end of video {handle.key}", daemon=True).start()
+    threading.Thread(target=see_through, name=f"end of video {handle.key}", daemon=True).start()
     return handle
+
+
+def wait(handle: VideoHandle, seconds: float) -> None:
+    """Until a video has ended, in whatever way."""
+    with suppress(Exception, CancelledError):
+        handle.result(seconds)

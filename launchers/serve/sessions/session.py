@@ -7,7 +7,6 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from launchers.serve.sessions import telling
 from launchers.serve.sessions.changes import Change, superseded
 from launchers.serve.sessions.pacer import Pacer
 from launchers.serve.sessions.recording import Recording, Take
-from launchers.serve.sessions.run import Ended, Made, open_run, submit
+from launchers.serve.sessions.run import Ended, Made, open_run, submit, wait
 
 logger = logging.getLogger(__name__)
 
@@ -262,8 +261,7 @@ class Session:
         self._stopping = self._stopping or "deleted"
         await self.end("deleted")
         for handle in self._handles:
-            with suppress(Exception, CancelledError):
-                await asyncio.to_thread(handle.result, patience)
+            await asyncio.to_thread(wait, handle, patience)
 
     # Its files
 

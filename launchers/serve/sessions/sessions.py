@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import hashlib
 import logging
 import shutil
 import time
@@ -91,7 +93,8 @@ class Sessions:
             raise Refusal("busy", "the server is shutting down; try again in a moment")
         if len(self.queue) + len(self.running) >= self._call.most_sessions + self._call.queue:
             raise Refusal("busy", f"{len(self.queue)} sessions wait already; try again later")
-        control, view, session_id = new_token(), new_token(), uuid.uuid4().hex
+        control, session_id = new_token(), uuid.uuid4().hex
+        view = view_token(control)
         folder = self.folder / session_id
         recording = Recording(session_id, folder, request, digest(control), digest(view), lead or self._call.lead)
         recording.is_endless = is_endless
@@ -184,6 +187,12 @@ class Sessions:
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def view_token(control: str) -> str:
+    """The token to view what `control` steers. Who may steer can hand it out again, though no token is kept; nobody
+    finds the way back."""
+    return base64.urlsafe_b64encode(hashlib.sha256(f"view {control}".encode()).digest()[:24]).decode()
 
 
 def _store(recording: Recording) -> MediaStore:
