@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from fastapi import APIRouter
@@ -34,10 +35,25 @@ SHOWN = ("negative_prompt", "fps", "num_inference_steps", "pyramid_num_inference
 
 
 def router(server: Server) -> APIRouter:
-    routes, call, checked = APIRouter(), server.call, server.checked
+    routes = APIRouter()
+
+    @functools.cache
+    def known() -> dict[str, Any]:
+        return _known(server)
+
+    @routes.get("/v1/server")
+    def about() -> dict[str, Any]:
+        state = "ready" if server.is_ready else "draining" if server.is_draining else "loading"
+        return {"state": state, "status": server.doing, **known()}
+
+    return routes
+
+
+def _known(server: Server) -> dict[str, Any]:
+    call, checked = server.call, server.checked
     request = checked.jobs[0].request
     is_tiny = checked.model.startswith(("tiny-", "random-"))
-    known = {
+    return {
         "model": checked.model,
         "chunk_frames": request.frames_per_chunk,
         "mime": blank_mime(request.height, request.width, request.fps),
@@ -57,13 +73,6 @@ def router(server: Server) -> APIRouter:
         "loras": [],
         "prompts": TINY_SAMPLES if is_tiny else SAMPLES,
     }
-
-    @routes.get("/v1/server")
-    async def about() -> dict[str, Any]:
-        state = "ready" if server.is_ready else "draining" if server.is_draining else "loading"
-        return {"state": state, "status": server.doing, **known}
-
-    return routes
 
 
 def _defaults(request: Request, lead: float, is_distilled: bool) -> dict[str, Any]:
