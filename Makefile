@@ -14,6 +14,8 @@ INSTALLED := $(VENV)/.installed
 BENCH := outputs/bench
 
 WORKERS ?= 3
+# Whole files, because their tests share what they have made, and in the order of tests/order.py.
+SIDE_BY_SIDE := --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo demo-ray live tiny test test-quick test-ray bench lint format clean
 
@@ -40,10 +42,10 @@ lint: $(INSTALLED)
 
 # One worker more than two cores, because tests of processes wait most of the time.
 test: lint
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) --numprocesses $(WORKERS)
 
 test-quick: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not ray and not slow" --numprocesses 2 --dist worksteal
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) --numprocesses 2 -m "not ray and not slow"
 
 test-ray: $(INSTALLED)
 	$(BIN)/python -m pytest -m ray

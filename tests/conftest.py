@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from helios_cp.weights.presets import RANDOM, preset_folder
+from tests.order import longest_first
 
 # A home of this run's own, so that nothing that the programs and their libraries keep there is the user's, or left to
 # them. Packages that the user has installed there are still found.
@@ -32,6 +33,11 @@ if importlib.util.find_spec("hypothesis"):  # a machine with a GPU may lack it, 
     slow = [HealthCheck.too_slow]
     settings.register_profile("suite", deadline=None, derandomize=True, suppress_health_check=slow)
     settings.load_profile("suite")
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    longest_first(items)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,53 @@
+"""Which files of tests take long: they run first, so that none is left alone at the end, and are `slow`.
+
+Most of them start programs, ranks or clusters and wait for them. `make test` gives whole files to its workers, because
+tests of a file share what they have made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+
+LONGEST_FIRST = (
+    "browser/test_page.py",
+    "benchmarks/test_gpu_suite.py",
+    "generate/test_torchrun.py",
+    "launchers/test_faults.py",
+    "launchers/test_recipes.py",
+    "pipeline/test_parallelize.py",
+    "pipeline/test_pipeline.py",
+    "launchers/test_generate.py",
+    "weights/test_hub.py",
+    "runtime/test_compilation.py",
+    "launchers/test_job.py",
+    "generate/test_generate.py",
+    "benchmarks/test_scaling.py",
+    "benchmarks/test_gpu_suite_runner.py",
+    "launchers/test_pipeline.py",
+    "benchmarks/test_decode.py",
+    "weights/test_sharded.py",
+    "weights/test_quantize.py",
+    "benchmarks/test_deviation.py",
+    "benchmarks/test_fps.py",
+    "benchmarks/test_communication.py",
+    "generate/test_resume.py",
+    "benchmarks/test_attention.py",
+    "benchmarks/test_calibrate.py",
+    "model/vae/test_autoencoder.py",
+    "runtime/test_offload.py",
+    "tiny/test_train.py",
+)
+
+
+def longest_first(items: list[pytest.Item], files: Sequence[str] = LONGEST_FIRST) -> None:
+    """Sort the tests by their files, and mark those of the files that take long."""
+    places = {str(TESTS / name): place for place, name in enumerate(files)}
+    for item in items:
+        if str(item.path) in places:
+            item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: places.get(str(item.path), len(files)))
