@@ -285,9 +285,9 @@ def lost(folder, monkeypatch, capsys):
 def test_a_cpu_is_not_taken_silently(lost):
     _, said = lost({"CPU": 4.0})
     assert "no node has a card by now" in said and "--device cuda" in said
-    assert "loading random-distilled on cpu in float32: 1 group(s), 1 decoder(s)" in said
+    assert "loading tiny-distilled on cpu in float32: 1 group(s), 1 decoder(s)" in said
     _, said = lost({"CPU": 4.0, "GPU": 4.0})
-    assert "no node has a card" not in said and "loading random-distilled on cuda in bfloat16: 1 group(s)" in said
+    assert "no node has a card" not in said and "loading tiny-distilled on cuda in bfloat16: 1 group(s)" in said
     _, said = lost({"CPU": 4.0}, "--device", "cpu")
     assert "no node has a card" not in said
 

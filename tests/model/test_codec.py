@@ -285,7 +285,7 @@ def test_flags_reach_the_frames_and_the_report(presets, cache, tmp_path, monkeyp
         "helios_cp.generate.run.encode_segment",
         lambda video, fps: (frames.append(video), encode_segment(video, fps))[1],
     )
-    assert main([*flags, "--vae-dtype", "bfloat16", "--vae-group", "4"]) == 0
+    assert main([*flags, "--model", "random-distilled", "--vae-dtype", "bfloat16", "--vae-group", "4"]) == 0
     report = json.loads(Path("r.json").read_text())
     assert report["vae"] == {"dtype": "bfloat16", "convolutions": "bfloat16", "latent_frames_together": 4}
     assert report["execution"]["tf32"] is False
