@@ -147,6 +147,11 @@ class Request:
         name="--skip-first-chunk",
     )
     keep_first_frame: bool = flag(True, "let every chunk see the first frame")
+    match_seams: bool = flag(
+        False,
+        "match light and colour of a chunk's first frames to the last frame before; not exact, and of use where chunks "
+        "do not join smoothly",
+    )
     use_zero_init: bool = flag(True, "start from a zero velocity; Mid only")
     zero_steps: int = flag(1, "up to which step; Mid only", "N", least=0)
     history_sizes: tuple[int, ...] = flag(
@@ -283,6 +288,11 @@ class Request:
         if len(self.history_sizes) != 3:
             raise RequestError(
                 f"--history-sizes {' '.join(map(str, self.history_sizes))}: three sizes of at least 1 are allowed"
+            )
+        if self.match_seams and sum(self.history_frames) < self.num_latent_frames_per_chunk:
+            raise RequestError(
+                f"--match-seams with --history-sizes {' '.join(map(str, self.history_sizes))}: the history must hold a "
+                f"chunk of {self.num_latent_frames_per_chunk} latent frames"
             )
 
     def _check_sizes(self, checkpoint: Checkpoint) -> None:

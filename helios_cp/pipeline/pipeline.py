@@ -24,6 +24,7 @@ from helios_cp.device.streams import Pace, to_device
 from helios_cp.device.timing import Stopwatch, make_mark
 from helios_cp.model.block_cache import BlockCache
 from helios_cp.model.codec import OUTPUT_TYPES, Codec
+from helios_cp.model.seams import SeamMatcher
 from helios_cp.model.text import PromptEncoder
 from helios_cp.model.transformer import HeliosTransformer, History, TextCondition
 from helios_cp.pipeline.chunk import Chunk
@@ -168,7 +169,14 @@ class Pipeline:
             with watch.measure("media"):
                 state = self.initial_state(request, inputs)
         may_be_beside = output_type != "latent" and not keep_on_device and self._decodes_alone
-        decoder = self._decoder(output_type, keep_on_device, self._side if may_be_beside else None)
+        before = state.chunk_before(request.num_latent_frames_per_chunk) if request.match_seams else None
+        decode_chunk = (
+            None if output_type == "latent" else functools.partial(self.codec.decode, output_type=output_type)
+        )
+        if request.match_seams and decode_chunk is not None:
+            decode_chunk = SeamMatcher(decode_chunk, before)
+        side = self._side if may_be_beside else None
+        decoder = Decoder(decode_chunk, self.device, side, keep_on_device=keep_on_device)
         measured = contextlib.nullcontext
         if may_be_beside and self.decodes_beside is None and self.codec.vae is not None:
             measured = functools.partial(self.room.measured, size)
@@ -260,10 +268,6 @@ class Pipeline:
         """Most bytes on the device at once so far."""
         meter = self.room.meter if self.card is None or self.card.meter is None else self.card.meter
         return meter.largest
-
-    def _decoder(self, output_type: str, keep_on_device: bool, stream: torch.Stream | None) -> Decoder:
-        decode = None if output_type == "latent" else functools.partial(self.codec.decode, output_type=output_type)
-        return Decoder(decode, self.device, stream, keep_on_device=keep_on_device)
 
     @property
     def _decodes_alone(self) -> bool:

@@ -32,6 +32,13 @@ class ChunkState:
             generators.append(generator)
         return generators
 
+    def chunk_before(self, frames: int) -> Tensor | None:
+        """The latents `[B, C, T, h, w]` of the chunk before, of so many latent frames, where the history holds them.
+
+        `None` before chunk 0, whatever picture or clip it goes on from.
+        """
+        return None if self.index == 0 else self.history[:, :, -frames:]
+
     def after(
         self, latents: Tensor, generators: list[torch.Generator], request: Request, *, anchored: bool
     ) -> ChunkState:

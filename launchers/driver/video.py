@@ -20,9 +20,13 @@ from launchers.schedule.terms import Stage, Unit
 
 @dataclass
 class Made:
-    """A denoised chunk: its latents, what the chunk after starts from, and its prompt if that was changed."""
+    """A denoised chunk: its latents, what the chunk after starts from, and its prompt if that was changed.
+
+    `before` is what it started from itself, where its frames are matched to those before.
+    """
 
     latents: Payload
+    before: Payload | None
     after: Payload
     prompt: str | None
     spans: dict[str, Span] = field(default_factory=dict)
@@ -95,8 +99,9 @@ class Video:
     async def _make_chunks(self, finishing: asyncio.TaskGroup) -> None:
         before, last, index = await self._start(), None, self.submission.first
         for kept in self.submission.denoised:
-            before = Payload.put(_start_from(kept.after))
-            made = Made(Payload.put(Array.of(kept.latents)), before, kept.prompt)
+            after = Payload.put(_start_from(kept.after))
+            made = Made(Payload.put(Array.of(kept.latents)), self._to_match(before), after, kept.prompt)
+            before = after
             last = finishing.create_task(self._finish(index, made, last))
             index += 1
         for chunk in range(index, self.chunks):
@@ -128,11 +133,15 @@ class Video:
                 return [job, text, before] if version == self._prompt else None
 
             found = await self._work(Stage.DENOISE, chunk, "denoise", arguments, results=2)
-        made = Made(found[1], found[0], prompt, {"denoise": found[0].value.span})
+        made = Made(found[1], self._to_match(before), found[0], prompt, {"denoise": found[0].value.span})
         if self.submission.folder is not None:  # saved at once, so that a killed driver need not denoise it again
             saved = [self.submission.folder, chunk, made.latents, made.after, prompt]
             self._crew.errand(self._crew.workers["writer"], "keep", saved)
         return made
+
+    def _to_match(self, before: Payload | None) -> Payload | None:
+        """What decoding needs of a chunk's start."""
+        return before if self.request.match_seams else None
 
     async def _encoded(self, version: int) -> Payload:
         if self._text is None or self._text[0] != version:
@@ -145,8 +154,7 @@ class Video:
         """Decode a chunk; then, after the chunk before, write it and hand it to the handle."""
         submission, frames = self.submission, None
         if submission.decodes:
-            wanted = [submission.writes, submission.streams]
-            decoding = [made.latents, self.request.fps, *wanted]
+            decoding = [made.latents, self.request.fps, made.before, submission.writes, submission.streams]
             decoded, frames = await self._work(Stage.DECODE, chunk, "decode", lambda: decoding, results=2)
             made.spans["decode"] = decoded.value.span
         if chunk_before is not None:

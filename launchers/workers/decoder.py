@@ -6,6 +6,7 @@ import contextlib
 import os
 import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from helios_cp.config.request import Request
 from helios_cp.device.device import has_streams
 from helios_cp.device.streams import to_host, wait_for
 from helios_cp.files.mp4 import encode_segment
+from helios_cp.model.seams import decode_matched
 from helios_cp.pipeline.start import Inputs, initial_state, pixels_to_encode
 from launchers.messages.arrays import Array, StateArrays
 from launchers.messages.messages import ActorInfo, Clock, Decoded, NextStart
@@ -43,11 +45,17 @@ class Decoder:
         self.stream = torch.Stream(self.device) if has_streams(self.device) else contextlib.nullcontext()
 
     @torch.no_grad()
-    def decode(self, latents: Array, fps: float, *, segments: bool, frames: bool) -> tuple[Decoded, np.ndarray | None]:
-        """MP4 segments and frames `[B, T, H, W, 3]` uint8 of a chunk's latents; each only if asked for."""
-        clock = Clock()
+    def decode(
+        self, latents: Array, fps: float, before: NextStart | None = None, *, segments: bool, frames: bool
+    ) -> tuple[Decoded, np.ndarray | None]:
+        """MP4 segments and frames `[B, T, H, W, 3]` uint8 of a chunk's latents; each only if asked for.
+
+        `before` is what the chunk started from, if its first frames are to be matched to the chunk before.
+        """
+        clock, chunk = Clock(), latents.tensor()
+        others = None if before is None else before.state.state(self.device).chunk_before(chunk.shape[2])
         with self.stream:
-            pixels = to_host(self.codec.decode(latents.tensor(), "uint8"))
+            pixels = to_host(decode_matched(partial(self.codec.decode, output_type="uint8"), chunk, others))
             wait_for(self.device)
         clock.part("decode")
         encoded = ()
@@ -82,8 +90,10 @@ class VaeDecoder(Watched):
         self.decoder = Decoder(self.loading)
         return own_info()
 
-    def decode(self, latents: Array, fps: float, segments: bool, frames: bool) -> tuple[Decoded, np.ndarray | None]:
-        return self.decoder.decode(latents, fps, segments=segments, frames=frames)
+    def decode(
+        self, latents: Array, fps: float, before: NextStart | None, segments: bool, frames: bool
+    ) -> tuple[Decoded, np.ndarray | None]:
+        return self.decoder.decode(latents, fps, before, segments=segments, frames=frames)
 
     def start(self, request: Request, media: bytes) -> NextStart:
         return self.decoder.start(request, media)

@@ -96,8 +96,10 @@ class DenoiserRank(Watched):
         clock.part("denoise")
         return NextStart(state, clock.span()), values
 
-    def decode(self, latents: Array, fps: float, segments: bool, frames: bool) -> tuple[Decoded, np.ndarray | None]:
-        return self.decoder.decode(latents, fps, segments=segments, frames=frames)
+    def decode(
+        self, latents: Array, fps: float, before: NextStart | None, segments: bool, frames: bool
+    ) -> tuple[Decoded, np.ndarray | None]:
+        return self.decoder.decode(latents, fps, before, segments=segments, frames=frames)
 
     def start(self, request: Request, media: bytes) -> NextStart:
         return self.decoder.start(request, media)

@@ -66,8 +66,11 @@ def test_several_videos_are_those_of_one_process(pipeline, alone, tmp_path):
 
 
 def test_chunks_of_a_stream(pipeline, alone):
-    """A batch with a prompt each: latents and frames come in order, and the pipeline does not run far ahead."""
-    request = small(prompt=("a fox", "an owl"), num_frames=5 * 33)
+    """A batch with a prompt each: latents and frames come in order, and the pipeline does not run far ahead.
+
+    Frames of a chunk are matched to those before, wherever these were decoded.
+    """
+    request = small(prompt=("a fox", "an owl"), num_frames=5 * 33, match_seams=True)
     expected = list(alone.pipeline.stream(request))
     handle = pipeline.submit(request)
     for chunk, other in zip(handle, expected, strict=True):
@@ -201,7 +204,7 @@ def test_payloads_hold_no_torch_objects(pipeline, astronaut, model, tmp_path, mo
 
 def test_a_run_goes_on_with_what_was_denoised(pipeline, alone, model, tmp_path):
     """Of four chunks one is written and one more denoised: two are denoised, and the MP4 has all of them."""
-    request = small(num_frames=4 * 33).resolve(pipeline.checkpoint)
+    request = small(num_frames=4 * 33, match_seams=True).resolve(pipeline.checkpoint)
     with torch.no_grad():
         made = list(alone.pipeline.stream(request))
     folder = RunFolder.create(tmp_path / "run", Run(request, model, "float32", (str(tmp_path / "a.mp4"),)))
@@ -213,6 +216,7 @@ def test_a_run_goes_on_with_what_was_denoised(pipeline, alone, model, tmp_path):
     denoised_chunks.keep(part, 1, denoised_chunks.DenoisedChunk(made[1].latents, made[1].state))
     handle = pipeline.submit(request, output=[tmp_path / "a.mp4"], folder=part, keep_latents=True)
     assert np.array_equal(handle.result(PATIENCE).latents, alone(request)[:, :, 9:])
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "whole.mp4").read_bytes()
     denoised = [event.chunk for event in list(pipeline.events) if (event.video, event.stage) == (handle.key, "denoise")]
     assert denoised == [2, 3]
     assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "whole.mp4").read_bytes()

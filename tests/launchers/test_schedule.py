@@ -89,7 +89,7 @@ class Player(StandIn):
     def _start(self, request, media):
         return [NextStart(0, SPAN)]
 
-    def _decode(self, latents, fps, segments, frames):
+    def _decode(self, latents, fps, before, segments, frames):
         return [Decoded((), SPAN), None]
 
     def _write(self, files, chunk, *_):

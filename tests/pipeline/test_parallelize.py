@@ -7,6 +7,7 @@ What is wrong by a token, head or row is wrong by more than 1e-2, as `test_a_bro
 
 from __future__ import annotations
 
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -59,12 +60,13 @@ def build(folder: str, degrees: Degrees, dtype: torch.dtype = torch.float32):
 
 @torch.no_grad()
 def make_videos(rank: int, folders: dict[str, str], degrees: Degrees, image, names: list[str]) -> list:
-    """Latents and frames of two chunks, t2v with a batch of two and i2v, for each checkpoint."""
+    """Latents and frames of two chunks, t2v with a batch of two and i2v with its seam matched, for each checkpoint."""
     videos = []
     for name in names:
         pipeline = build(folders[name], degrees)
         for inputs, prompts in ((Inputs(), ("a fox", "an owl")), (Inputs(image=image), ("a fox",))):
             request = Request(prompt=prompts, height=64, width=64, num_frames=66, **STEPS[name])
+            request = replace(request, match_seams=inputs.image is not None)
             chunks = list(pipeline.stream(request, inputs))
             frames = None if chunks[0].frames is None else torch.cat([chunk.frames for chunk in chunks], 1)
             videos.append((torch.cat([chunk.latents for chunk in chunks], 2), frames))

@@ -1,0 +1,76 @@
+"""Seams between chunks: the first frames of a chunk matched to the last one of the chunk before.
+
+Every chunk is decoded alone, and starts from noise of its own, so light and colour may jump at its first frame. Only
+their low frequencies are matched, because details move. The last frames of a chunk stay as they are, so nothing adds up
+from chunk to chunk, and a chunk needs no more of the one before than its latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FRAMES = 8
+"""Frames over which the match fades out."""
+BLOCKS = 8
+"""Low frequencies are means of so many blocks over the smaller side of the picture."""
+
+Decode = Callable[[Tensor], Tensor | None]
+"""Latents `[B, C, T, h, w]` to frames `[B, T', H, W, 3]`, or to `None` on ranks without frames."""
+
+
+def match_seam(frames: Tensor, before: Tensor) -> Tensor:
+    """Frames `[B, T, H, W, 3]` with their start matched to `before` `[B, H, W, 3]`; uint8, or fp32 in [0, 1].
+
+    Frame i takes 1 − i/8 of the difference between the low frequencies of `before` and of frame 0.
+    """
+    is_whole = frames.dtype == torch.uint8
+    count = min(FRAMES, frames.shape[1])
+    away = _low(before.float() - frames[:, 0].float())
+    weight = 1 - torch.arange(count, device=frames.device, dtype=torch.float32) / FRAMES
+    matched = frames[:, :count].float() + weight.view(1, -1, 1, 1, 1) * away[:, None]
+    matched = matched.round_().clamp_(0, 255).to(torch.uint8) if is_whole else matched.clamp_(0, 1)
+    return torch.cat([matched, frames[:, count:]], 1)
+
+
+def _low(pictures: Tensor) -> Tensor:
+    """The low frequencies of `[B, H, W, 3]`."""
+    height, width = pictures.shape[1:3]
+    side = min(height, width) / BLOCKS
+    blocks = (max(1, round(height / side)), max(1, round(width / side)))
+    small = F.interpolate(pictures.permute(0, 3, 1, 2), size=blocks, mode="area")
+    return F.interpolate(small, size=(height, width), mode="bilinear").permute(0, 2, 3, 1)
+
+
+def decode_matched(decode: Decode, latents: Tensor, before: Tensor | None) -> Tensor | None:
+    """A chunk's frames, matched to the chunk before, of which `before` are the latents; `None` for the first chunk."""
+    frames = decode(latents)
+    if before is None:
+        return frames
+    others = decode(before)
+    return frames if frames is None or others is None else match_seam(frames, others[:, -1])
+
+
+class SeamMatcher:
+    """Decodes the chunks of a video in order, to the bits of `decode_matched`, each of them once.
+
+    `before` are the latents of the chunk before the first one, if the video goes on from there.
+    """
+
+    def __init__(self, decode: Decode, before: Tensor | None) -> None:
+        self._decode, self._before = decode, before
+        self._last: Tensor | None = None
+
+    def __call__(self, latents: Tensor) -> Tensor | None:
+        if self._before is not None:
+            self._keep(self._decode(self._before))
+            self._before = None
+        frames, last = self._decode(latents), self._last
+        self._keep(frames)
+        return frames if last is None or frames is None else match_seam(frames, last)
+
+    def _keep(self, frames: Tensor | None) -> None:
+        self._last = None if frames is None else frames[:, -1].clone()
