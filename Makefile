@@ -61,6 +61,7 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.scaling --layers 1 --repeats 3 --ranks 2 --output $(BENCH)/scaling.json
 	$(BIN)/python -m benchmarks.fps --device cpu --chunks 2 --output $(BENCH)/fps.json
 	$(BIN)/python -m benchmarks.deviation --quick --output $(BENCH)/deviation.json
+	$(BIN)/python -m benchmarks.quality --quick --output $(BENCH)/quality.json
 	$(BIN)/python -m benchmarks.pipeline --requests 40 --output $(BENCH)
 	$(BIN)/python -m benchmarks.report --results $(BENCH)
 

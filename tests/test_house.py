@@ -36,7 +36,18 @@ FLOORS = {
     "benchmarks": [
         {"measuring"},
         {"models", "ranks"},
-        {"attention", "calibrate", "communication", "decode", "deviation", "forward", "fps", "guard", "pipeline"}
+        {
+            "attention",
+            "calibrate",
+            "communication",
+            "decode",
+            "deviation",
+            "forward",
+            "fps",
+            "guard",
+            "pipeline",
+            "quality",
+        }
         | {"report", "scaling"},
         {"gpu_suite", "validate_plan"},
     ],

@@ -9,6 +9,7 @@ from benchmarks.measuring.markdown import table
 from benchmarks.report.data import Chunk, Result
 from benchmarks.report.deviation_section import deviation_section
 from benchmarks.report.modelled import PUBLISHED, PUBLISHED_FPS, Line, layout_name
+from benchmarks.report.quality_section import quality_section
 
 LONGEST, MOST_ROWS = 60, 80  # of a value's text, and of the rows of a result without a section of its own
 
@@ -255,6 +256,7 @@ SECTIONS: Mapping[str, tuple[str, Callable[[Result], str]]] = {
     "scaling": ("Scaling", scaling_section),
     "attention": ("Attention", attention_section),
     "decode": ("Decoding", decode_section),
+    "quality": ("How good videos look", quality_section),
     "deviation": ("What flags of speed and memory change", deviation_section),
     "pipeline": ("The chunk pipeline on Ray", pipeline_section),
     "calibration": ("Calibration", calibration_section),

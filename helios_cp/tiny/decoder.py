@@ -18,9 +18,9 @@ from helios_cp.tiny.subjects import PERIOD
 from helios_cp.tiny.vae import decode, psnr, reconstruction_loss
 from helios_cp.tiny.world import draw_scene
 
-NOISE = 0.3
+NOISE = 0.4
 """The largest noise on latents, as a share of their spread; its square root is uniform, so most is small."""
-BORDER_WEIGHT = 2.0
+BORDER_WEIGHT, FIRST_WEIGHT = 2.0, 2.0
 SIZES = ((64, 128), (64, 128), (64, 128), (128, 192))
 
 
@@ -50,9 +50,21 @@ def training_loss(vae, std: Tensor, generator: random.Random) -> tuple[Tensor, d
         for target in targets:
             with torch.no_grad():
                 mean = vae.encode(target).latent_dist.mean
-            outs.append(decode(vae, mean + level * torch.randn_like(mean)).float())
+            outs.append(decode(vae, mean + level * errors_like(mean)).float())
     border = F.l1_loss(outs[1][:, :, 0] - outs[0][:, :, -1], targets[1][:, :, 0] - targets[0][:, :, -1])
-    first = F.l1_loss(outs[1][:, :, 0], targets[1][:, :, 0])
+    first = sum(
+        F.l1_loss(out[:, :, 0], target[:, :, 0])
+        + F.l1_loss(out[:, :, 1] - out[:, :, 0], target[:, :, 1] - target[:, :, 0])
+        for out, target in zip(outs, targets, strict=True)
+    )
     loss = sum(reconstruction_loss(out, target) for out, target in zip(outs, targets, strict=True))
     figures = {"psnr": psnr(outs[0], targets[0]), "psnr_first": psnr(outs[1][:, :, :1], targets[1][:, :, :1])}
-    return loss + first + BORDER_WEIGHT * border, figures | {"border": border.item()}
+    return loss + FIRST_WEIGHT * first + BORDER_WEIGHT * border, figures | {"border": border.item()}
+
+
+def errors_like(latents: Tensor) -> Tensor:
+    """Errors as a transformer makes them, of variance near 1: half of them smooth, because it errs on whole things."""
+    batch, channels, frames, height, width = latents.shape
+    coarse = torch.randn(batch, channels, frames, height // 4, width // 4, device=latents.device)
+    smooth = F.interpolate(coarse, size=(frames, height, width), mode="trilinear") * 1.5
+    return (smooth + torch.randn_like(latents)) * 0.5**0.5

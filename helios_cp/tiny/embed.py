@@ -22,8 +22,10 @@ def write_embedded(
     mean: Tensor,
     std: Tensor,
     transformers: Mapping[str, HeliosTransformer],
+    classifier: nn.Module,
 ) -> None:
-    """Write `text_encoder`, `vae` with `mean` and `std` `[C]` of its latents, and a file for each transformer."""
+    """Write `judge`, `text_encoder`, `vae` with `mean` and `std` `[C]` of its latents, and a file a transformer."""
+    _write(folder / "judge.safetensors", classifier, {})
     _write(folder / "text_encoder.safetensors", text_encoder, text.CONFIG)
     statistics = {"latents_mean": mean.tolist(), "latents_std": std.tolist()}
     _write(folder / "vae.safetensors", codec, {**vae.CONFIG, **statistics})

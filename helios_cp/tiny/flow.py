@@ -21,6 +21,8 @@ STAGE_SHARES = (0.45, 0.35, 0.20)
 BATCH = {"base": (6,), "mid": (20, 14, 6)}
 SUBJECT_WEIGHT = 4.0
 """What an error on the subject counts, where one elsewhere counts 1."""
+FIRST_WEIGHT = 3.0
+"""What an error in a chunk's first latent frame counts: it is coded otherwise than the others, and seams show there."""
 
 Loss = Callable[[random.Random], tuple[Tensor, dict[str, float]]]
 
@@ -50,10 +52,14 @@ def make_loss(variant: str, model: HeliosTransformer, clips: Clips, text_encoder
 
 
 def weighted(errors: Tensor, subject: Tensor) -> Tensor:
-    """The mean `[B]` of errors `[B, C, T, h, w]`, more weight where the subject is; `subject` may be larger."""
+    """The mean `[B]` of errors `[B, C, T, h, w]`, more weight where the subject is and in the first frame.
+
+    `subject` `[B or 1, 1, T or 1, h, w]` may be larger.
+    """
     while subject.shape[-1] > errors.shape[-1]:
         subject = halve(subject)
-    weight = 1 + (SUBJECT_WEIGHT - 1) * subject
+    weight = (1 + (SUBJECT_WEIGHT - 1) * subject).expand(-1, -1, errors.shape[2], -1, -1).clone()
+    weight[:, :, 0] *= FIRST_WEIGHT
     return (errors * weight).mean((1, 2, 3, 4)) / weight.mean((1, 2, 3, 4))
 
 

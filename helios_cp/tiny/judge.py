@@ -39,6 +39,17 @@ class Judge(nn.Module):
         return {key: head(x) for key, head in self.heads.items()}
 
 
+def embedded_judge() -> Judge:
+    """The one that the package carries."""
+    from safetensors.torch import load_file
+
+    from helios_cp.weights.presets import EMBEDDED
+
+    judge = Judge()
+    judge.load_state_dict({key: value.float() for key, value in load_file(EMBEDDED / "judge.safetensors").items()})
+    return judge.eval()
+
+
 def device_of(judge: Judge) -> torch.device:
     return judge.heads["ground"].weight.device
 

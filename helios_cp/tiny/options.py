@@ -17,7 +17,7 @@ NEEDS: Mapping[str, tuple[str, ...]] = {
     "trajectories": ("text", "latents", "mid"),
     "distilled": ("text", "latents", "mid", "trajectories"),
     "sheet": ("text", "vae", "latents", "judge", "mid"),
-    "embed": ("text", "vae", "latents", "mid"),
+    "embed": ("text", "vae", "latents", "judge", "mid"),
 }
 """The stages in order, each with those whose results it starts from."""
 

@@ -118,7 +118,13 @@ def _embed(options: Options) -> None:
     clips = Clips(options.output / "latents")
     transformers = {name: load_transformer(options, name) for name in VARIANTS if options.has(name)}
     write_embedded(
-        options.output / "embed", load_reader(options).encoder, load_vae(options), clips.mean, clips.std, transformers
+        options.output / "embed",
+        load_reader(options).encoder,
+        load_vae(options),
+        clips.mean,
+        clips.std,
+        transformers,
+        load_judge(options),
     )
 
 

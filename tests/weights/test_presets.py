@@ -291,5 +291,5 @@ def test_trained_models_are_complete(variant, cache):
 
 def test_trained_weights_are_small():
     sizes = [path.stat().st_size for path in presets.EMBEDDED.glob("*.safetensors")]
-    assert len(sizes) == 5
+    assert len(sizes) == 6
     assert sum(sizes) <= 16 * 2**20

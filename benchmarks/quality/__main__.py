@@ -1,0 +1,191 @@
+"""Whether videos of the embedded models show what was asked for, how they join and drift, and what choices change.
+
+python -m benchmarks.quality              60 prompts, 20 of them of combinations that no clip of the training shows
+python -m benchmarks.quality --quick      12 prompts, drift over 4 chunks
+
+A classifier that was trained on rendered clips says what a video shows. Its own figures, on rendered clips of the same
+scenes and on these after the VAE, stand beside.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.measuring.machine import RESULTS, write_result
+from benchmarks.quality.cases import CASES, HEIGHT, LONG, STEPS, WIDTH, Case, make_videos
+from benchmarks.quality.figures import drift, likeness, motion
+from benchmarks.quality.plot import LABELS, draw
+from helios_cp.config.arguments import OneLineParser, whole_number
+from helios_cp.config.errors import RequestError
+from helios_cp.config.paths import user_path
+from helios_cp.device.device import pick_device
+from helios_cp.files.whole_files import check_file_target
+from helios_cp.tiny.clips import render
+from helios_cp.tiny.judge import Judge, compare, embedded_judge, name
+from helios_cp.tiny.judging import seam, test_prompts, verdict
+from helios_cp.tiny.latents import FRAMES
+from helios_cp.tiny.sheet import write_sheet
+from helios_cp.tiny.world import Scene
+
+CHUNKS = 2
+COLUMNS, ROWS = 8, 6
+"""Of a contact sheet."""
+WIDTH_OF_TABLE = 118
+
+Prompts = Sequence[tuple[str, Scene]]
+
+
+def build_parser() -> OneLineParser:
+    parser = OneLineParser(prog="benchmarks.quality", description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="12 prompts, and drift over 4 chunks of 2 videos")
+    parser.add_argument("--prompts", type=whole_number, metavar="N", help="default: 60, or 12 with --quick")
+    parser.add_argument(
+        "--case", action="append", metavar="TEXT", help="a model and flags, once for each (default: all that there are)"
+    )
+    parser.add_argument("--drift", type=whole_number, nargs="+", metavar="CHUNKS", help="default: 10 40; 0 for none")
+    parser.add_argument("--device", default="cpu", metavar="NAME", help="default: cpu")
+    parser.add_argument(
+        "--output",
+        type=user_path,
+        default=RESULTS / "quality.json",
+        metavar="FILE",
+        help="JSON to write; a plot and contact sheets go beside it (default: benchmarks/results/quality.json)",
+    )
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit codes: 0, or 2 for a call that cannot work."""
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    try:
+        check_file_target("--output", options.output, ".json")
+        cases = [_case(text) for text in options.case] if options.case else CASES
+    except RequestError as error:
+        parser.error(str(error))
+    device = pick_device(options.device)
+    prompts = test_prompts(options.prompts or (12 if options.quick else 60))
+    lengths = [count for count in options.drift or ((4,) if options.quick else (10, 40)) if count]
+    judge, folder = embedded_judge(), options.output.with_suffix("")
+    results: dict[str, Any] = {
+        "prompts": len(prompts),
+        "held_out": sum(scene.is_held_out for _, scene in prompts),
+        "size": [HEIGHT, WIDTH],
+        "chunks": CHUNKS,
+        "steps": STEPS,
+        "judge": rendered(judge, prompts),
+        "cases": {},
+        "drift": {},
+    }
+    references: dict[str, list[np.ndarray]] = {}
+    console = Console(width=None if sys.stdout.isatty() else WIDTH_OF_TABLE)
+    for case in cases:
+        results["cases"][case.name] = measured(case, prompts, references, judge, device, folder)
+        console.print(f"{case.name}: {_line(results['cases'][case.name])}", style="dim", soft_wrap=True)
+    for case in LONG if options.case is None else ():
+        long = prompts[: 2 if options.quick else 4]
+        results["drift"][case.name] = drifted(case, long, lengths, judge, device)
+        console.print(f"{case.name}: {results['drift'][case.name]}", style="dim", soft_wrap=True)
+    console.print(table_of(results))
+    path = write_result(options.output.stem, results, options.output.parent)
+    draw(results, path.with_suffix(".png"))
+    console.print(f"written to {path}; contact sheets in {folder}", style="dim", soft_wrap=True)
+    return 0
+
+
+def rendered(judge: Judge, prompts: Prompts) -> dict[str, float]:
+    """What the classifier says of rendered clips of the prompts' scenes: what no model can be above."""
+    videos = [
+        ((render(s, range(CHUNKS * FRAMES), HEIGHT, WIDTH) + 1) * 127.5).round().astype("uint8") for _, s in prompts
+    ]
+    said = verdict(judge, videos, prompts)
+    return {**said["accuracy"], "seam": said["seam"], "motion": float(np.mean([motion(video) for video in videos]))}
+
+
+def measured(
+    case: Case,
+    prompts: Prompts,
+    references: dict[str, list[np.ndarray]],
+    judge: Judge,
+    device: torch.device,
+    folder: Path,
+) -> dict[str, Any]:
+    """The figures of a case, or why it was refused. The first of a model becomes the reference for the others."""
+    try:
+        videos = make_videos(case, [text for text, _ in prompts], CHUNKS, device)
+    except RequestError as error:
+        return {"refused": str(error)}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_sheet(videos[:ROWS], COLUMNS, folder / f"{case.file_name}.png")
+    said = verdict(judge, videos, prompts)
+    found = {
+        "accuracy": said["accuracy"],
+        "accuracy_held_out": said["accuracy_held_out"],
+        "seam": said["seam"],
+        "motion": float(np.mean([motion(video) for video in videos])),
+    }
+    if case.flags and case.model in references:
+        found |= likeness(videos, references[case.model])
+    references.setdefault(case.model, videos)
+    return found
+
+
+def drifted(
+    case: Case, prompts: Prompts, lengths: Sequence[int], judge: Judge, device: torch.device
+) -> dict[str, dict[str, float]]:
+    """By the number of chunks: drift from the first chunk to the last, and whether its subject and colour are named."""
+    videos = make_videos(case, [text for text, _ in prompts], max(lengths), device) if lengths else []
+    found = {}
+    for count in lengths:
+        starts = [video[: count * FRAMES] for video in videos]
+        named = [
+            compare(name(judge, video[-FRAMES:]), scene) for video, (_, scene) in zip(starts, prompts, strict=True)
+        ]
+        shares = {key: float(np.mean([each[key] for each in named])) for key in LABELS}
+        seams = float(np.mean([seam(video) for video in starts]))
+        found[str(count)] = {**drift(starts), "seam": seams, "named": shares}
+    return found
+
+
+def table_of(results: dict[str, Any]) -> Table:
+    title = (
+        f"{results['prompts']} prompts, {results['held_out']} held out, {CHUNKS} chunks, {HEIGHT} × {WIDTH}; % as asked"
+    )
+    table = Table("model, flags", *LABELS, "seam", "motion", "PSNR", "SSIM", title=title)
+    table.add_row("rendered clips", *_figures({"accuracy": results["judge"], **results["judge"]}))
+    for case, found in results["cases"].items():
+        row = [f"refused: {found['refused']}"] if "refused" in found else _figures(found)
+        table.add_row(case, *row)
+    return table
+
+
+def _figures(found: dict[str, Any]) -> list[str]:
+    shares = [f"{100 * found['accuracy'][label]:.0f}" for label in LABELS]
+    others = [
+        f"{found[name]:.2f}" if found.get(name) is not None else "" for name in ("seam", "motion", "psnr", "ssim")
+    ]
+    return [*shares, *others]
+
+
+def _line(found: dict[str, Any]) -> str:
+    return found.get("refused") or ", ".join(_figures(found))
+
+
+def _case(text: str) -> Case:
+    """From a model's name and flags. Raises `RequestError`."""
+    model, _, flags = text.partition(" ")
+    if model not in STEPS:
+        raise RequestError(f"--case {text}: it starts with one of {', '.join(STEPS)}")
+    return Case(model, flags)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
