@@ -11,12 +11,13 @@ from pathlib import Path
 from helios_cp.config.arguments import OneLineParser
 from helios_cp.config.errors import RequestError
 from helios_cp.config.paths import user_path
+from helios_cp.tiny.world import TRAINED_SIZE
 
 PROMPTS = (
     "a green balloon floating to the left over a desert by day",
     "a red boat sailing to the right on the sea at night",
 )
-HEIGHT, WIDTH = 64, 128
+HEIGHT, WIDTH = TRAINED_SIZE
 NODES = (3, 2)
 """Logical CPUs of each node: together what the text encoder, two groups and two decoders take, so both are used."""
 

@@ -14,8 +14,9 @@ from helios_cp.config.arguments import OneLineParser, add_flags, given
 from helios_cp.config.execution import Execution
 from helios_cp.config.request import Request
 from helios_cp.pipeline.pipeline import Pipeline
+from helios_cp.tiny.world import TRAINED_SIZE
 
-HEIGHT, WIDTH = 64, 128
+HEIGHT, WIDTH = TRAINED_SIZE
 BATCH = 6
 """Videos that are made at once."""
 STEPS = {

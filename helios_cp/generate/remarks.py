@@ -9,6 +9,7 @@ from helios_cp.config.request import Request
 from helios_cp.files.clips import clip_remarks
 from helios_cp.files.pictures import picture_remarks
 from helios_cp.tiny.vocabulary import outside
+from helios_cp.tiny.world import TRAINED_SIZE
 
 
 def request_remarks(requests: Sequence[Request], checkpoint: Checkpoint) -> list[str]:
@@ -40,6 +41,12 @@ def _outside(request: Request) -> list[str]:
         for kind, path in (("image", request.image), ("video", request.video))
         if path is not None
     ]
+    if (request.height, request.width) != TRAINED_SIZE:
+        trained = " × ".join(map(str, TRAINED_SIZE))
+        found.append(
+            f"--height {request.height} --width {request.width}: the embedded models were trained at {trained} pixels, "
+            "and show nothing at other sizes"
+        )
     return [remark for remark in found if remark is not None]
 
 

@@ -15,6 +15,7 @@ from helios_cp.config.arguments import OneLineParser
 from helios_cp.config.console import typed
 from helios_cp.config.errors import RequestError
 from helios_cp.config.paths import user_path
+from helios_cp.tiny.world import TRAINED_SIZE
 
 MODEL = "tiny-distilled"
 PROMPT = "a red balloon drifting to the left over a meadow at sunset"
@@ -23,7 +24,7 @@ CHANGE = (
     "a blue car driving to the right through a desert at night",
 )
 FROM_PICTURE = "a yellow boat sailing to the right on the sea at sunset"
-HEIGHT, WIDTH = 64, 128
+HEIGHT, WIDTH = TRAINED_SIZE
 COLUMNS = 8
 
 

@@ -11,6 +11,9 @@ SUBJECTS = ("ball", "balloon", "boat", "bird", "car", "none")
 COLOURS = ("red", "yellow", "green", "blue", "pink", "white")
 DIRECTIONS = ("right", "left")
 
+TRAINED_SIZE = (64, 128)
+"""Height and width in pixels of the clips that the embedded models were trained on."""
+
 HELD_OUT = frozenset(
     {
         ("red", "balloon", "meadow"),

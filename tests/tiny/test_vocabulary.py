@@ -37,15 +37,16 @@ def test_all_that_scenes_show_is_named():
         assert word in KNOWN and not outside(word)
 
 
-@pytest.mark.parametrize(("name", "count"), [("tiny-distilled", 3), ("random-distilled", 0)])
+@pytest.mark.parametrize(("name", "count"), [("tiny-distilled", 4), ("random-distilled", 0)])
 def test_it_is_said_of_embedded_models_alone(name, count, cache, tmp_path):
-    """Of a prompt, of a scheduled one, and of a picture."""
+    """Of a prompt, of a scheduled one, of a picture, and of a size."""
     from PIL import Image
 
     Image.new("RGB", (128, 64)).save(tmp_path / "a.png")
     checkpoint = Checkpoint.read(preset_folder(name, cache))
     size = {"height": 64, "width": 128}
     requests = [
+        Request(prompt=("a red ball",), height=128, width=192),
         Request(prompt=("a fox",), image=str(tmp_path / "a.png"), **size),
         Request(prompt_schedule=(ScheduledPrompt("a red ball", 1), ScheduledPrompt("a lamp", 1)), **size),
     ]
