@@ -13,6 +13,7 @@ from launchers.serve.page import routes as page
 from launchers.serve.realtime import control, watch
 from launchers.serve.server import Server
 from launchers.serve.sessions import routes
+from launchers.serve.videos import routes as videos
 
 ROUTERS: tuple[Callable[[Server], APIRouter], ...] = (
     health.router,
@@ -21,6 +22,7 @@ ROUTERS: tuple[Callable[[Server], APIRouter], ...] = (
     control.router,
     watch.router,
     routes.router,
+    videos.router,
 )
 """Each makes its routes for a server."""
 

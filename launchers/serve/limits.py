@@ -13,6 +13,10 @@ MOST_CALLERS = 10_000
 """Whose requests are counted at a time; those who have asked for nothing the longest are forgotten."""
 
 
+MOST_STEPS, MOST_TOKENS, MOST_HISTORY, MOST_LATENT_FRAMES = 1000, 1024, 100, 33
+"""Of a chunk, whoever asks: what grows with these is the memory and time of one forward pass."""
+
+
 @dataclass(frozen=True)
 class Limits:
     """Flags that a server has beside those of a cluster, each with what it refuses."""
@@ -35,20 +39,27 @@ class Limits:
     requests: int = flag(600, "requests and connections a minute, by key or address (default: 600)", "N", least=1)
 
     def check_request(self, request: Request) -> None:
-        """Raises `Refusal` for a picture or a video that is too large."""
+        """Raises `Refusal` for a resolved request that would take more of the machines than one may.
+
+        A single chunk is never too long.
+        """
         if request.width * request.height > self.pixels:
-            raise Refusal(
-                "invalid_request",
-                f"size {request.width}x{request.height}: this server makes {self.pixels} pixels at most",
-                param="size",
-            )
+            size = f"{request.width}x{request.height}"
+            raise Refusal("invalid_request", f"size {size}: {self.pixels} pixels at most are allowed", param="size")
         seconds = request.num_chunks * request.frames_per_chunk / request.fps
-        if seconds > self.longest:
+        if seconds > self.longest and request.num_chunks > 1:
             raise Refusal(
-                "invalid_request",
-                f"seconds {seconds:g}: this server makes {self.longest:g} at most",
-                param="seconds",
+                "invalid_request", f"seconds {seconds:g}: {self.longest:g} at most are allowed", param="seconds"
             )
+        steps = (request.num_inference_steps or 0, *(request.pyramid_num_inference_steps_list or ()))
+        for name, value, most in (
+            ("steps", sum(steps), MOST_STEPS),
+            ("max_sequence_length", request.max_sequence_length, MOST_TOKENS),
+            ("history_sizes", sum(request.history_sizes), MOST_HISTORY),
+            ("num_latent_frames_per_chunk", request.num_latent_frames_per_chunk, MOST_LATENT_FRAMES),
+        ):
+            if value > most:
+                raise Refusal("invalid_request", f"{name} {value}: {most} at most are allowed", param=name)
 
 
 class Rates:

@@ -60,7 +60,7 @@ def run(parser: OneLineParser, call: ServeCall, cache: Path | None) -> int:
             except RequestError as error:
                 parser.error(str(error))
             server = Server(call, checked, access, Log(prompts=call.log_prompts))
-            server.sessions.restore()
+            server.restore()
             web = stack.enter_context(WebServer(build_app(server), listener, call.message_bytes))
             say(f"loading {checked.model} on {device} in {dtype_name(checked.dtype)}; {url_of(listener)} tells how far")
             if call.address == "local":

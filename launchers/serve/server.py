@@ -10,6 +10,7 @@ from launchers.serve.flags import ServeCall
 from launchers.serve.logs import Log
 from launchers.serve.sessions.sessions import Sessions
 from launchers.serve.uploads.uploads import Uploads
+from launchers.serve.videos.videos import Videos
 
 if TYPE_CHECKING:
     from helios_cp.generate.check import Session as CheckedCall
@@ -33,10 +34,17 @@ class Server:
     is_draining: bool = False
     sessions: Sessions = field(init=False)
     uploads: Uploads = field(init=False)
+    videos: Videos = field(init=False)
 
     def __post_init__(self) -> None:
         self.sessions = Sessions(self.call, self.checked, self.access)
         self.uploads = Uploads(self.call.data / "uploads", self.call.upload_bytes)
+        self.videos = Videos(self.call, self.checked, self.uploads, self.log)
+
+    def restore(self) -> None:
+        """Take up what an earlier server left in the folder of data."""
+        self.sessions.restore()
+        self.videos.restore()
 
     @property
     def is_ready(self) -> bool:
@@ -47,8 +55,10 @@ class Server:
         """The workers are loaded."""
         self.pipeline, self.doing = pipeline, "ready"
         self.sessions.opened(pipeline)
+        self.videos.opened(pipeline)
 
     async def drain(self) -> None:
         """Take nothing new; save what runs, so that the next start goes on with it; tell clients to come back."""
         self.is_draining, self.doing = True, "shutting down"
         await self.sessions.drain()
+        await self.videos.drain()

@@ -57,11 +57,11 @@ def request_of(values: Mapping[str, Any], call: ServeCall, checkpoint: Checkpoin
         if is_endless:
             request = from_json(Request, {**call.request, **given, "num_frames": _most_frames(request, call)})
         request = request.resolve(checkpoint)
-    except TypeError as error:
+    except (TypeError, OverflowError) as error:  # a number of hundreds of digits is no float
         raise Refusal("invalid_request", str(error)) from None
     except RequestError as error:
         raise Refusal.of(error) from None
-    _check_limits(request, call)
+    call.check_request(request)
     return Asked(request, is_endless, ignored)
 
 
@@ -70,12 +70,3 @@ def _most_frames(request: Request, call: ServeCall) -> int:
     request.check()  # fps and the length of a chunk are numbers that can be counted with
     chunk = request.frames_per_chunk
     return chunk * max(1, math.floor(call.longest * request.fps / chunk))
-
-
-def _check_limits(request: Request, call: ServeCall) -> None:
-    if request.width * request.height > call.pixels:
-        asked = f"{request.width} times {request.height}"
-        raise Refusal("limit", f"width and height {asked}: at most {call.pixels} pixels are allowed here")
-    seconds = request.num_chunks * request.frames_per_chunk / request.fps
-    if seconds > call.longest and request.num_chunks > 1:
-        raise Refusal("limit", f"num_frames {request.num_frames}: at most {call.longest:g} s are allowed here")
