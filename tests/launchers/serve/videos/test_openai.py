@@ -173,7 +173,10 @@ def test_a_killed_server_goes_on_at_the_next_chunk(server):
 
 
 def test_no_secret_and_no_prompt_is_logged(server):
-    """Of the whole run up to here."""
+    """Of the whole run up to here, and of a video and a stranger more."""
+    with client_of(server) as client:
+        client.videos.delete(client.videos.create_and_poll(**SMALL, extra_body={"num_frames": 33}).id)
+    httpx.post(f"{server.url}/v1/videos?key={KEY}&token={KEY}", json={"prompt": PROMPT, "key": KEY})
     text = server.log.read_text()
     assert KEY not in text
     assert "nobody shall read" not in text
