@@ -38,7 +38,7 @@ def routes(app):
         raise RequestError("--num-frames 0: at least 1 is allowed")
 
     @app.get("/fault")
-    @app.get("/v1/videos/fault")
+    @app.get("/v1/videos/fault/now")
     async def fault():
         raise KeyError(SECRET)
 
@@ -104,7 +104,7 @@ def test_a_path_or_method_that_is_unknown(client):
     assert client.get("/half?n=x").status_code == 400
 
 
-@pytest.mark.parametrize("path", ["/fault", "/v1/videos/fault"])
+@pytest.mark.parametrize("path", ["/fault", "/v1/videos/fault/now"])
 def test_a_fault_is_told_by_its_number_alone(client, lines, path):
     found = client.get(path)
     assert found.status_code == 500
