@@ -27,14 +27,20 @@ MAX_FPS = 2**31 - 1
 
 @dataclass(frozen=True)
 class ScheduledPrompt:
-    """One entry of an interactive schedule: a prompt and for how many chunks it holds."""
+    """One entry of an interactive schedule: a prompt, for how many chunks it holds, and how it takes over.
+
+    `transition`: within how many chunks it takes over from what was shown before, 1 for at once. `None` is diffusers'
+    blend, over `Request.interpolation_steps`. See `helios_cp.pipeline.prompt_mix`.
+    """
 
     prompt: str
     chunks: int
+    transition: int | None = None
 
     def __str__(self) -> str:
-        """As it is typed."""
-        return f"{self.chunks} {shlex.quote(self.prompt)}"
+        """As it is typed, but for the transition, which only a file can give."""
+        transition = "" if self.transition is None else f" (transition {self.transition})"
+        return f"{self.chunks} {shlex.quote(self.prompt)}{transition}"
 
     @classmethod
     def parse(cls, words: Sequence[str]) -> ScheduledPrompt:
@@ -159,9 +165,34 @@ class Request:
     )
     num_latent_frames_per_chunk: int = flag(9, "9 are 33 frames, as trained", "N", least=1)
 
-    def with_prompt(self, text: str) -> Request:
-        """The same with one prompt for all videos, in place of its prompts and schedule."""
-        return dataclasses.replace(self, prompt=(text,) * self.batch_size, prompt_schedule=())
+    def with_schedule(self, schedule: tuple[ScheduledPrompt, ...]) -> Request:
+        """The same with this schedule in place of its prompts, or as it is if that is empty."""
+        return dataclasses.replace(self, prompt=(), prompt_schedule=schedule) if schedule else self
+
+    def with_change(self, chunk: int, prompt: str, transition: int | None = 1) -> Request:
+        """The same video up to `chunk`, and another prompt from there to its end; see `ScheduledPrompt`.
+
+        What was planned for `chunk` and later goes. Raises `RequestError` for a batch, and for a change that no video
+        may have.
+        """
+        if self.batch_size > 1:
+            raise RequestError(
+                f"prompt {prompt!r}: a batch of {self.batch_size} videos takes no change; make each alone"
+            )
+        if not 0 <= chunk < self.num_chunks:
+            raise RequestError(f"prompt {prompt!r}: all {self.num_chunks} chunks have begun; none can show it")
+        entries, start = [], 0
+        for entry in self.prompt_schedule or (ScheduledPrompt(self.prompt[0], self.num_chunks),):
+            if start < chunk:
+                entries.append(dataclasses.replace(entry, chunks=min(entry.chunks, chunk - start)))
+            start += entry.chunks
+        if entries:  # the last one holds up to the change, however long it was to last
+            held = sum(entry.chunks for entry in entries[:-1])
+            entries[-1] = dataclasses.replace(entries[-1], chunks=chunk - held)
+        entries.append(ScheduledPrompt(prompt, self.num_chunks - chunk, transition if entries else None))
+        request = self.with_schedule(tuple(entries))
+        request._check_prompts()
+        return request
 
     @property
     def batch_size(self) -> int:
@@ -259,6 +290,11 @@ class Request:
         for entry in self.prompt_schedule:
             if entry.chunks < 1:
                 raise RequestError(f"--prompt-schedule {entry.chunks}: a prompt holds for at least 1 chunk")
+            if entry.transition is not None and entry.transition < 1:
+                raise RequestError(
+                    f"--prompt-schedule {entry.chunks} {entry.prompt!r}: its transition is {entry.transition}; at "
+                    "least 1 chunk is allowed"
+                )
         texts = [("--prompt", prompt) for prompt in self.prompt]
         texts += [("--prompt-schedule", entry.prompt) for entry in self.prompt_schedule]
         for name, text in texts:

@@ -4,7 +4,8 @@ run.json                  the request, the model, the dtype, and what the run wa
 chunk-00002.safetensors   latents `[B, C, T, h, w]` of a finished chunk
 chunk-00002-0.mp4         its frames, one file a video of the batch
 state-00003.safetensors   what chunk 3 starts from
-state.json                how many chunks are finished, and which prompts were given meanwhile: the commit, written last
+state.json                how many chunks are finished, and the prompt schedule if prompts were changed meanwhile: the
+                          commit, written last
 lock                      there while a call works in the folder
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,9 @@ from torch import Tensor
 
 from helios_cp.config.errors import RequestError
 from helios_cp.config.execution import Execution
-from helios_cp.config.json_types import check_types
+from helios_cp.config.json_types import check_types, from_json
 from helios_cp.config.layout import Layout
-from helios_cp.config.request import Request
+from helios_cp.config.request import Request, ScheduledPrompt
 from helios_cp.files.chunk_files import ChunkFiles
 from helios_cp.files.whole_files import write_json, write_tensors
 from helios_cp.pipeline.chunk import Chunk
@@ -151,22 +152,20 @@ class RunFolder(ChunkFiles):
         return self.finished_chunks()
 
     def current(self, request: Request) -> Request:
-        """The run's request with the last prompt that was given while it was made: what the next chunk is made of."""
-        prompts = self._commit()["prompts"]
-        return request.with_prompt(prompts[-1][1]) if prompts else request
+        """The run's request with the changes of prompt while it was made: what all its chunks are made of."""
+        return request.with_schedule(self._commit()["prompt_schedule"])
 
-    def commit(self, chunk: Chunk, segments: Sequence[bytes], prompt: str | None = None) -> None:
+    def commit(self, chunk: Chunk, segments: Sequence[bytes], schedule: Sequence[ScheduledPrompt] = ()) -> None:
         """Save a chunk with its MP4 segments, one a video of the batch, and count it as finished.
 
-        `prompt`: what the chunk shows since a change of prompt; `None` if there was no change in this call.
+        `schedule` is what the request has now where its prompt may change; without one, that of the chunk before stays.
         """
-        prompts = self._commit()["prompts"]
-        if prompt is not None and (not prompts or prompts[-1][1] != prompt):
-            prompts.append((chunk.index, prompt))
+        kept = schedule or self._commit()["prompt_schedule"]
         self.save(chunk.index, segments, chunk.latents)
         state = f"state-{chunk.state.index:05d}.safetensors"
         write_tensors(self.path / state, chunk.state.to_tensors())
-        write_json(self.path / "state.json", {"chunks": chunk.state.index, "state": state, "prompts": prompts})
+        commit = {"chunks": chunk.state.index, "state": state, "prompt_schedule": [asdict(entry) for entry in kept]}
+        write_json(self.path / "state.json", commit)
         for stale in self.path.glob("state-*.safetensors"):
             if stale.name != state:
                 stale.unlink(missing_ok=True)
@@ -200,12 +199,13 @@ class RunFolder(ChunkFiles):
         try:
             values = json.loads((self.path / "state.json").read_text(encoding="utf-8"))
             commit = {"chunks": int(values["chunks"]), "state": str(values["state"])}
-            commit["prompts"] = [(int(first), str(text)) for first, text in values.get("prompts", [])]
+            schedule = tuple(from_json(ScheduledPrompt, entry) for entry in values["prompt_schedule"])
+            commit["prompt_schedule"] = schedule
             if not 0 <= commit["chunks"] <= self.run.request.num_chunks:
                 raise ValueError(f"{commit['chunks']} chunks of {self.run.request.num_chunks}")
             return commit
         except FileNotFoundError:
-            return {"chunks": 0, "state": None, "prompts": []}
+            return {"chunks": 0, "state": None, "prompt_schedule": ()}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RequestError(f"run folder {self.path}: state.json cannot be read: {_reason(error)}") from None
 

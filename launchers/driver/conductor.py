@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import CancelledError, Future
 from typing import Any
 
+from helios_cp.config.errors import RequestError
 from launchers.cluster.faults import one_line
 from launchers.cluster.worker import Worker
 from launchers.driver.crew import Crew
@@ -110,8 +111,26 @@ class Conductor:
     def cancel(self, key: int) -> None:
         self._post_to(key, lambda video: video.task.cancel())
 
-    def update_prompt(self, key: int, text: str) -> None:
-        self._post_to(key, lambda video: video.change_prompt(text))
+    def change_prompt(self, key: int, prompt: str, transition: int | None) -> Future[int]:
+        answer: Future[int] = Future()
+
+        def change() -> None:
+            try:
+                if key not in self._videos:
+                    raise RequestError(f"prompt {prompt!r}: video {key} has ended; no chunk can show it")
+                answer.set_result(self._videos[key].change_prompt(prompt, transition))
+            except RequestError as error:
+                answer.set_exception(error)
+
+        if not self._post(change):
+            answer.set_exception(ClosedError())
+        return answer
+
+    def allow(self, key: int, chunks: int) -> None:
+        self._post_to(key, lambda video: (video.allow(chunks), self._admit()))
+
+    def stop(self, key: int) -> None:
+        self._post_to(key, Video.stop)
 
     def wanted(self, key: int) -> None:
         self._post_to(key, self._wanted)
@@ -186,7 +205,7 @@ class Conductor:
         """Let videos begin in order: any while there is room. Those that somebody waits for, or that wait for nobody,
         begin even beside streams that nobody reads now."""
         under_way = [video for video in self._videos.values() if video.admitted.is_set()]
-        count, busy = len(under_way), sum(not video.waits_for_reader for video in under_way)
+        count, busy = len(under_way), sum(not video.is_held for video in under_way)
         most = self.crew.limits.active
         for video in self._videos.values():
             goes_on = video.is_wanted or not video.submission.streams

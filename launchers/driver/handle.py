@@ -6,13 +6,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from helios_cp.config.errors import RequestError
 from launchers.messages.messages import Span
 
 
@@ -20,13 +20,15 @@ from launchers.messages.messages import Span
 class VideoChunk:
     """A finished chunk: `latents` `[B, C, T, h, w]` fp32; `frames` `[B, 33, H, W, 3]` uint8 or `None`; its work.
 
-    The arrays lie in shared memory and are read-only; copy what is to be kept.
+    `segments` are its MP4 segments, one a video of the batch, where files are written. The arrays lie in shared memory
+    and are read-only; copy what is to be kept.
     """
 
     index: int
     latents: np.ndarray
     frames: np.ndarray | None
     spans: dict[str, Span]
+    segments: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,11 @@ class Maker(Protocol):
 
     def cancel(self, key: int) -> None: ...
 
-    def update_prompt(self, key: int, text: str) -> None: ...
+    def change_prompt(self, key: int, prompt: str, transition: int | None) -> Future[int]: ...
+
+    def allow(self, key: int, chunks: int) -> None: ...
+
+    def stop(self, key: int) -> None: ...
 
     def wanted(self, key: int) -> None:
         """Somebody waits for the chunks of a streaming video."""
@@ -105,14 +111,23 @@ class VideoHandle:
         """Stop after the chunks in hand. The finished ones stay in a playable file."""
         self._maker.cancel(self.key)
 
-    def update_prompt(self, text: str) -> None:
-        """From the next chunk to be denoised on, show this. A run folder keeps it with the chunk.
+    def change_prompt(self, prompt: str, *, transition: int | None = 1) -> Future[int]:
+        """From the first chunk on that no worker has been handed, show this; returns which that is, once it is taken.
 
-        Raises `RequestError` for an empty text.
+        The prompt takes over within `transition` chunks; see `ScheduledPrompt`. A later change for the same chunk
+        replaces it, and so do both what a schedule had planned. A run folder keeps it with the chunk. The future raises
+        `RequestError` for a prompt or transition that is not allowed, for a batch, and where no chunk is left, and
+        `RuntimeError` once the pipeline is closed.
         """
-        if not text.strip():
-            raise RequestError(f"prompt {text!r}: a prompt must hold more than white space")
-        self._maker.update_prompt(self.key, text)
+        return self._maker.change_prompt(self.key, prompt, transition)
+
+    def allow(self, chunks: int) -> None:
+        """Let a chunk begin only while fewer than `chunks` have; those that have begun are finished."""
+        self._maker.allow(self.key, chunks)
+
+    def stop(self) -> None:
+        """End the video well after the chunks that have begun: `result` tells how many there are."""
+        self._maker.stop(self.key)
 
     def result(self, timeout: float | None = None) -> VideoResult:
         """Wait for the end. Chunks of a stream are dropped, unless another thread takes them.

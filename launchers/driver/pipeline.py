@@ -109,16 +109,18 @@ class ChunkPipeline:
         decode: bool = True,
         keep_latents: bool = False,
         on_chunk: Callable[[VideoChunk], None] | None = None,
+        allowed: int | None = None,
     ) -> VideoHandle:
         """Queue a video.
 
         `output`: an MP4 for each video of the batch. `folder`: a run to save every chunk in, and to go on with where it
         stands. `latents`: a file for the latents of all chunks. `stream`: the handle gives the chunks, by default where
         there is no output; then the pipeline runs ahead of whoever takes them by `Limits.undelivered` chunks at most.
-        `decode=False` makes latents only. `on_chunk` is called from the pipeline's thread; what it raises ends the
-        video. Raises `RequestError` before anything is queued.
+        `decode=False` makes latents only. `on_chunk` is called from the pipeline's thread, once the chunk is on
+        disk where there is an output; what it raises ends the video. `allowed`: see `VideoHandle.allow`; `None` for a
+        video that need not wait. Raises `RequestError` before anything is queued.
         """
-        submission = Submission.of(request, self.checkpoint, output, folder, latents, stream, decode)
+        submission = Submission.of(request, self.checkpoint, output, folder, latents, stream, decode, allowed)
         handle = VideoHandle(
             self._conductor,
             next(self._keys),

@@ -38,6 +38,7 @@ class Submission:
     starts: bool = False
     state: ChunkState | None = None
     denoised: Sequence[denoised_chunks.DenoisedChunk] = field(default=(), repr=False)
+    allowed: int | None = None
 
     @classmethod
     def of(
@@ -49,6 +50,7 @@ class Submission:
         latents: Path | None = None,
         stream: bool | None = None,
         decode: bool = True,
+        allowed: int | None = None,
     ) -> Submission:
         """Raises `RequestError`."""
         request, inputs = Inputs().merged(request)
@@ -61,8 +63,7 @@ class Submission:
             if state is not None and state.index == request.num_chunks:
                 raise RequestError(f"{folder.path}: all {state.index} chunks are finished; nothing is left to make")
             denoised = denoised_chunks.load(folder, 0 if state is None else state.index)
-            changed = [kept.prompt for kept in denoised if kept.prompt is not None]
-            request = request.with_prompt(changed[-1]) if changed else folder.current(request)
+            request = folder.current(request).with_schedule(denoised[-1].schedule if denoised else ())
         return cls(
             request,
             output=tuple(Path(path).absolute() for path in output),
@@ -74,6 +75,7 @@ class Submission:
             starts=inputs.has_anchor and state is None and not denoised,
             state=state,
             denoised=denoised,
+            allowed=allowed,
         )
 
     @property

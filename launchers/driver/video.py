@@ -8,19 +8,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from helios_cp.config.errors import RequestError
 from helios_cp.sampling.state import ChunkState
 from launchers.cluster.payload import Payload
 from launchers.driver.crew import Crew
 from launchers.driver.handle import VideoChunk, VideoHandle
 from launchers.driver.submission import Submission
 from launchers.messages.arrays import Array, StateArrays
-from launchers.messages.messages import ChunkJob, NextStart, Span, VideoFiles
+from launchers.messages.messages import ChunkJob, NextStart, Schedule, Span, VideoFiles
 from launchers.schedule.terms import Stage, Unit
 
 
 @dataclass
 class Made:
-    """A denoised chunk: its latents, what the chunk after starts from, and its prompt if that was changed.
+    """A denoised chunk: its latents, what the chunk after starts from, and the schedule that it was made of, if any.
 
     `before` is what it started from itself, where its frames are matched to those before.
     """
@@ -28,7 +29,7 @@ class Made:
     latents: Payload
     before: Payload | None
     after: Payload
-    prompt: str | None
+    schedule: Schedule
     spans: dict[str, Span] = field(default_factory=dict)
 
 
@@ -49,32 +50,50 @@ class Video:
         self.admitted = asyncio.Event()
         self.is_wanted = False
         self.task: asyncio.Task[None] | None = None
-        self.denoised = submission.first + len(submission.denoised)
+        self.denoised = self.begun = submission.first + len(submission.denoised)
         self.ready = self.delivered = submission.first
         self._crew = crew
         self._delivers = delivers
-        self._has_room = asyncio.Event()
-        self._prompt = 0
-        self._changed: str | None = None
+        self._allowed = submission.allowed
+        self._news = asyncio.Event()
+        self._version = 0
         self._text: tuple[int, Payload] | None = None
         self._is_writing = submission.first > 0
+        self._is_closed = False
         self._files = submission.files(self.key) if submission.writes else None
 
     @property
-    def waits_for_reader(self) -> bool:
-        """Whether nothing of a stream can go on before its next chunk is taken."""
-        is_held = self.denoised == self.chunks or self._is_full
-        return self.submission.streams and self.delivered < self.ready == self.denoised and is_held
+    def is_held(self) -> bool:
+        """Whether nothing can go on before a stream's next chunk is taken, or another chunk is allowed."""
+        if self.ready < self.begun:
+            return False
+        waits_for_reader = self.submission.streams and self.delivered < self.ready
+        return waits_for_reader if self.begun == self.chunks or self._is_full else not self._is_allowed(self.begun)
 
-    def change_prompt(self, text: str) -> None:
-        """From the next chunk that a worker gets."""
-        self.request, self._changed = self.request.with_prompt(text), text
-        self._prompt += 1
+    def change_prompt(self, prompt: str, transition: int | None) -> int:
+        """Returns the first chunk that shows it. Raises `RequestError`."""
+        chunk = self.begun
+        if chunk >= self.chunks:
+            raise RequestError(f"prompt {prompt!r}: the last chunk has begun; none can show it")
+        self.request = self.request.with_change(chunk, prompt, transition)
+        self._version += 1
+        return chunk
+
+    def allow(self, chunks: int) -> None:
+        """See `VideoHandle.allow`."""
+        self._allowed = chunks
+        self._news.set()
+
+    def stop(self) -> None:
+        """No further chunk begins."""
+        self.chunks = self.begun
+        self.admitted.set()
+        self._news.set()
 
     def taken(self) -> None:
         """A chunk is delivered."""
         self.delivered += 1
-        self._has_room.set()
+        self._news.set()
 
     async def run(self) -> None:
         """Returns when all chunks are delivered. Raises what ends the video early."""
@@ -87,8 +106,10 @@ class Video:
             error = errors.exceptions[0]  # it had the other chunks cancelled
         if error is not None:
             raise error
+        if self._is_writing and not self._is_closed:  # it was stopped after a chunk that was not the last
+            await self._work(Stage.WRITE, self.ready, "close", lambda: [self._files])
         while self.delivered < self.chunks:
-            await self._room()
+            await self._some_news()
 
     def files_left_open(self) -> VideoFiles | None:
         """What `VideoWriter.close` needs for a video that ends early; `None` if it has no files yet."""
@@ -97,20 +118,20 @@ class Video:
     # Chunks
 
     async def _make_chunks(self, finishing: asyncio.TaskGroup) -> None:
+        if self.submission.first == self.chunks:  # stopped before it began
+            return
         before, last, index = await self._start(), None, self.submission.first
         for kept in self.submission.denoised:
             after = Payload.put(_start_from(kept.after))
-            made = Made(Payload.put(Array.of(kept.latents)), self._to_match(before), after, kept.prompt)
+            made = Made(Payload.put(Array.of(kept.latents)), self._to_match(before), after, kept.schedule)
             before = after
             last = finishing.create_task(self._finish(index, made, last))
             index += 1
-        for chunk in range(index, self.chunks):
-            while self._is_full:
-                await self._room()
-            made = await self._denoise(chunk, before)
+        while made := await self._denoise(index, before):
             before = made.after
             self.denoised += 1
-            last = finishing.create_task(self._finish(chunk, made, last))
+            last = finishing.create_task(self._finish(index, made, last))
+            index += 1
 
     async def _start(self) -> Payload | None:
         """What the first chunk starts from; `None` for a video that starts from nothing."""
@@ -122,20 +143,28 @@ class Video:
         (before,) = await self._work(Stage.START, 0, "start", lambda: [self.request, media.read_bytes()])
         return before
 
-    async def _denoise(self, chunk: int, before: Payload | None) -> Made:
+    async def _denoise(self, chunk: int, before: Payload | None) -> Made | None:
+        """`None` after the last chunk."""
         found: Sequence[Payload] = ()
-        while not found:  # the prompt may change while the chunk waits for a worker
-            version, prompt = self._prompt, self._changed
+        while not found:  # while the chunk waits for a worker its prompt may change, and whether it may begin
+            while not self._may_begin(chunk):
+                if chunk >= self.chunks:
+                    return None
+                await self._some_news()
+            version, request = self._version, self.request
             text = await self._encoded(version)
 
             def arguments(version: int = version, text: Payload = text) -> list[Any] | None:
-                job = ChunkJob(self.key, version, self.request)
-                return [job, text, before] if version == self._prompt else None
+                if version != self._version or not self._may_begin(chunk):
+                    return None
+                self.begun = chunk + 1
+                return [ChunkJob(self.key, version, self.request), text, before]
 
             found = await self._work(Stage.DENOISE, chunk, "denoise", arguments, results=2)
-        made = Made(found[1], self._to_match(before), found[0], prompt, {"denoise": found[0].value.span})
+        schedule, span = request.prompt_schedule, found[0].value.span
+        made = Made(found[1], self._to_match(before), found[0], schedule, {"denoise": span})
         if self.submission.folder is not None:  # saved at once, so that a killed driver need not denoise it again
-            saved = [self.submission.folder, chunk, made.latents, made.after, prompt]
+            saved = [self.submission.folder, chunk, made.latents, made.after, made.schedule]
             self._crew.errand(self._crew.workers["writer"], "keep", saved)
         return made
 
@@ -162,15 +191,20 @@ class Video:
         if submission.writes:
             latents = made.latents if submission.folder or submission.latents else None
             after = made.after if submission.folder else None
-            writing = [self._files, chunk, chunk + 1 == self.chunks, decoded, latents, after, made.prompt]
+
+            def writing() -> list[Any]:
+                self._is_closed = chunk + 1 == self.chunks
+                return [self._files, chunk, self._is_closed, decoded, latents, after, made.schedule]
+
             if not self._is_writing and submission.folder is None:
                 self._files.chunks.remove()  # what a killed call left
             self._is_writing = True
-            (written,) = await self._work(Stage.WRITE, chunk, "write", lambda: writing)
+            (written,) = await self._work(Stage.WRITE, chunk, "write", writing)
             made.spans["write"] = written.value.span
         self.ready += 1
         pixels = None if frames is None else frames.value
-        self.handle.deliver(VideoChunk(chunk, made.latents.value.values, pixels, made.spans))
+        segments = tuple(each.tobytes() for each in decoded.value.segments) if submission.writes else ()
+        self.handle.deliver(VideoChunk(chunk, made.latents.value.values, pixels, made.spans, segments))
         if not submission.streams:
             self.taken()
         self._delivers()
@@ -182,10 +216,18 @@ class Video:
     def _is_full(self) -> bool:
         return self.denoised - self.delivered >= self._crew.limits.undelivered
 
-    async def _room(self) -> None:
-        """Wait for a delivery."""
-        self._has_room.clear()
-        await self._has_room.wait()
+    def _is_allowed(self, chunk: int) -> bool:
+        return self._allowed is None or chunk < self._allowed
+
+    def _may_begin(self, chunk: int) -> bool:
+        """Or be handed to a worker again."""
+        has_begun = chunk < self.begun
+        return has_begun or (chunk < self.chunks and not self._is_full and self._is_allowed(chunk))
+
+    async def _some_news(self) -> None:
+        """Wait for a delivery, `allow` or `stop`."""
+        self._news.clear()
+        await self._news.wait()
 
 
 def _start_from(state: ChunkState) -> NextStart:

@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from helios_cp.config.request import Request
+from helios_cp.config.request import Request, ScheduledPrompt
 
 if TYPE_CHECKING:
     from helios_cp.files.chunk_files import ChunkFiles
     from launchers.messages.arrays import Array, StateArrays
+
+
+Schedule = tuple[ScheduledPrompt, ...]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import torch
 from helios_cp.generate.run_folder import RunFolder
 from helios_cp.pipeline.chunk import Chunk
 from launchers.messages.arrays import Array
-from launchers.messages.messages import ActorInfo, Clock, Decoded, NextStart, VideoFiles, Written
+from launchers.messages.messages import ActorInfo, Clock, Decoded, NextStart, Schedule, VideoFiles, Written
 from launchers.workers import denoised_chunks
 from launchers.workers.watched import Watched, own_info
 
@@ -21,12 +21,12 @@ class VideoWriter(Watched):
     def load(self) -> ActorInfo:
         return own_info()
 
-    def keep(self, folder: RunFolder, chunk: int, latents: Array, after: NextStart, prompt: str | None) -> None:
+    def keep(self, folder: RunFolder, chunk: int, latents: Array, after: NextStart, schedule: Schedule) -> None:
         """Save a chunk as soon as it is denoised, while it is decoded."""
         denoised_chunks.keep(
             folder,
             chunk,
-            denoised_chunks.DenoisedChunk(latents.tensor(), after.state.state(torch.device("cpu")), prompt),
+            denoised_chunks.DenoisedChunk(latents.tensor(), after.state.state(torch.device("cpu")), schedule),
         )
 
     def write(
@@ -37,16 +37,16 @@ class VideoWriter(Watched):
         decoded: Decoded,
         latents: Array | None,
         after: NextStart | None,
-        prompt: str | None,
+        schedule: Schedule,
     ) -> Written:
         """Save a chunk; the last one closes. `latents` and `after` come where the files keep them.
 
-        `prompt` is the chunk's if it was changed.
+        `schedule` is what it was made of, as changes of the prompt left it.
         """
         clock = Clock()
         segments = [segment.tobytes() for segment in decoded.segments]
         if isinstance(files.chunks, RunFolder):
-            files.chunks.commit(_chunk(chunk, latents, after), segments, prompt)
+            files.chunks.commit(_chunk(chunk, latents, after), segments, schedule)
             denoised_chunks.forget(files.chunks, chunk + 1)
         else:
             files.chunks.save(chunk, segments, latents and latents.tensor())

@@ -80,27 +80,26 @@ def test_every_part_of_the_state_matters(pipelines):
 
 
 def test_a_changed_prompt_is_resumed(pipelines, presets, tmp_path, monkeypatch):
-    """A live run changed its prompt at chunk 1 of 3 and was killed after it; the command makes the same third chunk."""
+    """A live run changed its prompt at chunk 1 of 4 and was killed after it, in the middle of the transition; the
+    command makes the same two chunks after it."""
     monkeypatch.chdir(tmp_path)
     pipeline, model = pipelines["random-distilled"], str(presets["random-distilled"])
-    size = ["--height", "64", "--width", "64", "--num-frames", "99", "--pyramid-steps", "1", "1", "1"]
+    size = ["--height", "64", "--width", "64", "--num-frames", "132", "--pyramid-steps", "1", "1", "1"]
     assert main(["--model", model, "--prompt", "a fox", *size, "--checkpoint-dir", "run", "--output", "fox.mp4"]) == 0
     run = RunFolder.open(Path("run")).run
-    fox = list(pipeline.stream(run.request))
-    owl = run.request.with_prompt("an owl")
-    changed = [fox[0], *pipeline.stream(owl, state=fox[0].state)]
+    owl = run.request.with_change(1, "an owl", 3)
+    changed = list(pipeline.stream(owl))
     live = RunFolder.create(tmp_path / "live", run)
     segment = (tmp_path / "run" / "chunk-00000-0.mp4").read_bytes()
     live.commit(changed[0], [segment])
     assert live.current(run.request) == run.request
-    live.commit(changed[1], [segment], "an owl")
+    live.commit(changed[1], [segment], owl.prompt_schedule)
     assert RunFolder.open(live.path).current(run.request) == owl
 
     assert main(["--resume", "live", "--output", "live.mp4", "--save-latents", "live.safetensors"]) == 0
-    latents = torch.cat([chunk.latents for chunk in changed], dim=2)
-    assert load_file("live.safetensors")["latents"].equal(latents)
-    assert not latents[:, :, 18:].equal(fox[2].latents), "the prompt matters"
-    assert json.loads(Path("live/state.json").read_text())["prompts"] == [[1, "an owl"]]
+    assert load_file("live.safetensors")["latents"].equal(torch.cat([chunk.latents for chunk in changed], dim=2))
+    assert not changed[3].latents.equal(RunFolder.open(Path("run")).latents(3)), "the prompt matters"
+    assert RunFolder.open(live.path).current(run.request) == owl, "and it is still kept"
 
 
 @pytest.mark.parametrize("name", ["run.json", "state.json", "state-00001.safetensors"])

@@ -170,11 +170,19 @@ class Studio:
     def __exit__(self, *_: object) -> None:
         self.conductor.close()
 
-    def submit(self, chunks: int, output: Path | None = None, streams: bool = False, on_chunk=None) -> VideoHandle:
+    def submit(
+        self,
+        chunks: int,
+        output: Path | None = None,
+        streams: bool = False,
+        on_chunk=None,
+        prompt=("a fox",),
+        **options,
+    ) -> VideoHandle:
         handle = VideoHandle(self.conductor, next(self.keys), streams=streams, keep_latents=True, on_chunk=on_chunk)
-        request = Request(prompt=("a fox",), num_frames=33 * chunks)
+        request = Request(prompt=prompt, num_frames=33 * chunks)
         paths = () if output is None else (output,)
-        self.conductor.add(handle, Submission(request, paths, streams=streams, decodes=output is not None))
+        self.conductor.add(handle, Submission(request, paths, streams=streams, decodes=output is not None, **options))
         return handle
 
     def until(self, is_so) -> None:

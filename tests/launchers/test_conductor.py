@@ -77,7 +77,9 @@ def test_a_closed_pipeline_says_so(tmp_path):
     for late in (lambda: studio.submit(1), studio.conductor.status, studio.conductor.wait_until_ready):
         with pytest.raises(RuntimeError, match="the pipeline is closed"):
             late()
-    studio.conductor.cancel(0), studio.conductor.taken(0), studio.conductor.update_prompt(0, "an owl")
+    studio.conductor.cancel(0), studio.conductor.taken(0), studio.conductor.allow(0, 1), studio.conductor.stop(0)
+    with pytest.raises(RuntimeError, match="the pipeline is closed"):
+        studio.conductor.change_prompt(0, "an owl", 1).result(PATIENCE)
     studio.conductor.close()
 
 
@@ -228,7 +230,7 @@ def test_the_first_fatal_error_stays(tmp_path):
         with pytest.raises(PipelineError, match="text: ValueError: first"):
             handle.result(timeout=PATIENCE)
         group.release()
-        handle.cancel(), handle.update_prompt("an owl")
+        handle.cancel(), handle.change_prompt("an owl")
         group.says("lost", WorkerLostError("second"))
         group.says("broken", ValueError("third"))
         studio.conductor._post(lambda: 1 / 0)

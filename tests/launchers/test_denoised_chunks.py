@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from helios_cp.config.errors import RequestError
-from helios_cp.config.request import Request
+from helios_cp.config.request import Request, ScheduledPrompt
 from helios_cp.generate.run_folder import Run, RunFolder
 from helios_cp.pipeline.chunk import Chunk
 from helios_cp.sampling.state import ChunkState
@@ -46,11 +46,11 @@ def state(chunk: int) -> ChunkState:
     )
 
 
-def keep(folder: RunFolder, *chunks: int, prompt: str | None = None) -> None:
+def keep(folder: RunFolder, *chunks: int, schedule: tuple[ScheduledPrompt, ...] = ()) -> None:
     """As the worker does, with what travels to it."""
     for chunk in chunks:
         after = NextStart(StateArrays.of(state(chunk)), Span(0, 0, {}))
-        VideoWriter().keep(folder, chunk, Array.of(latents(chunk)), after, prompt)
+        VideoWriter().keep(folder, chunk, Array.of(latents(chunk)), after, schedule)
 
 
 def finish(folder: RunFolder, chunk: int) -> None:
@@ -81,25 +81,27 @@ def test_without_any_finished_chunk(folder, request_of_run, checkpoint):
 
 def test_a_changed_prompt_is_gone_on_with(folder, request_of_run, checkpoint):
     """Kept with the chunk that it came with, and then committed with it; a chunk made again takes it back."""
+    owl = request_of_run.with_change(2, "an owl", 3)
     finish(folder, 0)
     keep(folder, 1)
-    keep(folder, 2, prompt="an owl")
+    keep(folder, 2, schedule=owl.prompt_schedule)
     found = submitted(folder, request_of_run, checkpoint)
-    assert found.request == request_of_run.with_prompt("an owl")
-    assert [kept.prompt for kept in found.denoised] == [None, "an owl"]
+    assert found.request == owl
+    assert [kept.schedule for kept in found.denoised] == [(), owl.prompt_schedule]
     keep(folder, 2)
     assert submitted(folder, request_of_run, checkpoint).request == request_of_run
-    folder.commit(Chunk(1, latents(1), None, state(1), {}), [b"segment"], "a cat")
-    assert submitted(folder, request_of_run, checkpoint).request == request_of_run.with_prompt("a cat")
+    cat = request_of_run.with_change(1, "a cat")
+    folder.commit(Chunk(1, latents(1), None, state(1), {}), [b"segment"], cat.prompt_schedule)
+    assert submitted(folder, request_of_run, checkpoint).request == cat
     finish(folder, 2)
-    assert folder.current(request_of_run) == request_of_run.with_prompt("a cat"), "the next chunk shows it too"
+    assert folder.current(request_of_run) == cat, "the next chunk shows it too"
 
 
 def test_finished_chunks_need_not_be_kept(folder):
     keep(folder, 0, 1, 2)
     finish(folder, 0)
     finish(folder, 1)
-    assert sorted(path.name for path in folder.path.glob("ahead-*")) == ["ahead-00003.safetensors"]
+    assert sorted(path.name for path in folder.path.glob("ahead-*")) == ["ahead-00003.json", "ahead-00003.safetensors"]
     assert len(denoised_chunks.load(folder, 2)) == 1
     finish(folder, 2)
     assert not list(folder.path.glob("ahead-*"))
@@ -111,11 +113,11 @@ def test_a_gap_ends_what_is_kept(folder):
     assert [kept.after.index for kept in denoised_chunks.load(folder, 0)] == [1]
 
 
-@pytest.mark.parametrize("name", ["ahead-00002.safetensors", "chunk-00001.safetensors"])
+@pytest.mark.parametrize("name", ["ahead-00002.json", "ahead-00002.safetensors", "chunk-00001.safetensors"])
 def test_torn_files_are_made_again(folder, name):
     keep(folder, 0, 1, 2)
     path = folder.path / name
-    path.write_bytes(path.read_bytes()[:100])
+    path.write_bytes(path.read_bytes()[:1])
     assert len(denoised_chunks.load(folder, 0)) == 1
 
 

@@ -96,25 +96,21 @@ def test_a_prompt_schedule(pipeline, alone):
     assert np.array_equal(result.latents, alone(request))
 
 
-def test_update_prompt(pipeline, alone):
-    """Against one process that goes on from the state of the chunk before with the other prompt."""
-    request, other = small(num_frames=4 * 33), small(num_frames=4 * 33, prompt=("an owl",))
+def test_a_changed_prompt(pipeline, alone):
+    """Against one process that is given the schedule that the change made."""
+    request = small(num_frames=6 * 33)
     handle = pipeline.submit(request, decode=False)
     found = []
     for chunk in handle:
         found.append(chunk.latents.copy())
         if chunk.index == 0:
-            handle.update_prompt("an owl")
-    with torch.no_grad():
-        first = list(alone.pipeline.stream(request, output_type="latent"))
-    changes = [k for k in range(4) if not np.array_equal(found[k], first[k].latents.numpy())]
-    assert changes and changes == list(range(changes[0], 4)), "from one chunk on"
-    assert 1 <= changes[0] <= 3, "the first chunk was there already; two more may have been under way"
-    rest = alone.pipeline.stream(other, state=first[changes[0] - 1].state, output_type="latent")
-    for index, chunk in zip(range(changes[0], 4), rest, strict=True):
-        assert np.array_equal(found[index], chunk.latents.numpy())
-    with pytest.raises(RequestError, match="white space"):
-        handle.update_prompt(" ")
+            changed = handle.change_prompt("an owl", transition=2).result(PATIENCE)
+    assert 1 <= changed <= 3, "the first chunk was there already; two more may have been under way"
+    found, expected = np.concatenate(found, axis=2), alone(request.with_change(changed, "an owl", 2))
+    assert np.array_equal(found, expected)
+    assert not np.array_equal(found[:, :, 9 * changed :], alone(request)[:, :, 9 * changed :]), "the prompt matters"
+    with pytest.raises(RequestError, match="has ended"):
+        handle.change_prompt("an owl").result(PATIENCE)
 
 
 def test_cancel(pipeline, alone, tmp_path):
@@ -224,26 +220,24 @@ def test_a_run_goes_on_with_what_was_denoised(pipeline, alone, model, tmp_path):
 
 
 def test_a_changed_prompt_is_saved_with_its_chunk(pipeline, alone, model, tmp_path):
-    """The video is cancelled once a chunk with the new prompt is finished; one process makes the rest of it from the
-    folder, and so does the pipeline."""
+    """The video is stopped once a chunk of the transition is finished; the pipeline makes the rest of it from the
+    folder, with the transition where it was."""
     request = small(num_frames=6 * 33).resolve(pipeline.checkpoint)
     folder = RunFolder.create(tmp_path / "run", Run(request, model, "float32", (str(tmp_path / "a.mp4"),)))
-    handle = pipeline.submit(request, output=[tmp_path / "a.mp4"], folder=folder, stream=True)
-    for chunk in handle:
-        if chunk.index == 0:
-            handle.update_prompt("an owl")
-        if folder.current(request) != request:
-            handle.cancel()
-            break
-    with pytest.raises(CancelledError):
-        handle.result(PATIENCE)
-    owl = request.with_prompt("an owl")
+    handle = pipeline.submit(request, output=[tmp_path / "a.mp4"], folder=folder, stream=True, allowed=1)
+    stream = iter(handle)
+    assert next(stream).index == 0
+    assert handle.change_prompt("an owl", transition=3).result(PATIENCE) == 1
+    handle.allow(2)
+    assert next(stream).index == 1
+    stream.close()
+    handle.stop()
+    assert handle.result(PATIENCE).chunks == folder.finished_chunks() == 2
+    assert frames_in(tmp_path / "a.mp4") == 2 * 33
+    owl = request.with_change(1, "an owl", 3)
     assert folder.current(request) == owl
-    finished = folder.finished_chunks()
-    with torch.no_grad():
-        rest = [c.latents for c in alone.pipeline.stream(owl, state=folder.state(torch.device("cpu")))]
     result = pipeline.submit(request, output=[tmp_path / "a.mp4"], folder=folder, keep_latents=True).result(PATIENCE)
-    assert finished < 6 and np.array_equal(result.latents, torch.cat(rest, dim=2).numpy())
+    assert np.array_equal(result.latents, alone(owl)[:, :, 2 * 9 :])
 
 
 def board_of(pipeline) -> ray.actor.ActorHandle:

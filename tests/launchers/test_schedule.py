@@ -53,7 +53,7 @@ BUSY = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 """A busy machine is no fault of the schedule."""
 
 OFTEN = ("complete",) * 4
-ACTIONS = (*OFTEN, "payload", "spoil", "lose", "restore", "cancel", "prompt", "want", "take", "add")
+ACTIONS = (*OFTEN, "payload", "spoil", "lose", "restore", "cancel", "prompt", "hold", "stop", "want", "take", "add")
 
 STEPS = 40
 """Rounds of the event loop after which nothing moves by itself any more."""
@@ -135,6 +135,7 @@ class World:
         self.closed: Counter[int] = Counter()
         self.read: set[int] = set()
         self.may_fail: set[int] = set()
+        self.held: set[int] = set()
         self.order: list[tuple[int, Stage, str]] = []
         self.faults: list[AssertionError] = []
         self.arrays: list[Numbers] = []
@@ -208,17 +209,26 @@ class World:
                 self.complete(worker, call, ArithmeticError("spoilt"))
         elif action in ("lose", "restore"):
             getattr(self, action)(pick(sorted(self.workers)))
-        elif action in ("cancel", "prompt", "want", "take") and keys:
+        elif action in ("cancel", "prompt", "hold", "stop", "want", "take") and keys:
             key = pick(keys)
             if action == "want":
                 self.want(key)
             elif action == "take":
                 self.take(key)
-            elif key in self.conductor._videos and action == "prompt":
-                self.videos[key].change_prompt("an owl")
+            elif key in self.conductor._videos and action in ("prompt", "hold", "stop"):
+                self.steer(self.videos[key], action)
             elif key in self.conductor._videos and len(self.may_fail) < 2:
                 self.may_fail.add(key)
                 self.videos[key].task.cancel()
+
+    def steer(self, video: Video, action: str) -> None:
+        if action == "stop":
+            video.stop()
+        elif action == "hold":
+            self.held.add(video.key)
+            video.allow(video.begun)
+        elif video.begun < video.chunks:
+            assert video.change_prompt("an owl", 2) == video.begun
 
     def video_of(self, worker: Player, call: tuple) -> int:
         """Whose call it is: those of one worker and stage are sent in the order of the attempts in hand."""
@@ -234,6 +244,8 @@ class World:
         while self.conductor._videos:
             for name in self.workers:
                 self.restore(name)
+            for video in self.conductor._videos.values():
+                video.allow(video.chunks)
             await self.settle()
             left = [key for key in order if key in self.conductor._videos]
             if calls := self.in_hand():
@@ -258,7 +270,7 @@ class World:
         assert worker.is_ready
         if stage is Stage.DENOISE:
             key = arguments[0].video
-            assert arguments[0].prompt == self.videos[key]._prompt, "an old prompt"
+            assert arguments[0].prompt == self.videos[key]._version, "an old prompt"
             assert arguments[1] is not None and (arguments[2] is not None or not self.plans[key].starts)
             self.order.append((key, stage, worker.name))
 
@@ -271,12 +283,13 @@ class World:
             assert video.denoised + denoising - video.delivered <= self.limits.undelivered
         under_way = [key for key, video in self.conductor._videos.items() if video.admitted.is_set()]
         streams = sum(self.plans[key].streams for key in under_way)
-        assert len(under_way) <= 2 * self.limits.active + len(self.read) + len(self.may_fail)
+        allowed = 2 * self.limits.active + len(self.read) + len(self.may_fail) + len(self.held)
+        assert len(under_way) <= allowed
         assert streams <= self.limits.active + len(self.read) + len(self.may_fail)
 
     def check_outcome(self) -> None:
         for key, plan in self.plans.items():
-            chunks, handle = list(range(plan.chunks)), self.handles[key]
+            chunks, handle = list(range(self.videos[key].chunks)), self.handles[key]
             done = [chunk for chunk, _ in self.denoised[key]]
             assert done == chunks[: len(done)], "a chunk before its predecessor, lost or denoised twice"
             assert self.written[key] == chunks[: len(self.written[key])], "out of order, lost or written twice"
@@ -288,7 +301,7 @@ class World:
                 assert self.closed[key] or not self.written[key], "its files are finished"
             else:
                 assert done == chunks and self.written[key] == (chunks if plan.writes else [])
-                assert not self.closed[key]
+                assert self.closed[key] <= (len(chunks) < plan.chunks), "only what was stopped is closed by itself"
         assert not self.crew.in_hand and not self.crew._homes and not self.conductor._endings
         assert not any(self.crew.pool._used.values()) and not any(map(self.crew.pool.waiting, Stage))
 
@@ -402,7 +415,7 @@ def test_the_checks_see_chunks_that_do_not_wait_for_those_before(monkeypatch):
 
 def test_the_checks_see_streams_that_hold_up_others(monkeypatch):
     """If videos that wait for their readers counted as busy, the third would never begin."""
-    monkeypatch.setattr(Video, "waits_for_reader", False)
+    monkeypatch.setattr(Video, "is_held", False)
 
     async def run() -> None:
         world = World(Limits(active=2))
@@ -447,7 +460,7 @@ def test_a_new_prompt_holds_from_the_next_chunk_on():
             world.complete(*world.in_hand()[0])
             await world.settle()
         assert world.crew.pool.waiting(Stage.DENOISE) == 1, "its third chunk waits for the other video"
-        world.videos[first].change_prompt("an owl")
+        world.videos[first].change_prompt("an owl", 1)
         await world.drain()
         return world
 

@@ -16,8 +16,9 @@ from diffusers.pipelines.helios import pipeline_helios
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helios_cp.config.request import ScheduledPrompt
 from helios_cp.model.text import clean, encode_prompts
-from helios_cp.pipeline.prompts import prompt_blend
+from helios_cp.pipeline.prompt_mix import prompt_mix
 
 PROMPTS = [
     "a cat",
@@ -90,50 +91,62 @@ def test_any_text_is_cleaned_as_in_diffusers(text):
         assert clean(variant) == pipeline_helios.prompt_clean(variant)
 
 
-def weights_of(blend, count: int) -> list[float]:
+def mix(lengths, steps: int, chunk: int):
+    """Of a schedule without transitions, as diffusers has it."""
+    return prompt_mix([ScheduledPrompt("a fox", length) for length in lengths], steps, chunk)
+
+
+def shares_of(mix, count: int) -> list[float]:
     """The share of each of `count` prompts."""
-    shares = [0.0] * count
-    shares[blend.index_a] += 1 - blend.weight
-    shares[blend.index_b] += blend.weight
-    return shares
+    return [dict(mix).get(index, 0.0) for index in range(count)]
 
 
 def test_schedule_written_out():
-    found = [prompt_blend((2, 4, 3), 3, chunk) for chunk in range(11)]
+    found = [mix((2, 4, 3), 3, chunk) for chunk in range(11)]
     assert found == [
-        *[(0, 0, 1.0)] * 2,
-        (0, 0, 1.0),
-        (0, 1, 0.5),
-        *[(1, 1, 1.0)] * 2,
-        (1, 1, 1.0),
-        (1, 2, 0.5),
-        *[(2, 2, 1.0)] * 3,
+        *[((0, 1.0),)] * 3,
+        ((0, 0.5), (1, 0.5)),
+        *[((1, 1.0),)] * 3,
+        ((1, 0.5), (2, 0.5)),
+        *[((2, 1.0),)] * 3,
     ]
 
 
 def test_a_single_step_repeats_the_old_prompt_once():
     assert float(torch.linspace(0, 1, steps=1)) == 0.0
-    found = [prompt_blend((2, 2), 1, chunk) for chunk in range(5)]
-    assert found == [(0, 0, 1.0), (0, 0, 1.0), (0, 0, 1.0), (1, 1, 1.0), (1, 1, 1.0)]
+    found = [mix((2, 2), 1, chunk) for chunk in range(5)]
+    assert found == [((0, 1.0),)] * 3 + [((1, 1.0),)] * 2
 
 
 def test_an_entry_shorter_than_the_blend():
-    found = [prompt_blend((1, 2, 1), 5, chunk) for chunk in range(9)]
+    found = [mix((1, 2, 1), 5, chunk) for chunk in range(9)]
     assert found == [
-        (0, 0, 1.0),
-        (0, 0, 1.0),
-        (0, 1, 0.25),
-        (1, 1, 1.0),  # the switch to the third prompt starts from the second alone
-        (1, 2, 0.25),  # the last entry goes on, and its blend with it
-        (1, 2, 0.5),
-        (1, 2, 0.75),
-        (2, 2, 1.0),
-        (2, 2, 1.0),
+        *[((0, 1.0),)] * 2,
+        ((0, 0.75), (1, 0.25)),
+        ((1, 1.0),),  # the switch to the third prompt starts from the second alone
+        ((1, 0.75), (2, 0.25)),  # the last entry goes on, and its blend with it
+        ((1, 0.5), (2, 0.5)),
+        ((1, 0.25), (2, 0.75)),
+        *[((2, 1.0),)] * 2,
     ]
 
 
 def test_the_last_prompt_holds_and_the_first_never_returns():
-    assert {prompt_blend((3, 3, 3), 3, chunk) for chunk in range(20, 200)} == {(2, 2, 1.0)}
+    assert {mix((3, 3, 3), 3, chunk) for chunk in range(20, 200)} == {((2, 1.0),)}
+
+
+def test_transitions_written_out():
+    """At once; over four chunks; and a third prompt that breaks the second off, from what was shown then."""
+    entries = [("a fox", 2, None), ("an owl", 2, 4), ("a cat", 2, 2), ("a dog", 1, 1)]
+    found = [prompt_mix([ScheduledPrompt(*entry) for entry in entries], 3, chunk) for chunk in range(9)]
+    assert found == [
+        *[((0, 1.0),)] * 2,
+        ((0, 0.75), (1, 0.25)),
+        ((0, 0.5), (1, 0.5)),
+        ((0, 0.25), (1, 0.25), (2, 0.5)),
+        ((2, 1.0),),
+        *[((3, 1.0),)] * 3,
+    ]
 
 
 schedules = st.lists(st.integers(1, 6), min_size=1, max_size=6)
@@ -151,14 +164,26 @@ def test_weights_are_those_of_linspace(lengths, steps, chunk):
     else:
         weight = float(torch.linspace(0, 1, steps)[position])
         expected[entry - 1], expected[entry] = 1 - weight, weight
-    assert weights_of(prompt_blend(lengths, steps, chunk), len(lengths)) == pytest.approx(expected, abs=1e-6)
+    assert shares_of(mix(lengths, steps, chunk), len(lengths)) == pytest.approx(expected, abs=1e-6)
 
 
-@given(schedules, st.integers(1, 7), st.integers(0, 40))
-def test_one_mixture_has_one_form(lengths, steps, chunk):
-    blend = prompt_blend(lengths, steps, chunk)
-    assert (blend.index_a == blend.index_b) == (blend.weight == 1.0)
-    assert 0 < blend.weight <= 1
+entries = st.builds(ScheduledPrompt, st.just("a fox"), st.integers(1, 6), st.none() | st.integers(1, 9))
+
+
+@given(st.lists(entries, min_size=1, max_size=6), st.integers(1, 7), st.integers(0, 40))
+def test_shares_sum_to_one_in_order(schedule, steps, chunk):
+    found = prompt_mix(schedule, steps, chunk)
+    assert sum(share for _, share in found) == pytest.approx(1)
+    assert all(0 < share <= 1 for _, share in found)
+    assert [index for index, _ in found] == sorted({index for index, _ in found})
+
+
+@given(st.lists(entries, min_size=1, max_size=6), st.integers(1, 9), st.integers(0, 40))
+def test_a_transition_never_jumps(schedule, transition, chunk):
+    """From one chunk to the next no share moves by more than a transition's step, whatever a change breaks off."""
+    schedule = [ScheduledPrompt(entry.prompt, entry.chunks, max(transition, 2)) for entry in schedule]
+    before, after = (shares_of(prompt_mix(schedule, 3, each), len(schedule)) for each in (chunk, chunk + 1))
+    assert max(abs(new - old) for old, new in zip(before, after, strict=True)) <= 1 / max(transition, 2) + 1e-9
 
 
 @pytest.mark.parametrize(
@@ -167,4 +192,4 @@ def test_one_mixture_has_one_form(lengths, steps, chunk):
 )
 def test_bad_schedules_are_refused(lengths, steps, chunk, named):
     with pytest.raises(ValueError, match=named):
-        prompt_blend(lengths, steps, chunk)
+        mix(lengths, steps, chunk)
