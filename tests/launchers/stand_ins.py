@@ -126,7 +126,7 @@ class StandIn:
     def _forget(self, video):
         return [None]
 
-    def _decode(self, latents, fps, segments, frames):
+    def _decode(self, latents, fps, before, segments, frames):
         return [Decoded((segment(),) if segments else (), SPAN), None]
 
     def _write(self, *arguments):

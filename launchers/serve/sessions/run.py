@@ -63,13 +63,10 @@ def submit(
             loop.call_soon_threadsafe(tell, news)
 
     def on_chunk(chunk: VideoChunk) -> None:
-        pass_on(Made(take, chunk.index, folder.segment(chunk.index).read_bytes(), chunk.spans))
+        pass_on(Made(take, chunk.index, chunk.segments[0], chunk.spans))
 
-    from launchers.serve.sessions.old_handle import OldHandle
-
-    handle = OldHandle(
-        pipeline.submit(folder.run.request, folder=folder, output=[video_of(folder.path)], on_chunk=on_chunk)
-    )
+    output = [video_of(folder.path)]
+    handle = pipeline.submit(folder.run.request, folder=folder, output=output, on_chunk=on_chunk, allowed=allowed)
 
     def see_through() -> None:
         error: BaseException | None = None
