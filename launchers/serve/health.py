@@ -1,10 +1,12 @@
-"""`/health`: the process answers. `/ready`: it takes sessions; 503 while weights load."""
+"""`/health`: the process answers. `/ready`: it takes sessions; 503 while weights load. `/metrics`: for Prometheus."""
 
 from __future__ import annotations
 
-from fastapi import APIRouter
-from fastapi.responses import JSONResponse
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
 
+from launchers.serve.access import bearer
+from launchers.serve.metrics import CONTENT_TYPE
 from launchers.serve.server import Server
 
 RETRY_SECONDS = 5
@@ -23,5 +25,11 @@ def router(server: Server) -> APIRouter:
         if server.is_ready:
             return JSONResponse({"status": "ready"})
         return JSONResponse({"status": server.doing}, 503, {"Retry-After": str(RETRY_SECONDS)})
+
+    @routes.get("/metrics")
+    async def metrics(request: Request) -> Response:
+        """With a key, where the server has one: how much is asked of it is nobody else's business."""
+        server.access.check_key(bearer(request.headers))
+        return Response(server.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
 
     return routes

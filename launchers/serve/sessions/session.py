@@ -19,6 +19,7 @@ from launchers.driver.handle import VideoHandle
 from launchers.driver.pipeline import ChunkPipeline, PipelineError
 from launchers.serve.media.audience import Audience, Follower
 from launchers.serve.media.store import MediaStore
+from launchers.serve.metrics import Metrics
 from launchers.serve.problems import Refusal
 from launchers.serve.sessions import telling
 from launchers.serve.sessions.changes import Change, superseded
@@ -35,7 +36,13 @@ class Session:
     `on_end` is called once it is done, or failed. Chunks are counted over all takes. Methods raise `Refusal`.
     """
 
-    def __init__(self, recording: Recording, store: MediaStore, on_end: Callable[[Session], object]) -> None:
+    def __init__(
+        self,
+        recording: Recording,
+        store: MediaStore,
+        on_end: Callable[[Session], object],
+        metrics: Metrics | None = None,
+    ) -> None:
         self.recording = recording
         self.store = store
         self.audience = Audience()
@@ -43,6 +50,7 @@ class Session:
         self.controller: Follower | None = None
         self.watched = time.monotonic()
         self._on_end = on_end
+        self._metrics = metrics or Metrics()
         self._handle: VideoHandle | None = None
         self._handles: list[VideoHandle] = []
         self._news: asyncio.Queue[Made | Ended] = asyncio.Queue()
@@ -147,6 +155,8 @@ class Session:
             metadata = await asyncio.to_thread(self.store.write, made.segment, about)
             self.pacer.waited()
             self.store.add(metadata)
+        self._metrics.made(metadata["seconds"], metadata["fps"])
+        self._metrics.shown(self.id, metadata["started"], time.monotonic())
         self.audience.wake()
         self.pacer.wake()
 
@@ -194,6 +204,7 @@ class Session:
                     raise Refusal("event_id_conflict", f"event {event_id}: another change has this id; give a new one")
                 return known
             self._check_running("change its prompt")
+            self._metrics.received(self.id, event_id, time.monotonic())
             if len(self.store.chunks) >= self.recording.request.num_chunks:
                 raise Refusal("limit", "the last chunk is made; no chunk could show this change")
             change = Change(event_id, prompt, transition, self.take, await self._ask(prompt, transition))

@@ -18,6 +18,7 @@ from launchers.driver.pipeline import ChunkPipeline
 from launchers.serve.access import Access, digest, matches, new_token
 from launchers.serve.flags import ServeCall
 from launchers.serve.media.store import MediaStore, blank_init
+from launchers.serve.metrics import Metrics
 from launchers.serve.problems import Refusal
 from launchers.serve.sessions.recording import FILE, Recording
 from launchers.serve.sessions.session import Session
@@ -34,11 +35,12 @@ DELETE_SECONDS = 60.0
 class Sessions:
     """By id, in the order they came. It belongs to the event loop."""
 
-    def __init__(self, call: ServeCall, checked: CheckedCall, access: Access) -> None:
+    def __init__(self, call: ServeCall, checked: CheckedCall, access: Access, metrics: Metrics | None = None) -> None:
         self.folder = call.data / "sessions"
         self._call = call
         self._checked = checked
         self._access = access
+        self._metrics = metrics or Metrics()
         self._pipeline: ChunkPipeline | None = None
         self._sessions: dict[str, Session] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -100,7 +102,7 @@ class Sessions:
         recording.is_endless = is_endless
         store = await asyncio.to_thread(_store, recording)
         await asyncio.to_thread(recording.save)
-        self._sessions[session_id] = session = Session(recording, store, self._ended)
+        self._sessions[session_id] = session = Session(recording, store, self._ended, self._metrics)
         return session, control, view
 
     def admit(self) -> None:
@@ -131,7 +133,7 @@ class Sessions:
                 continue
             store = _store(recording)
             store.load(recording.request.num_chunks)
-            self._sessions[recording.id] = Session(recording, store, self._ended)
+            self._sessions[recording.id] = Session(recording, store, self._ended, self._metrics)
 
     async def delete(self, session: Session) -> None:
         """With all its files."""

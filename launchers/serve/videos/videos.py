@@ -19,6 +19,7 @@ from launchers.driver.handle import VideoChunk, VideoHandle
 from launchers.driver.pipeline import ChunkPipeline, PipelineError
 from launchers.serve.flags import ServeCall
 from launchers.serve.logs import Log
+from launchers.serve.metrics import Metrics
 from launchers.serve.problems import Refusal
 from launchers.serve.sessions.asked import request_of
 from launchers.serve.sessions.run import open_run
@@ -37,9 +38,10 @@ class Videos:
     As many are made at a time as there are groups of ranks; live sessions have places of their own beside them.
     """
 
-    def __init__(self, call: ServeCall, checked: CheckedCall, uploads: Uploads, log: Log) -> None:
+    def __init__(self, call: ServeCall, checked: CheckedCall, uploads: Uploads, log: Log, metrics: Metrics) -> None:
         self.folder = call.data / "videos"
         self._call, self._checked, self._uploads, self._log = call, checked, uploads, log
+        self._metrics = metrics
         self._pipeline: ChunkPipeline | None = None
         self._records: dict[str, Record] = {}
         self._making: dict[str, asyncio.Task[None]] = {}
@@ -175,7 +177,7 @@ class Videos:
         loop = asyncio.get_running_loop()
 
         def on_chunk(chunk: VideoChunk) -> None:
-            loop.call_soon_threadsafe(setattr, record, "chunks", chunk.index + 1)
+            loop.call_soon_threadsafe(self._chunk, record, chunk)
 
         handle = await asyncio.to_thread(
             self._pipeline.submit, record.request, folder=folder, output=[record.file], on_chunk=on_chunk
@@ -184,6 +186,10 @@ class Videos:
         if record.id not in self._records:  # deleted meanwhile
             handle.cancel()
         await _end_of(handle)
+
+    def _chunk(self, record: Record, chunk: VideoChunk) -> None:
+        record.chunks = chunk.index + 1
+        self._metrics.made({stage: span.end - span.begin for stage, span in chunk.spans.items()})
 
     def _is_over(self) -> bool:
         """Whether the pipeline itself has ended, and the server ends with it."""
