@@ -8,7 +8,16 @@ from benchmarks.measuring.markdown import table
 from benchmarks.report.data import Result
 
 LABELS = ("ground", "time", "subject", "colour", "direction")
-HEADINGS = ("model, flags", *(f"{label} %" for label in LABELS), "held out %", "seam", "motion", "PSNR dB", "SSIM")
+HEADINGS = (
+    "model, flags",
+    "prompts",
+    *(f"{label} %" for label in LABELS),
+    "held out %",
+    "seam",
+    "motion",
+    "PSNR dB",
+    "SSIM",
+)
 DRIFTS = ("model, flags", "chunks", "colour away", "contrast left", "sharpness left", "subject %", "colour %", "seam")
 
 
@@ -53,4 +62,10 @@ def _row(name: str, found: dict[str, Any]) -> list[str]:
     mean = "" if not held_out else f"{100 * sum(held_out.values()) / len(held_out):.0f}"
     figures = (found.get(key) for key in ("seam", "motion", "psnr", "ssim"))
     shares = [f"{100 * found['accuracy'][label]:.0f}" for label in LABELS]
-    return [name, *shares, mean, *("" if figure is None else f"{figure:.2f}" for figure in figures)]
+    return [
+        name,
+        str(found.get("prompts", "")),
+        *shares,
+        mean,
+        *("" if figure is None else f"{figure:.2f}" for figure in figures),
+    ]
