@@ -66,5 +66,5 @@ def errors_like(latents: Tensor) -> Tensor:
     """Errors as a transformer makes them, of variance near 1: half of them smooth, because it errs on whole things."""
     batch, channels, frames, height, width = latents.shape
     coarse = torch.randn(batch, channels, frames, height // 4, width // 4, device=latents.device)
-    smooth = F.interpolate(coarse, size=(frames, height, width), mode="trilinear") * 1.5
+    smooth = F.interpolate(coarse, size=(frames, height, width), mode="trilinear") * 1.27
     return (smooth + torch.randn_like(latents)) * 0.5**0.5

@@ -13,7 +13,7 @@ from diffusers import AutoencoderKLWan
 from transformers import ByT5Tokenizer
 
 from helios_cp.model.transformer import History
-from helios_cp.tiny import forward, text, vae
+from helios_cp.tiny import decoder, forward, text, vae
 from helios_cp.tiny.forward import Past, embed_text, velocity
 from helios_cp.tiny.loop import Learner, Rates
 
@@ -130,3 +130,26 @@ def test_the_text_encoder_learns_to_name():
         learner.update(loss, steps=100)
         losses.append(loss.item())
     assert losses[-1] < losses[0] * 2 / 3
+
+
+def test_errors_of_latents_are_half_smooth():
+    """As large as noise of variance 1, and alike in neighbours, which white noise is not."""
+    torch.manual_seed(0)
+    errors = decoder.errors_like(torch.zeros(64, 16, 3, 8, 16))
+    assert errors.square().mean() == pytest.approx(1, abs=0.15)
+    alike = (errors[..., 1:] * errors[..., :-1]).mean() / errors.square().mean()
+    assert 0.3 < alike < 0.7
+
+
+def test_the_decoder_is_trained_alone_and_on_what_follows():
+    generator = random.Random(0)
+    before, after = decoder.draw_neighbours(generator, pixels=1)
+    assert before.shape[2] in (9, 13) and after.shape[2] == 5
+    made = vae.make_vae()
+    made.requires_grad_(False)
+    made.decoder.requires_grad_(True)
+    loss, figures = decoder.training_loss(made, torch.ones(16), generator)
+    loss.backward()
+    assert all(parameter.grad is None for parameter in made.encoder.parameters())
+    assert any(parameter.grad is not None and parameter.grad.any() for parameter in made.decoder.parameters())
+    assert set(figures) == {"psnr", "psnr_first", "border"}
