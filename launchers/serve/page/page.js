@@ -76,7 +76,7 @@ function show() {
 
 function badge(state, isLost, isViewer) {
   if (isLost) return "Reconnecting";
-  if (!session) return server === null ? "Connecting" : server.state === "ready" ? "Ready" : "Loading";
+  if (!session) return { ready: "Ready", loading: "Loading", draining: "Restarting" }[server?.state] ?? "Connecting";
   if (state === "running") return isViewer ? "Watching" : session.newest < 0 ? "Starting" : "Live";
   return { connecting: "Connecting", queued: "Waiting", paused: "Paused", done: "Ended" }[state] ?? state;
 }
@@ -257,6 +257,7 @@ const actions = {
   "save-schedule": () => save("schedule.json"),
   full: () => (document.fullscreenElement ? document.exitFullscreen() : find("stage").requestFullscreen?.()),
   "alert-close": () => (find("alert").hidden = true),
+  "reset-cancel": () => find("reset-dialog").close(),
   "keys-open": () => find("keys-dialog").showModal(),
   share: () => {
     find("share-link").value = session.viewersLink;
@@ -323,7 +324,7 @@ function eachPicture() {
 }
 
 if (video.requestVideoFrameCallback) video.requestVideoFrameCallback(eachPicture);
-video.addEventListener("resize", () => find("stage").style.setProperty("--shape", video.videoWidth / video.videoHeight));
+video.addEventListener("resize", () => document.body.style.setProperty("--shape", video.videoWidth / video.videoHeight));
 video.addEventListener("timeupdate", () => {
   look();
   session?.reportPosition();

@@ -130,7 +130,7 @@ export class Session {
     this.#player.close();
   }
 
-  /** Called for each picture that may be new on screen. Returns the changes that came on screen with it. */
+  /** Called for each picture that may be new on screen. Returns the changes that it is the first to show, in part or whole. */
   look() {
     const time = this.time;
     const number = this.#chunkAt(time);
@@ -146,7 +146,9 @@ export class Session {
       change.took = (Date.now() - change.sent) / 1000;
       this.#tell();
     }
-    return shown;
+    const whole = this.changes.filter((change) => change.whole <= number);
+    for (const change of whole) delete change.whole;
+    return [...shown, ...whole];
   }
 
   /** Tells the server what has been played; pacing reads it. */
@@ -272,9 +274,9 @@ export class Session {
   };
 
   #change(change) {
-    // {id, prompt, transition, state, chunk, isMade, due, sent, took, isReset, isSeen}, where `state` is sent, received (a
-    // first prompt, whose chunk is not known yet), coming, shown, replaced or refused; `isMade`: a chunk here shows it;
-    // `isSeen`: it was given elsewhere.
+    // {id, prompt, transition, state, chunk, whole, isMade, due, sent, took, isReset, isSeen}, where `state` is sent,
+    // received (a first prompt, whose chunk is not known yet), coming, shown, replaced or refused; `whole`: the chunk
+    // that ends its transition, until that is on screen; `isMade`: a chunk here shows it; `isSeen`: it was given elsewhere.
     this.changes.push({ sent: Date.now(), ...change });
     this.#tell();
   }
@@ -282,6 +284,7 @@ export class Session {
   // A chunk says which changes it is the first to show. The prompt of a start has no id: its take's first chunk shows it.
   #match(chunk) {
     for (const change of this.changes) {
+      if (change.id && change.transition > 1 && chunk.completed?.includes(change.id)) change.whole = chunk.chunk;
       const isFirst = !change.id && ["sent", "received"].includes(change.state) && (!change.isReset || chunk.is_reset);
       if (isFirst || (change.id && chunk.started?.includes(change.id))) {
         Object.assign(change, { state: change.state === "shown" ? "shown" : "coming", chunk: chunk.chunk, isMade: true });

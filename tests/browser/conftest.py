@@ -1,0 +1,78 @@
+"""A real browser and a real server. Both are started once for the tests of this folder."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.browser.live_page import LivePage
+from tests.browser.live_server import LiveServer
+
+SMALL = ("--model", "tiny-distilled", "--height", "64", "--width", "128", "--pyramid-steps", "1", "1", "1")
+SCREENSHOTS = Path(__file__).parents[2] / "outputs" / "browser"
+FLAGS = ["--no-sandbox", "--autoplay-policy=no-user-gesture-required", "--disable-dev-shm-usage"]
+"""Of Chromium: a container's root has no sandbox and little shared memory; a phone's user would press play."""
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """Debian's own build, which has the patented decoders; that of playwright's download lacks H.264."""
+    path = shutil.which("chromium") or shutil.which("google-chrome")
+    if path is None:
+        pytest.skip("no Chromium here: apt-get install chromium")
+    return path
+
+
+@pytest.fixture(scope="session")
+def browser(chromium):
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=chromium, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory, chromium) -> Iterator[LiveServer]:
+    ray_folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # short: Ray's sockets lie in it
+    server = LiveServer(tmp_path_factory.mktemp("live"), ray_folder, *SMALL)
+    server.start()
+    server.wait_until_ready()
+    yield server
+    server.end()
+    shutil.rmtree(ray_folder, ignore_errors=True)
+
+
+@pytest.fixture
+def open_page(browser, server) -> Iterator[Callable[..., LivePage]]:
+    """Opens the page, each time in a context of its own, as another user has. At the end no session is left running,
+    and nothing has gone wrong in any of them that its test did not expect."""
+    opened: list[LivePage] = []
+
+    def open_page(address: str = "", **options) -> LivePage:
+        context = browser.new_context(**options)
+        page = LivePage(context.new_page(), server.url)
+        opened.append(page)
+        page.goto(address)
+        return page
+
+    yield open_page
+    for page in opened:
+        page.stop_if_running()
+        page.page.context.close()
+        assert not page.faults, page.faults
+
+
+@pytest.fixture
+def screenshot(request) -> Callable[[LivePage, str], None]:
+    """Keeps a picture in outputs/browser."""
+
+    def keep(page: LivePage, name: str) -> None:
+        SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+        page.page.screenshot(path=SCREENSHOTS / f"{name}.png")
+
+    return keep

@@ -1,0 +1,184 @@
+"""Browser, Ray: the live page in Chromium, on a server that makes videos. Each test is one visit of a user."""
+
+from __future__ import annotations
+
+import json
+import statistics
+
+import av
+import pytest
+
+pytestmark = [pytest.mark.browser, pytest.mark.ray, pytest.mark.slow]
+
+CHUNK = 33
+"""Frames."""
+
+SLOW = {"fps": 6, "lead": 2}
+"""A chunk lasts 5.5 s and two are made ahead, so a busy machine has time to make the next one."""
+
+PHONE = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True}
+
+
+def test_a_video_plays_while_it_is_made_and_is_steered(open_page, screenshot):
+    page = open_page(viewport={"width": 1280, "height": 800})
+    page.until(lambda: page.page.text_content("#badge-text") == "Ready", "the server is ready")
+    screenshot(page, "start")
+    page.choose(**SLOW)
+    page.type_prompt("a red balloon drifting to the right over a green meadow on a sunny day")
+    page.until(lambda: page.time > 0, "the video plays")
+    page.count_stalls()
+    first = page.pixels()
+    page.until_plays(2 * CHUNK / SLOW["fps"] + 0.5)
+    assert page.stalls == 0
+    assert statistics.pstdev(first[0::4]) > 4 and first != page.pixels(), "a picture, and it moves"
+    assert 0 < page.figure("played") < 2 * SLOW["fps"] and page.figure("made") > 0 and page.figure("lead") > 0
+
+    page.type_prompt("a yellow ball bouncing on the snow at night")
+    promised = int(page.until_change(r"Received\. Applies from chunk (\d+)")[1])
+    assert promised > page.chunk
+    screenshot(page, "received")
+    shown = int(page.until_change(r"On screen from chunk (\d+), \d+\.\d s after it was sent")[1])
+    assert shown == promised <= page.chunk
+    assert page.page.locator(".change canvas.is-drawn").count() == 2
+    screenshot(page, "live")
+
+    page.page.click("#share")
+    link = page.page.input_value("#share-link")
+    page.page.keyboard.press("Escape")
+    viewer = open_page(link, **PHONE)
+    viewer.until(lambda: viewer.time > 0, "a late viewer's video plays")
+    assert viewer.page.evaluate("document.getElementById('video').buffered.start(0)") >= CHUNK / SLOW["fps"]
+    assert not viewer.page.is_visible("#composer") and not viewer.page.is_visible("#pause")
+    viewer.until(lambda: viewer.changes, "a viewer is told the prompt")
+    screenshot(viewer, "viewer")
+    at = page.chunk
+    page.until(lambda: page.chunk > at, "the next chunk")
+    viewer.until(lambda: viewer.chunk > at, "the viewer has the next chunk")
+    assert not [each for each in viewer.sent if "watch" not in each and "ping" not in each]
+
+
+def test_pause_step_resume_start_over_and_save(open_page, screenshot, tmp_path):
+    page = open_page(viewport={"width": 1280, "height": 800}, color_scheme="dark")
+    page.type_prompt("a white sailing boat on the sea at sunset")
+    page.until(lambda: page.chunk >= 1, "the second chunk is on screen")
+    page.page.click("#pause")
+
+    def paused_after(chunk: int) -> bool:
+        return page.status == f"Paused after chunk {chunk}." and page.figure("lead") < 0.1
+
+    page.until(lambda: page.state == "paused" and page.figure("lead") < 0.1, "what was begun is played")
+    paused = page.chunk
+    page.until(lambda: paused_after(paused), "the page says where it stopped")
+    screenshot(page, "paused")
+    page.press(".")
+    page.until(lambda: paused_after(paused + 1) and page.chunk == paused + 1, "one step is made and played")
+    page.press("p")
+    page.until(lambda: page.chunk >= paused + 3, "it goes on")
+
+    page.press("r")
+    page.page.fill("#reset-prompt", "a blue car driving to the left through a desert")
+    page.page.fill("#reset-seed", "7")
+    page.page.press("#reset-seed", "Enter")
+    page.until(lambda: len(page.changes) == 2, "a start over is in the history")
+    page.until_change(r"On screen from chunk \d+")
+    assert page.page.locator(".change-prompt").first.text_content() == "a blue car driving to the left through a desert"
+
+    page.page.click("#stop")
+    page.until(lambda: page.status == "Stopped.", "it is stopped")
+    with page.page.expect_download() as download:
+        page.page.click("#save-video")
+    download.value.save_as(tmp_path / "video.mp4")
+    with av.open(str(tmp_path / "video.mp4")) as video:
+        frames = sum(1 for _ in video.decode(video=0))
+    assert frames % CHUNK == 0 and frames >= (paused + 4) * CHUNK
+    with page.page.expect_download() as download:
+        page.page.click("#save-schedule")
+    schedule = json.loads(download.value.path().read_text())
+    assert schedule["prompt_schedule"][0]["prompt"] == "a blue car driving to the left through a desert"
+    page.page.click("#new")
+    assert page.state == "idle" and page.page.is_visible("#settings")
+
+
+def test_a_phone_and_the_keyboard_are_enough(open_page, screenshot):
+    page = open_page(**PHONE)
+    page.until(lambda: page.page.text_content("#badge-text") == "Ready", "the server is ready")
+    assert_fits(page)
+    screenshot(page, "phone-start")
+    assert_named(page)
+    for _ in range(30):  # with the keyboard alone, from the top
+        page.page.keyboard.press("Tab")
+        if page.page.evaluate("document.activeElement.id") == "prompt":
+            break
+    page.page.keyboard.type("a red balloon over a green meadow")
+    page.page.keyboard.press("Enter")
+    page.until(lambda: page.chunk >= 1, "the second chunk is on screen")
+    assert_fits(page)
+    assert_named(page)
+    screenshot(page, "phone-live")
+    page.page.keyboard.press("Escape")
+    page.page.keyboard.press("p")
+    page.until(lambda: page.state == "paused", "p pauses")
+    page.page.keyboard.press("/")
+    assert page.page.evaluate("document.activeElement.id") == "prompt"
+    page.page.reload()
+    page.until(lambda: page.state == "paused", "a reload comes back to the session")
+    page.press("p")
+    page.until(lambda: page.state == "running", "and steers it")
+
+
+def test_a_second_user_waits_in_the_queue(open_page):
+    first, second = open_page(), open_page()
+    first.type_prompt("a fox")
+    first.until(lambda: first.time > 0, "the first plays")
+    second.type_prompt("a bird")
+    second.until(lambda: second.status == "Number 1 of 1 in the queue…", "the second is told its place")
+    first.stop_if_running()
+    second.until(lambda: second.time > 0, "then it plays")
+
+
+def test_bad_settings_are_told_in_one_line_and_keep_the_prompt(open_page):
+    page = open_page()
+    page.page.wait_for_selector(".field:visible")
+    page.choose(num_frames=10**9)
+    page.type_prompt("a fox")
+    page.page.wait_for_selector("#alert:visible")
+    assert "600" in page.page.text_content("#alert-text"), "what is allowed"
+    assert page.state == "idle" and page.page.input_value("#prompt") == "a fox"
+
+
+def test_a_server_that_is_killed_and_started_again_goes_on_with_the_video(open_page, server, screenshot):
+    page = open_page()
+    page.choose(fps=12)
+    page.type_prompt("a red balloon drifting to the right over a green meadow on a sunny day")
+    page.until(lambda: page.chunk >= 1, "the second chunk is on screen")
+    server.kill()
+    page.until(lambda: page.page.text_content("#badge-text") == "Reconnecting", "the page has seen it")
+    screenshot(page, "reconnecting")
+    before = page.time, page.chunk
+    server.start()
+    page.until(lambda: page.page.text_content("#badge-text") == "Live", "the page has come back")
+    page.until(lambda: page.chunk >= before[1] + 3, "chunks follow on")
+    assert page.time > before[0]
+    assert page.page.is_hidden("#alert"), page.page.text_content("#alert-text")
+    page.faults = [each for each in page.faults if "ERR_CONNECTION" not in each and "503" not in each]
+
+
+def assert_fits(page) -> None:
+    """Nothing is wider than the screen."""
+    assert page.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def assert_named(page) -> None:
+    """A screen reader has a name for everything that one can press or fill."""
+    lines = [line.strip() for line in page.page.locator("body").aria_snapshot().splitlines()]
+    roles = ("button", "textbox", "combobox", "spinbutton")
+    unnamed = [line for line in lines if line.removeprefix("- ").rstrip(":") in roles]
+    assert not unnamed and sum(line.removeprefix("- ").startswith(roles) for line in lines) > 5
+
+
+def test_control_without_a_name_is_seen(browser):
+    page = browser.new_page()
+    page.set_content("<button></button>" + "<button>a</button>" * 9)
+    with pytest.raises(AssertionError):
+        assert_named(type("Named", (), {"page": page}))
+    page.close()
