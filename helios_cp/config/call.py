@@ -35,7 +35,8 @@ class Call:
     )
     resume: Path | None = flag(
         None,
-        "go on with the run that is kept there; refuses a folder without one; the other flags need not be repeated",
+        "go on with the run that is kept there; refuses a folder without one; the other flags need not be "
+        "repeated, and --num-frames may be another",
         "DIR",
     )
     model: str | None = flag(

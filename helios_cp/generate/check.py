@@ -142,10 +142,12 @@ def check(call: Call, cache: Path | None, ranks: Ranks | None = None, target: Ta
     for job, each in zip(waiting, folders, strict=True):
         if each in runs:
             check_same_run(runs[each], Run(job.request, model, dtype_name(dtype), (), execution), each)
-    waiting = [
+    current = [
         Job(RunFolder(each, runs[each]).current(job.request), job.output) if each in runs else job
         for job, each in zip(waiting, folders, strict=True)
     ]
+    kept = _kept(waiting, current, folders)
+    waiting = current
     requests = [job.request for job in (*waiting, *skipped)]
     planned = planning_hardware(call.layout, device.type, ranks.local_size)
     layout = choose_layout(
@@ -186,7 +188,7 @@ def check(call: Call, cache: Path | None, ranks: Ranks | None = None, target: Ta
         has_prompt_file=prompt_file is not None,
         made_with=made_with,
         planned_for=planned and planned.name,
-        changes=tuple(_changes(runs, made_with)),
+        changes=(*_changes(runs, made_with), *kept),
     )
 
 
@@ -228,10 +230,23 @@ def _changes(runs: Mapping[Path, Run], now: MadeWith) -> list[str]:
     ]
 
 
+def _kept(asked: list[Job], current: list[Job], folders: list[Path | None]) -> list[str]:
+    """A remark for each run that has more chunks already than are asked for now."""
+    return [
+        f"run folder {folder}: {now.request.num_chunks} chunks are finished, more than --num-frames "
+        f"{job.request.num_frames} asks for; the video has them all"
+        for job, now, folder in zip(asked, current, folders, strict=True)
+        if now.request.num_frames > job.request.num_frames
+    ]
+
+
 def check_same_run(saved: Run, asked: Run, folder: Path) -> None:
-    """Raises `RequestError` when a flag given now differs from the saved run's: the video could not be the same."""
+    """Raises `RequestError` when a flag given now differs from the saved run's: the video could not be the same.
+
+    A video may be made longer or shorter, as no chunk depends on how many there are.
+    """
     fields = [("--model", saved.model, asked.model), ("--dtype", saved.dtype, asked.dtype)]
-    for name in Request.__dataclass_fields__:
+    for name in [each for each in Request.__dataclass_fields__ if each != "num_frames"]:
         fields.append((flag_name(Request, name), getattr(saved.request, name), getattr(asked.request, name)))
     before, now = saved.execution.bits(), asked.execution.bits()
     fields += [("--" + name.replace("_", "-"), before[name], now[name]) for name in before]
@@ -271,9 +286,10 @@ def _jobs(call: Call, saved: Run | None) -> list[Job]:
         )
     if saved is None:
         return [single_job(Request(**call.request), call.output or Path("out.mp4"))]
+    request = replace(saved.request, num_frames=call.request.get("num_frames", saved.request.num_frames))
     if call.output is not None:
-        return [single_job(saved.request, call.output)]
-    return [Job(saved.request, tuple(Path(path) for path in saved.output))]
+        return [single_job(request, call.output)]
+    return [Job(request, tuple(Path(path) for path in saved.output))]
 
 
 def _check_media(jobs: list[Job]) -> None:

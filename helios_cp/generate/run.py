@@ -228,7 +228,9 @@ def files_of(session: Session, number: int) -> ChunkFiles:
         chunks.remove()  # what a killed call left
         return chunks
     if RunFolder.is_run(folder):
-        return RunFolder.open(folder)
+        run_folder = RunFolder.open(folder)
+        run_folder.end_at(job.request.num_frames)
+        return run_folder
     output = tuple(str(path.absolute()) for path in job.output)
     run = Run(job.request, session.model, dtype_name(session.dtype), output, session.execution, session.made_with)
     return RunFolder.create(folder, run)

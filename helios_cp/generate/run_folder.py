@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -152,8 +152,18 @@ class RunFolder(ChunkFiles):
         return self.finished_chunks()
 
     def current(self, request: Request) -> Request:
-        """The run's request with the changes of prompt while it was made: what all its chunks are made of."""
-        return request.with_schedule(self._commit()["prompt_schedule"])
+        """The run's request with the changes of prompt while it was made: what all its chunks are made of.
+
+        It asks for no fewer chunks than are finished, as these stay.
+        """
+        frames = max(request.num_frames, self.finished_chunks() * request.frames_per_chunk)
+        return replace(request, num_frames=frames).with_schedule(self._commit()["prompt_schedule"])
+
+    def end_at(self, num_frames: int) -> None:
+        """Make the video longer or shorter than it was begun; no chunk depends on how many there are."""
+        if num_frames != self.run.request.num_frames:
+            self.run = replace(self.run, request=replace(self.run.request, num_frames=num_frames))
+            write_json(self.path / "run.json", {"format": FORMAT, **self.run.to_json()})
 
     def commit(self, chunk: Chunk, segments: Sequence[bytes], schedule: Sequence[ScheduledPrompt] = ()) -> None:
         """Save a chunk with its MP4 segments, one a video of the batch, and count it as finished.

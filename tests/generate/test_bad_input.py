@@ -236,7 +236,6 @@ CASES: dict[str, tuple[str, ...]] = {
     # resuming
     "other prompt": ("--resume run --prompt owl", "run folder run: ", "--prompt fox, not with --prompt owl"),
     "other seed": ("--resume run --seed 7", "run folder run: ", "--seed 42, not with --seed 7"),
-    "other number of frames": ("--resume run --num-frames 99", "run folder run: ", "33, not with --num-frames 99"),
     "other dtype": ("--resume run --dtype float16", "run folder run: ", "float32, not with --dtype float16"),
     "other model": (
         "--resume run --model random-mid",

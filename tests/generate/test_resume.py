@@ -102,6 +102,24 @@ def test_a_changed_prompt_is_resumed(pipelines, presets, tmp_path, monkeypatch):
     assert RunFolder.open(live.path).current(run.request) == owl, "and it is still kept"
 
 
+def test_a_run_goes_on_to_another_end(presets, tmp_path, monkeypatch, capsys):
+    """Longer than it was begun, to the frames that it would have had at once; and no shorter than what is finished."""
+    monkeypatch.chdir(tmp_path)
+    size = ["--height", "64", "--width", "64", "--pyramid-steps", "1", "1", "1"]
+    fox = ["--model", str(presets["random-distilled"]), "--prompt", "a fox", *size]
+    assert main([*fox, "--num-frames", "99", "--output", "whole.mp4"]) == 0
+    assert main([*fox, "--num-frames", "33", "--output", "a.mp4", "--checkpoint-dir", "run"]) == 0
+    assert main(["--resume", "run", "--num-frames", "66", "--output", "b.mp4"]) == 0
+    assert main([*fox, "--num-frames", "99", "--output", "c.mp4", "--checkpoint-dir", "run"]) == 0
+    whole = Path("whole.mp4").read_bytes()
+    assert Path("c.mp4").read_bytes() == whole and Path("b.mp4").read_bytes() != whole
+    assert RunFolder.open(Path("run")).run.request.num_frames == 99
+    capsys.readouterr()
+    assert main(["--resume", "run", "--num-frames", "33", "--output", "d.mp4"]) == 0
+    told = "run folder run: 3 chunks are finished, more than --num-frames 33 asks for; the video has them all"
+    assert told in capsys.readouterr().err and Path("d.mp4").read_bytes() == whole
+
+
 @pytest.mark.parametrize("name", ["run.json", "state.json", "state-00001.safetensors"])
 @pytest.mark.parametrize("content", [b"", b"{}", b"\x00" * 40])
 def test_damaged_folders_are_refused(pipelines, tmp_path, name, content):
