@@ -17,7 +17,7 @@ from launchers.serve.server import Server
 from launchers.serve.sessions import telling
 from launchers.serve.sessions.session import Session
 
-FOR_EVER = {"Cache-Control": "private, max-age=31536000, immutable"}
+FOR_EVER = "max-age=31536000, immutable"
 """A chunk's bytes never change."""
 
 Token = Annotated[str | None, Query(max_length=256)]
@@ -85,16 +85,19 @@ def router(server: Server) -> APIRouter:
 
     @routes.get("/{session_id}/hls/{name}")
     async def media(session_id: str, name: str, request: Request, token: Token = None) -> Response:
+        """Caches that many share, as those of a CDN, may keep what the address alone gives a right to."""
+        is_by_address = token is not None and bearer(request.headers) is None
+        cached = {"Cache-Control": f"{'public' if is_by_address else 'private'}, {FOR_EVER}"}
         store = viewed(session_id, request, token).store
         if name == INIT:
-            return Response(store.init, media_type="video/mp4", headers=FOR_EVER)
+            return Response(store.init, media_type="video/mp4", headers=cached)
         number = name.removesuffix(".m4s")
         if not number.isascii() or not number.isdecimal() or len(number) > 9 or name != fragment_name(int(number)):
             raise Refusal("not_found", f"{name[:64]!r}: there is no such file")
         if int(number) >= len(store.chunks):
             raise Refusal("not_found", f"chunk {int(number)} is not made yet")
         content = await asyncio.to_thread(store.media, int(number))
-        return Response(content, media_type="video/iso.segment", headers=FOR_EVER)
+        return Response(content, media_type="video/iso.segment", headers=cached)
 
     return routes
 

@@ -1,4 +1,4 @@
-"""A server without workers, for what it answers by itself."""
+"""A server without workers, for what it answers by itself; and one that runs, which some files share."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from fastapi.testclient import TestClient
 from launchers.serve.app import build_app
 from launchers.serve.flags import ServeCall
 from launchers.serve.server import Server
+from tests.launchers.serve.running import RunningServer
 
 HERE = "http://127.0.0.1:8000"
 WS = "ws://127.0.0.1:8000"
@@ -35,3 +36,17 @@ def client_of(server: Server, more: Callable[[FastAPI], object] = lambda app: No
 
 def call_of(folder: Path, **values) -> ServeCall:
     return ServeCall(data=folder / "data", **values)
+
+
+RUNNING_KEY = "a-key-of-the-test-0123456789"
+
+
+@pytest.fixture(scope="session")
+def running_server(presets, tmp_path_factory):
+    """With a key, random weights, and few places in its queue."""
+    folder = tmp_path_factory.mktemp("server")
+    keys = folder / "keys"
+    keys.write_text(f"{RUNNING_KEY}\n")
+    keys.chmod(0o600)
+    with RunningServer(folder, str(presets["random-distilled"]), "--api-key-file", str(keys), "--queue", "3") as server:
+        yield server

@@ -15,25 +15,20 @@ from openai import OpenAI
 
 from helios_cp.generate.run_folder import RunFolder
 from tests.launchers.conftest import PATIENCE, frames_in
+from tests.launchers.serve.conftest import RUNNING_KEY as KEY
 from tests.launchers.serve.running import RunningServer
 from tests.launchers.serve.uploads.files import picture
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
-KEY = "a-key-of-the-test-0123456789"
 PROMPT = "a red fox that nobody shall read about"
 SMALL = {"prompt": PROMPT, "size": "64x64"}
 LONG = {"num_frames": 33 * 30}
 
 
-@pytest.fixture(scope="module")
-def server(presets, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("server")
-    keys = folder / "keys"
-    keys.write_text(f"{KEY}\n")
-    keys.chmod(0o600)
-    with RunningServer(folder, str(presets["random-distilled"]), "--api-key-file", str(keys), "--queue", "3") as server:
-        yield server
+@pytest.fixture
+def server(running_server):
+    return running_server
 
 
 @pytest.fixture
