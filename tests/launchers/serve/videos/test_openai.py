@@ -7,6 +7,7 @@ import re
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import httpx
 import openai
@@ -22,6 +23,7 @@ from tests.launchers.serve.uploads.files import picture
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
 PROMPT = "a red fox that nobody shall read about"
+DOCS = Path(__file__).parents[4] / "docs" / "serving.md"
 SMALL = {"prompt": PROMPT, "size": "64x64"}
 LONG = {"num_frames": 33 * 30}
 
@@ -180,3 +182,13 @@ def test_no_secret_and_no_prompt_is_logged(server):
     assert {"video.created", "video.finished", "video.deleted", "request"} <= events
     assert not [line for line in lines if line["event"] == "server.fault"]
     assert all(re.fullmatch(r"[0-9T:.-]+Z", line["time"]) for line in lines)
+
+
+def test_the_example_of_the_docs(server, client, tmp_path, monkeypatch):
+    code = re.search(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)[1]
+    for before, after in (("http://127.0.0.1:8000", server.url), ("KEY", KEY), ("640x384", "64x64"), ('"4"', '"1"')):
+        assert before in code
+        code = code.replace(before, after)
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    assert frames_in(tmp_path / "fox.mp4") == 33
