@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import uuid
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, WebSocket
 from starlette.websockets import WebSocketDisconnect
 
+from helios_cp.config.request import Request
 from launchers.serve.access import bearer, matches
 from launchers.serve.problems import Refusal
 from launchers.serve.realtime import messages
@@ -17,6 +20,7 @@ from launchers.serve.sessions import telling
 from launchers.serve.sessions.asked import request_of
 from launchers.serve.sessions.session import Session
 from launchers.serve.sessions.sessions import view_token
+from launchers.serve.uploads.kinds import CLIP, PICTURE
 
 
 def router(server: Server) -> APIRouter:
@@ -104,18 +108,29 @@ class Controller:
         if message.format != "m4s":
             raise Refusal("unsupported", f"format {message.format[:32]!r}: m4s is what is sent")
         asked = request_of({"prompt": message.prompt, **message.others}, server.call, server.checked.checkpoint)
-        if message.image is not None or message.video is not None:
-            raise Refusal("unsupported", "image and video: this server does not take them yet")
         lead = message.lead
         if lead is None and message.streaming_buffer_seconds is not None:
             request = asked.request
             lead = max(1.0, message.streaming_buffer_seconds * request.fps / request.frames_per_chunk)
-        session, control, view = await server.sessions.create(asked.request, lead, asked.is_endless)
+        session_id = uuid.uuid4().hex
+        request = await self._with_start(message, asked.request, server.sessions.folder_of(session_id))
+        session, control, view = await server.sessions.create(session_id, request, lead, asked.is_endless)
         self._transition = max(1, message.transition_chunks)
         ignored = [*asked.ignored, *(["model"] if message.model not in (None, server.checked.model) else [])]
         tokens = {"control_token": control, "view_token": view, "ignored": ignored}
         self._take_control(session, tokens, 0)
         server.sessions.admit()
+
+    async def _with_start(self, message: messages.Start, request: Request, folder: Path) -> Request:
+        """The request with the picture or clip to start from, which is checked and kept in the session's folder."""
+        if message.image is not None and message.video is not None:
+            raise Refusal("invalid_request", "image and video: give one of the two")
+        for field, kind in (("image", PICTURE), ("video", CLIP)):
+            given = getattr(message, field)
+            if given is not None:
+                kept = await self._server.uploads.keep(given, folder, field, (kind,), request.frames_per_chunk)
+                return replace(request, **{field: str(kept.path.absolute())})
+        return request
 
     def _attach(self, message: messages.Attach) -> None:
         if self._session is not None:

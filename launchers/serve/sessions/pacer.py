@@ -37,13 +37,13 @@ class Pacer:
         """Seconds of media that the controller's player has played, or the clock in its place."""
         return self.playhead.seconds(time.monotonic(), self._store.seconds)
 
-    def restart(self, first: int) -> int:
-        """A take begins, from what is ready; returns how many of its chunks may begin."""
+    def restart(self, first: int) -> None:
+        """A take begins, or goes on with the chunks that are ready; nothing is granted before `steer`."""
         self._handle, self.first = None, first
-        self.granted = self._may_begin()
-        return self.granted
+        self.granted = len(self._store.chunks) - first
 
     def steer(self, handle: VideoHandle) -> None:
+        """From now on let this video go on."""
         self._handle = handle
         self.wake()
 

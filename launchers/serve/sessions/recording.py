@@ -110,5 +110,6 @@ class Recording:
         request = self.request.to_json()
         for name in ("prompt", "prompt_schedule", "sigmas"):
             request.pop(name)
+        request |= {name: Path(request[name]).name for name in ("image", "video") if request[name] is not None}
         frames = chunks * self.request.frames_per_chunk
         return {"prompt_schedule": entries, **request, "seed": [begun.seed], "num_frames": frames}

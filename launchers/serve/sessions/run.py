@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import CancelledError
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 from helios_cp.config.request import Request
@@ -17,6 +18,7 @@ from helios_cp.generate.run_folder import Run, RunFolder
 from launchers.driver.handle import VideoChunk, VideoHandle
 from launchers.driver.pipeline import ChunkPipeline
 from launchers.messages.messages import Span
+from launchers.workers import denoised_chunks
 
 
 @dataclass(frozen=True)
@@ -54,9 +56,12 @@ def video_of(folder: Path) -> Path:
 
 
 def submit(
-    pipeline: ChunkPipeline, folder: RunFolder, take: int, allowed: int, tell: Tell, loop: asyncio.AbstractEventLoop
+    pipeline: ChunkPipeline, folder: RunFolder, take: int, tell: Tell, loop: asyncio.AbstractEventLoop
 ) -> VideoHandle:
-    """Begin, or go on with, the video of a run folder; `tell` is called in the event loop. Raises `RequestError`."""
+    """Queue the video of a run folder, from where it stands; no chunk begins before it is allowed.
+
+    `tell` is called in the event loop. Raises `RequestError`.
+    """
 
     def pass_on(news: Made | Ended) -> None:
         if not loop.is_closed():
@@ -66,7 +71,7 @@ def submit(
         pass_on(Made(take, chunk.index, chunk.segments[0], chunk.spans))
 
     output = [video_of(folder.path)]
-    handle = pipeline.submit(folder.run.request, folder=folder, output=output, on_chunk=on_chunk, allowed=allowed)
+    handle = pipeline.submit(folder.run.request, folder=folder, output=output, on_chunk=on_chunk, allowed=0)
 
     def see_through() -> None:
         error: BaseException | None = None
@@ -78,6 +83,15 @@ def submit(
 
     threading.Thread(target=see_through, name=f"end of video {handle.key}", daemon=True).start()
     return handle
+
+
+def planned(folder: RunFolder) -> dict[int, str]:
+    """The prompts that the chunks on disk were made of, and those denoised but not finished, by their first chunk."""
+    ahead = denoised_chunks.load(folder, folder.count())
+    request = folder.current(folder.run.request)
+    schedule = ahead[-1].schedule if ahead and ahead[-1].schedule else request.prompt_schedule
+    starts = [0, *accumulate(entry.chunks for entry in schedule)]
+    return {start: entry.prompt for start, entry in zip(starts, schedule, strict=False)}
 
 
 def wait(handle: VideoHandle, seconds: float) -> None:

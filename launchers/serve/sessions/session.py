@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import CancelledError
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from helios_cp.config.errors import RequestError
 from helios_cp.config.request import Request
 from helios_cp.files.mp4 import join_segments
 from helios_cp.generate.check import Session as CheckedCall
@@ -25,7 +26,7 @@ from launchers.serve.sessions import telling
 from launchers.serve.sessions.changes import Change, superseded
 from launchers.serve.sessions.pacer import Pacer
 from launchers.serve.sessions.recording import Recording, Take
-from launchers.serve.sessions.run import Ended, Made, open_run, submit, wait
+from launchers.serve.sessions.run import Ended, Made, open_run, planned, submit, wait
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +91,6 @@ class Session:
         await asyncio.to_thread(recording.save)
         self._tasks = [asyncio.create_task(self._publish()), asyncio.create_task(self.pacer.run())]
         await self._begin_take()
-        await self._change_again()
         self.tell_state()
 
     async def _begin_take(self) -> None:
@@ -98,15 +98,14 @@ class Session:
         path = self.recording.run_folder(take)
         folder = await asyncio.to_thread(open_run, self._checked, self._request_of(begun), path)
         await self._take_up(folder)
-        allowed = self.pacer.restart(begun.first_chunk)
+        self.pacer.restart(begun.first_chunk)
         if folder.count() == folder.run.request.num_chunks:
             self._news.put_nowait(Ended(take, None))
             return
         loop = asyncio.get_running_loop()
-        self._handle = await asyncio.to_thread(
-            submit, self._pipeline, folder, take, allowed, self._news.put_nowait, loop
-        )
+        self._handle = await asyncio.to_thread(submit, self._pipeline, folder, take, self._news.put_nowait, loop)
         self._handles.append(self._handle)
+        await self._change_again(await asyncio.to_thread(planned, folder))
         self.pacer.steer(self._handle)
 
     def _request_of(self, take: Take) -> Request:
@@ -123,14 +122,14 @@ class Session:
         if folder.count():
             self.pacer.skip()
 
-    async def _change_again(self) -> None:
-        """Changes that were accepted and not shown before the server was killed."""
-        changes, count = self.recording.changes, len(self.store.chunks)
-        for number, each in enumerate(changes):
-            if self._handle is None or each.take != self.take or each.superseded_by or each.chunk < count:
-                continue
-            chunk = await self._ask(each.prompt, each.transition)
-            changes[number] = replace(each, chunk=chunk)
+    async def _change_again(self, planned: Mapping[int, str]) -> None:
+        """Changes that were accepted, and that no chunk on disk was made of before the server was killed."""
+        first, count = self.recording.takes[-1].first_chunk, len(self.store.chunks)
+        for number, each in enumerate(self.recording.changes):
+            is_lost = each.take == self.take and each.superseded_by is None and each.chunk >= count
+            if is_lost and planned.get(each.chunk - first) != each.prompt:
+                chunk = await self._ask(each.prompt, each.transition)
+                self.recording.changes[number] = replace(each, chunk=chunk)
         await asyncio.to_thread(self.recording.save)
 
     async def _publish(self) -> None:
@@ -205,16 +204,17 @@ class Session:
                 return known
             self._check_running("change its prompt")
             self._metrics.received(self.id, event_id, time.monotonic())
-            if len(self.store.chunks) >= self.recording.request.num_chunks:
-                raise Refusal("limit", "the last chunk is made; no chunk could show this change")
             change = Change(event_id, prompt, transition, self.take, await self._ask(prompt, transition))
             self.recording.changes = [*superseded(self.recording.changes, change), change]
             await asyncio.to_thread(self.recording.save)
             return change
 
     async def _ask(self, prompt: str, transition: int) -> int:
-        """The first chunk of the session that shows it."""
-        chunk = await asyncio.wrap_future(self._handle.change_prompt(prompt, transition=transition))
+        """The first chunk of the session that shows it. Raises `Refusal`."""
+        try:
+            chunk = await asyncio.wrap_future(self._handle.change_prompt(prompt, transition=transition))
+        except RequestError as error:  # the last chunk has begun
+            raise Refusal("limit", str(error)) from None
         return self.recording.takes[-1].first_chunk + chunk
 
     async def pause(self) -> None:

@@ -8,8 +8,8 @@ import hashlib
 import logging
 import shutil
 import time
-import uuid
 from collections.abc import Coroutine, Iterator
+from pathlib import Path
 
 from helios_cp.config.errors import RequestError
 from helios_cp.config.request import Request
@@ -89,21 +89,41 @@ class Sessions:
 
     # Their ways
 
-    async def create(self, request: Request, lead: float | None, is_endless: bool) -> tuple[Session, str, str]:
-        """A new session at the end of the queue, with the tokens to steer and to view it. Raises `Refusal`."""
+    def folder_of(self, session_id: str) -> Path:
+        return self.folder / session_id
+
+    async def create(
+        self, session_id: str, request: Request, lead: float | None, is_endless: bool
+    ) -> tuple[Session, str, str]:
+        """A new session at the end of the queue, with the tokens to steer and to view it.
+
+        Raises `Refusal`, and removes what was put in its folder.
+        """
+        try:
+            self._check_room()
+        except Refusal:
+            shutil.rmtree(self.folder_of(session_id), ignore_errors=True)
+            raise
+        control = new_token()
+        recording = Recording(
+            session_id,
+            self.folder_of(session_id),
+            request,
+            digest(control),
+            digest(view_token(control)),
+            lead or self._call.lead,
+            is_endless,
+        )
+        store = await asyncio.to_thread(_store, recording)
+        await asyncio.to_thread(recording.save)
+        self._sessions[session_id] = session = Session(recording, store, self._ended, self._metrics)
+        return session, control, view_token(control)
+
+    def _check_room(self) -> None:
         if self._is_draining:
             raise Refusal("busy", "the server is shutting down; try again in a moment")
         if len(self.queue) + len(self.running) >= self._call.most_sessions + self._call.queue:
             raise Refusal("busy", f"{len(self.queue)} sessions wait already; try again later")
-        control, session_id = new_token(), uuid.uuid4().hex
-        view = view_token(control)
-        folder = self.folder / session_id
-        recording = Recording(session_id, folder, request, digest(control), digest(view), lead or self._call.lead)
-        recording.is_endless = is_endless
-        store = await asyncio.to_thread(_store, recording)
-        await asyncio.to_thread(recording.save)
-        self._sessions[session_id] = session = Session(recording, store, self._ended, self._metrics)
-        return session, control, view
 
     def admit(self) -> None:
         """Let sessions run in order, as many as may at a time, and tell the others where they are."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 from launchers.serve.media.store import MediaStore
@@ -33,6 +34,7 @@ def done(recording: Recording, store: MediaStore) -> dict[str, Any]:
 def configuration(recording: Recording, model: str) -> dict[str, Any]:
     """All that decides the video."""
     request = recording.request.to_json()
+    request |= {name: Path(request[name]).name for name in ("image", "video") if request[name] is not None}
     return {"model": model, **request, "lead": recording.lead, "is_endless": recording.is_endless}
 
 
