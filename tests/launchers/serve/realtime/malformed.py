@@ -37,7 +37,7 @@ TEXTS = [
         "'{}'",
     ),
     *('{"type": "session.ping"', '{"type": "session.ping"} {}', '{"type": NaN}', '{"type": Infinity}'),
-    *('[{"type": "session.ping"}]', "[" * 100_000, '{"a":' * 100_000, "9" * 10_000, '"' + "a" * 100_000),
+    *('[{"type": "session.ping"}]', "[" * 100_000, '{"a":' * 20_000, "9" * 10_000, '"' + "a" * 100_000),
 ]
 OBJECTS = [
     *({"type": kind} for kind in (None, 7, True, [], {}, "", "ping", "session", "session.unknown", "SESSION.PING")),
