@@ -17,7 +17,7 @@ from helios_cp.pipeline.pipeline import Pipeline
 from tests.launchers.serve.client import PATIENCE, Client
 from tests.launchers.serve.live import LiveServer, live_server
 from tests.launchers.serve.media.test_fragments import times
-from tests.launchers.serve.test_live import FRAMES, change, get, play, play_until
+from tests.launchers.serve.test_live import FRAMES, change, get, play_until
 
 pytestmark = pytest.mark.ray
 
