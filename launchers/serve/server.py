@@ -34,7 +34,7 @@ class Server:
     access: Access = field(default_factory=Access)
     log: Log = field(default_factory=Log)
     pipeline: ChunkPipeline | None = None
-    doing: str = "starting"
+    doing: str = "loading weights"
     is_draining: bool = False
     metrics: Metrics = field(init=False)
     sessions: Sessions = field(init=False)

@@ -16,12 +16,22 @@ from helios_cp.config.errors import RequestError
 GRACE_SECONDS = 5
 """For answers in hand when the server ends."""
 
+SEND_BYTES = 256 * 1024
+"""That the kernel may keep for each client. Left to itself it keeps megabytes, which are seconds of old pictures for a
+slow client, and memory for many."""
+
+UNREAD_SECONDS = 60
+"""After which the kernel gives up a client that takes nothing of what was sent."""
+
 
 def listen(host: str, port: int) -> socket.socket:
     """Take the port, so that a taken one is refused before anything else starts. Raises `RequestError`."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=2048)
+        listener = socket.create_server((host, port), family=family, backlog=2048)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)  # connections take it over
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * UNREAD_SECONDS)
+        return listener
     except OSError as error:
         raise RequestError(
             f"--host {host} --port {port}: nobody can listen there ({error.strerror}); give another"

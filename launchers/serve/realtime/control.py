@@ -120,6 +120,8 @@ class Controller:
         tokens = {"control_token": control, "view_token": view, "ignored": ignored}
         self._take_control(session, tokens, 0)
         server.sessions.admit()
+        if server.pipeline is None:
+            self._outlet.say({"type": "session.status", "text": server.doing})
 
     async def _with_start(self, message: messages.Start, request: Request, folder: Path) -> Request:
         """The request with the picture or clip to start from, which is checked and kept in the session's folder."""

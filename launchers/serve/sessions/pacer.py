@@ -37,6 +37,12 @@ class Pacer:
         """Seconds of media that the controller's player has played, or the clock in its place."""
         return self.playhead.seconds(time.monotonic(), self._store.seconds)
 
+    @property
+    def is_held(self) -> bool:
+        """Whether the next chunk waits for a controller that does not read what it was sent."""
+        reads = self._most_unread()
+        return reads is not None and reads <= self.first + self.granted < self._allowed()
+
     def restart(self, first: int) -> None:
         """A take begins, or goes on with the chunks that are ready; nothing is granted before `steer`."""
         self._handle, self.first = None, first
@@ -102,10 +108,16 @@ class Pacer:
 
     def _may_begin(self) -> int:
         """Chunks of this take."""
-        count = allowed(self.played / self._store.chunk_seconds, self.lead)
-        if self.reader is not None:  # one that does not read holds up its own session, and nothing else
-            count = min(count, self.reader.next + math.ceil(self.lead) + UNREAD)
-        return max(count - self.first, 0)
+        reads, count = self._most_unread(), self._allowed()
+        return max((count if reads is None else min(count, reads)) - self.first, 0)
+
+    def _allowed(self) -> int:
+        return allowed(self.played / self._store.chunk_seconds, self.lead)
+
+    def _most_unread(self) -> int | None:
+        """Chunks that may begin before the controller has read more: one that does not read holds up its own session,
+        and nothing else."""
+        return None if self.reader is None else self.reader.next + math.ceil(self.lead) + UNREAD
 
     def _seconds_until_next(self) -> float | None:
         target = (self.first + self.granted - self.lead) * self._store.chunk_seconds

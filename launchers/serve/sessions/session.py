@@ -315,6 +315,7 @@ class Session:
     def summary(self) -> dict[str, Any]:
         """What a list of sessions says of it."""
         told = {"viewers": len(self.audience), "has_controller": self.controller is not None}
+        told["waits_for_controller"] = self.pacer.is_held
         return {**telling.summary(self.recording, self.store), **told}
 
     def tell_state(self) -> None:

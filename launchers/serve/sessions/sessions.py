@@ -128,12 +128,19 @@ class Sessions:
     def admit(self) -> None:
         """Let sessions run in order, as many as may at a time, and tell the others where they are."""
         if self._pipeline is None or self._is_draining:
-            return self._tell_queue()
+            self._tell_queue()
+            return
         room = self._call.most_sessions - len(self.running)
         for session in self.queue[: max(room, 0)]:
             session.recording.state = "running"
             self._start(session)
         self._tell_queue()
+
+    def say(self, text: str) -> None:
+        """What is happening, for those who wait."""
+        for session in self:
+            if not session.is_done:
+                session.audience.say({"type": "session.status", "text": text})
 
     def opened(self, pipeline: ChunkPipeline) -> None:
         """The workers are loaded: go on with what ran, then admit."""
@@ -197,6 +204,9 @@ class Sessions:
         while True:
             await asyncio.sleep(LOOK_SECONDS)
             now = time.monotonic()
+            lost = [worker.name for worker in self._pipeline.workers.values() if not worker.is_ready]
+            if lost:
+                self.say(f"{', '.join(lost)} {'is' if len(lost) == 1 else 'are'} being replaced")
             for session in self:
                 if session.is_done:
                     ended = session.recording.ended or session.recording.created

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from typing import Any
 
 from websockets.sync.client import ClientConnection, connect
@@ -77,3 +78,12 @@ class Client:
     def media(self) -> bytes:
         """All that was received, as one file."""
         return self.init + b"".join(media for _, media in self.chunks)
+
+
+def narrow_socket(url: str) -> socket.socket:
+    """A connection whose client takes little before it reads."""
+    host, _, port = url.partition("://")[2].partition("/")[0].rpartition(":")
+    made = socket.socket()
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    made.connect((host, int(port)))
+    return made

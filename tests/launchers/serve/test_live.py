@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from websockets.exceptions import ConnectionClosed
 
-from tests.launchers.serve.client import PATIENCE, Client
+from tests.launchers.serve.client import PATIENCE, Client, narrow_socket
 from tests.launchers.serve.live import live_server
 from tests.launchers.serve.media.test_fragments import pixels, times
 from tests.launchers.serve.realtime.malformed import MALFORMED
@@ -531,6 +531,48 @@ def test_a_session_that_waits_can_be_stopped(server):
         client.send("session.stop")
         assert client.until("session.done")["reason"] == "stopped"
         client.socket.close()
+
+
+# Those who do not read
+
+
+def slow(url: str, **options) -> Client:
+    """A client that takes no more than a few kilobytes before it reads."""
+    return Client(url, sock=narrow_socket(url), max_queue=1, **options)
+
+
+def test_a_controller_that_does_not_read_holds_up_its_session_and_no_other(server, controller):
+    """At 1000 frames a second the clock is ahead of the maker, so nothing but reading holds it up."""
+    with slow(f"{server.url}/v1/realtime/video") as client:
+        begun = client.start(fps=1000)
+        session = f"/v1/sessions/{begun['session_id']}"
+        while not (told := json.loads(get(server, session, begun["view_token"])[1]))["waits_for_controller"]:
+            controller.ask("session.ping")
+        controller.start()
+        play_until(controller, 1)
+        again = json.loads(get(server, session, begun["view_token"])[1])
+        assert again["chunks"] <= told["chunks"] + 4  # what had begun, and what the lead allows
+        client.until_chunk(told["chunks"] + 4)
+        assert [metadata["chunk"] for metadata, _ in client.chunks] == list(range(len(client.chunks)))
+        client.send("session.stop")
+        client.until("session.done")
+
+
+def test_a_viewer_that_does_not_read_skips_to_the_newest_chunk_and_is_told(server, controller):
+    begun = controller.start(fps=1000)
+    controller.until_chunk(0)
+    url = f"{server.url}/v1/sessions/{begun['session_id']}/watch"
+    headers = {"Authorization": f"Bearer {begun['view_token']}"}
+    with slow(url, additional_headers=headers) as watching, viewer(server, begun, first=0) as other:
+        watching.until("video.start")
+        other.until_chunk(60)
+        while not any(metadata["skipped"] for metadata, _ in watching.chunks):
+            watching.receive()
+        numbers = [metadata["chunk"] for metadata, _ in watching.chunks]
+        skipped = watching.chunks[-1][0]["skipped"]
+        assert numbers[-1] - numbers[-2] == skipped + 1
+        assert skipped >= 8
+        assert [metadata["chunk"] for metadata, _ in other.chunks] == list(range(len(other.chunks)))
 
 
 # What is wrong
