@@ -20,7 +20,10 @@ SEND_BYTES = 256 * 1024
 """That the kernel may keep for each client. Left to itself it keeps megabytes, which are seconds of old pictures for a
 slow client, and memory for many."""
 
-UNREAD_SECONDS = 60
+SILENT_SECONDS = 60
+"""After which a WebSocket that answers no ping counts as lost."""
+
+UNREAD_SECONDS = 120
 """After which the kernel gives up a client that takes nothing of what was sent."""
 
 
@@ -56,6 +59,7 @@ class WebServer:
             ws_per_message_deflate=False,  # MP4 is compressed already
             timeout_graceful_shutdown=GRACE_SECONDS,
             server_header=False,
+            ws_ping_timeout=SILENT_SECONDS,
         )
         self._listener = listener
         self._server = uvicorn.Server(config)

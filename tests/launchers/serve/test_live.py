@@ -565,6 +565,7 @@ def test_a_viewer_that_does_not_read_skips_to_the_newest_chunk_and_is_told(serve
     headers = {"Authorization": f"Bearer {begun['view_token']}"}
     with slow(url, additional_headers=headers) as watching, viewer(server, begun, first=0) as other:
         watching.until("video.start")
+        controller.until_chunk(60)
         other.until_chunk(60)
         while not any(metadata["skipped"] for metadata, _ in watching.chunks):
             watching.receive()

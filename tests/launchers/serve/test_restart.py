@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from websockets.exceptions import ConnectionClosed
 
 from helios_cp.config.request import Request
@@ -35,7 +36,7 @@ def made_again(schedule: dict, model: str) -> list[bytes]:
     """The segments of a take, made on one rank without a server and without Ray, by its schedule alone."""
     values = {**schedule, "prompt": []}
     request = replace(Request.from_json(values), num_frames=schedule["num_frames"])
-    stream = Pipeline.from_pretrained(model).stream(request)
+    stream = Pipeline.from_pretrained(model, dtype=torch.float32).stream(request)
     return [encode_segment(chunk.frames[0], request.fps) for chunk in stream]
 
 
