@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import signal
-import urllib.request
+import time
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,8 +16,8 @@ from helios_cp.config.request import Request
 from helios_cp.files.mp4 import encode_segment
 from helios_cp.pipeline.pipeline import Pipeline
 from tests.launchers.serve.client import PATIENCE, Client
-from tests.launchers.serve.live import LiveServer, live_server
 from tests.launchers.serve.media.test_fragments import times
+from tests.launchers.serve.running import RunningServer
 from tests.launchers.serve.test_live import FRAMES, change, get, play_until
 
 pytestmark = pytest.mark.ray
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.ray
 KEY = "a-key-of-this-test-0123456789"
 
 
-def attached(server: LiveServer, begun: dict, first: int = -1) -> Client:
+def attached(server: RunningServer, begun: dict, first: int = -1) -> Client:
     client = Client(f"{server.url}/v1/realtime/video")
     client.send("session.attach", session_id=begun["session_id"], token=begun["control_token"], from_chunk=first)
     client.until("video.start")
@@ -40,14 +40,22 @@ def made_again(schedule: dict, model: str) -> list[bytes]:
     return [encode_segment(chunk.frames[0], request.fps) for chunk in stream]
 
 
-def segments(data: Path, begun: dict, take: int = 0) -> list[bytes]:
-    folder = data / "sessions" / begun["session_id"] / f"take-{take:03d}"
+def segments(server: RunningServer, begun: dict) -> list[bytes]:
+    folder = server.data / "sessions" / begun["session_id"] / "take-000"
     return [path.read_bytes() for path in sorted(folder.glob("chunk-*-0.mp4"))]
 
 
-def test_after_kill_9_a_session_goes_on_at_the_next_chunk(tmp_path, cache, presets):
-    data = tmp_path / "data"
-    server = LiveServer(data, cache)
+@pytest.fixture
+def model(presets) -> str:
+    return str(presets["random-distilled"])
+
+
+def test_after_kill_9_a_session_goes_on_at_the_next_chunk(tmp_path, model):
+    with RunningServer(tmp_path, model) as server:
+        _kill_and_go_on(server, model)
+
+
+def _kill_and_go_on(server: RunningServer, model: str) -> None:
     with Client(f"{server.url}/v1/realtime/video") as client:
         begun = client.start(seed=6)
         play_until(client, 1)
@@ -55,37 +63,44 @@ def test_after_kill_9_a_session_goes_on_at_the_next_chunk(tmp_path, cache, prese
         play_until(client, first + 1)
         client.ask("session.pause")
         lost = change(client, "e2", "a cat", transition_chunks=2)
-        server.kill()
+        server.end(signal.SIGKILL)
         with pytest.raises(ConnectionClosed):
             while True:
                 client.receive()
-    with live_server(data, cache, port=server.port) as again:
-        with attached(again, begun, first=len(client.chunks)) as back:
-            assert back.until("session.state")["state"] == "paused"
-            back.send("session.resume")
-            count = len(client.chunks)
-            play_until(back, lost["chunk"] + 2)
-            chunks = [*client.chunks, *back.chunks]
-            assert [metadata["chunk"] for metadata, _ in chunks] == list(range(len(chunks)))
-            assert back.chunks[0][0]["chunk"] == count
-            shown = times(client.init + b"".join(media for _, media in chunks))
-            assert [round(float(time) * 24) for time in shown] == list(range(FRAMES * len(chunks)))
-            told = {metadata["chunk"]: metadata for metadata, _ in chunks}
-            assert [chunk for chunk in told if "e1" in told[chunk]["started"]] == [first]
-            assert [chunk for chunk in told if "e2" in told[chunk]["started"]] == [lost["chunk"]]
-            back.send("session.stop")
-            back.until("session.done")
-        schedule = json.loads(get(again, f"/v1/sessions/{begun['session_id']}/schedule.json", begun["view_token"])[1])
+    server.start()
+    with attached(server, begun, first=len(client.chunks)) as back:
+        assert back.until("session.state")["state"] == "paused"
+        back.send("session.resume")
+        count = len(client.chunks)
+        play_until(back, lost["chunk"] + 2)
+        chunks = [*client.chunks, *back.chunks]
+        assert [metadata["chunk"] for metadata, _ in chunks] == list(range(len(chunks)))
+        assert back.chunks[0][0]["chunk"] == count
+        shown = times(client.init + b"".join(media for _, media in chunks))
+        assert [round(float(time) * 24) for time in shown] == list(range(FRAMES * len(chunks)))
+        told = {metadata["chunk"]: metadata for metadata, _ in chunks}
+        assert [chunk for chunk in told if "e1" in told[chunk]["started"]] == [first]
+        assert [chunk for chunk in told if "e2" in told[chunk]["started"]] == [lost["chunk"]]
+        back.send("session.stop")
+        back.until("session.done")
+    schedule = json.loads(get(server, f"/v1/sessions/{begun['session_id']}/schedule.json", begun["view_token"])[1])
     assert [entry["prompt"] for entry in schedule["prompt_schedule"]] == ["a red fox", "a dog", "a cat"]
-    assert made_again(schedule, str(presets["random-distilled"])) == segments(data, begun)
+    assert made_again(schedule, model) == segments(server, begun)
 
 
-def test_a_server_that_is_told_to_end_leaves_its_sessions_to_the_next(tmp_path, cache):
-    data, keys = tmp_path / "data", tmp_path / "keys"
+def test_a_server_that_is_told_to_end_leaves_its_sessions_to_the_next(tmp_path, model):
+    keys = tmp_path / "keys"
     keys.write_text(KEY)
     keys.chmod(0o600)
     flags = ["--api-key-file", str(keys), "--idle", "1", "--keep", "0.0001"]
-    with live_server(data, cache, flags) as server, Client(f"{server.url}/v1/realtime/video") as stranger:
+    with RunningServer(tmp_path, model, *flags) as server:
+        _stop_and_go_on(server)
+        text = server.log.read_text()
+        assert KEY not in text
+
+
+def _stop_and_go_on(server: RunningServer) -> None:
+    with Client(f"{server.url}/v1/realtime/video") as stranger:
         stranger.send("session.start", prompt="a fox")
         assert stranger.until("error")["code"] == "unauthorized"
         with pytest.raises(ConnectionClosed):
@@ -94,41 +109,25 @@ def test_a_server_that_is_told_to_end_leaves_its_sessions_to_the_next(tmp_path, 
         assert get(server, "/v1/sessions")[0] == 401
         assert get(server, "/v1/sessions", "wrong")[0] == 401
         with Client(f"{server.url}/v1/realtime/video") as client:
-            begun = client.start(api_key=KEY, num_frames=6 * FRAMES)
+            begun = client.start(api_key=KEY)
             client.send("session.position", media_time=0)
             client.until_chunk(0)
-            assert server.stop(signal.SIGTERM) == 0
+            assert server.end(signal.SIGTERM) == 0
             with pytest.raises(ConnectionClosed):
                 while True:
                     client.receive()
             assert client.socket.close_code == 1012
-        assert KEY not in server.said
-        assert begun["control_token"] not in server.said
-    with live_server(data, cache, flags) as again:
-        with attached(again, begun, first=len(client.chunks)) as back:
-            play_until(back, 2)
-        header = {"Authorization": f"Bearer {KEY}"}
-        url = f"{again.url}/v1/sessions/{begun['session_id']}"
-        state = _eventually(url, header, "done")  # nobody watches it any more
-        assert state in ("idle", "finished")
-        assert _eventually(url, header, "gone") == 404
+        assert begun["control_token"] not in server.log.read_text()
+    server.start()
+    with attached(server, begun, first=len(client.chunks)) as back:
+        play_until(back, 2)
+    folder = server.data / "sessions" / begun["session_id"]
+    wait_until(lambda: not folder.exists())  # nobody watches it, so it ends; ended ones are kept for a moment here
+    assert json.loads(get(server, "/v1/sessions", KEY)[1])["data"] == []
 
 
-def _eventually(url: str, headers: dict[str, str], wanted: str) -> object:
-    """Ask until the session is done, or gone. Each question counts as nobody's watching: it has no token."""
-    import time
-
+def wait_until(happens: Callable[[], bool]) -> None:
     deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline:
-        try:
-            with urllib.request.urlopen(urllib.request.Request(url.rpartition("/")[0], headers=headers)) as answer:
-                listed = {each["id"]: each for each in json.load(answer)["data"]}
-        except OSError as error:
-            raise AssertionError("the server is gone") from error
-        found = listed.get(url.rpartition("/")[2])
-        if wanted == "gone" and found is None:
-            return 404
-        if wanted == "done" and (found is None or found["state"] == "done"):
-            return "idle" if found is None else found["why"]
+    while not happens():
+        assert time.monotonic() < deadline, "it does not happen"
         time.sleep(0.1)
-    raise TimeoutError(wanted)
