@@ -22,7 +22,7 @@ from tests.launchers.serve.realtime.malformed import MALFORMED
 from tests.launchers.serve.realtime.test_messages import LIKE_MESSAGES
 from tests.launchers.serve.running import RunningServer
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 FRAMES = 33
 CHUNK = FRAMES / 24

@@ -20,7 +20,7 @@ from tests.launchers.serve.media.test_fragments import times
 from tests.launchers.serve.running import RunningServer
 from tests.launchers.serve.test_live import FRAMES, change, get, play_until
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 KEY = "a-key-of-this-test-0123456789"
 
