@@ -84,5 +84,5 @@ def test_health_and_ready_need_no_key(tmp_path, key_file):
     client = client_of(Server(call_of(tmp_path), None, Access.of(key_file)))
     assert client.get("/health").json() == {"status": "ok"}
     loading = client.get("/ready")
-    assert (loading.status_code, loading.json()) == (503, {"status": "starting"})
+    assert (loading.status_code, loading.json()) == (503, {"status": "loading weights"})
     assert int(loading.headers["retry-after"]) > 0
