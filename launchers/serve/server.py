@@ -43,7 +43,7 @@ class Server:
 
     def __post_init__(self) -> None:
         self.metrics = Metrics(self.look)
-        self.sessions = Sessions(self.call, self.checked, self.access, self.metrics)
+        self.sessions = Sessions(self.call, self.checked, self.access, self.log, self.metrics)
         self.uploads = Uploads(self.call.data / "uploads", self.call.upload_bytes)
         self.videos = Videos(self.call, self.checked, self.uploads, self.log, self.metrics)
 

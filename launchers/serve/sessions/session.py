@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import CancelledError
@@ -18,6 +17,7 @@ from helios_cp.generate.check import Session as CheckedCall
 from helios_cp.generate.run_folder import RunFolder
 from launchers.driver.handle import VideoHandle
 from launchers.driver.pipeline import ChunkPipeline, PipelineError
+from launchers.serve.logs import Log
 from launchers.serve.media.audience import Audience, Follower
 from launchers.serve.media.store import MediaStore
 from launchers.serve.metrics import Metrics
@@ -27,8 +27,6 @@ from launchers.serve.sessions.changes import Change, superseded
 from launchers.serve.sessions.pacer import Pacer
 from launchers.serve.sessions.recording import Recording, Take
 from launchers.serve.sessions.run import Ended, Made, open_run, planned, submit, wait
-
-logger = logging.getLogger(__name__)
 
 
 class Session:
@@ -42,7 +40,8 @@ class Session:
         recording: Recording,
         store: MediaStore,
         on_end: Callable[[Session], object],
-        metrics: Metrics | None = None,
+        log: Log,
+        metrics: Metrics,
     ) -> None:
         self.recording = recording
         self.store = store
@@ -51,7 +50,7 @@ class Session:
         self.controller: Follower | None = None
         self.watched = time.monotonic()
         self._on_end = on_end
-        self._metrics = metrics or Metrics()
+        self._log, self._metrics = log, metrics
         self._handle: VideoHandle | None = None
         self._handles: list[VideoHandle] = []
         self._news: asyncio.Queue[Made | Ended] = asyncio.Queue()
@@ -164,7 +163,7 @@ class Session:
         if isinstance(error, CancelledError | PipelineError) and not self._stopping:
             return  # the server ends, and its next start goes on
         if error is not None and not self._stopping:
-            logger.error("session %s failed: %s", self.id, error)
+            self._log.fault("session.failed", error, session=self.id)
             self._stopping = "failed"
         await self.end(self._stopping or ("limit" if self.recording.is_endless else "finished"))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
-import logging
 import shutil
 import time
 from collections.abc import Coroutine, Iterator
@@ -17,13 +16,12 @@ from helios_cp.generate.check import Session as CheckedCall
 from launchers.driver.pipeline import ChunkPipeline
 from launchers.serve.access import Access, digest, matches, new_token
 from launchers.serve.flags import ServeCall
+from launchers.serve.logs import Log
 from launchers.serve.media.store import MediaStore, blank_init
 from launchers.serve.metrics import Metrics
 from launchers.serve.problems import Refusal
 from launchers.serve.sessions.recording import FILE, Recording
 from launchers.serve.sessions.session import Session
-
-logger = logging.getLogger(__name__)
 
 LOOK_SECONDS = 1.0
 """Between two looks for sessions that nobody watches, and for old ones."""
@@ -35,12 +33,13 @@ DELETE_SECONDS = 60.0
 class Sessions:
     """By id, in the order they came. It belongs to the event loop."""
 
-    def __init__(self, call: ServeCall, checked: CheckedCall, access: Access, metrics: Metrics | None = None) -> None:
+    def __init__(self, call: ServeCall, checked: CheckedCall, access: Access, log: Log, metrics: Metrics) -> None:
         self.folder = call.data / "sessions"
         self._call = call
         self._checked = checked
         self._access = access
-        self._metrics = metrics or Metrics()
+        self._log = log
+        self._metrics = metrics
         self._pipeline: ChunkPipeline | None = None
         self._sessions: dict[str, Session] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -116,7 +115,8 @@ class Sessions:
         )
         store = await asyncio.to_thread(_store, recording)
         await asyncio.to_thread(recording.save)
-        self._sessions[session_id] = session = Session(recording, store, self._ended, self._metrics)
+        self._sessions[session_id] = session = Session(recording, store, self._ended, self._log, self._metrics)
+        self._log.event("session.created", session=session_id, prompt=request.prompt[0])
         return session, control, view_token(control)
 
     def _check_room(self) -> None:
@@ -156,11 +156,11 @@ class Sessions:
             try:
                 recording = Recording.load(file.parent)
             except ValueError as error:
-                logger.warning("%s", error)
+                self._log.fault("session.unreadable", error, session=file.parent.name)
                 continue
             store = _store(recording)
             store.load(recording.request.num_chunks)
-            self._sessions[recording.id] = Session(recording, store, self._ended, self._metrics)
+            self._sessions[recording.id] = Session(recording, store, self._ended, self._log, self._metrics)
 
     async def delete(self, session: Session) -> None:
         """With all its files."""
@@ -188,11 +188,13 @@ class Sessions:
         try:
             await session.begin(self._pipeline, self._checked)
         except (RequestError, OSError, RuntimeError) as error:
-            logger.error("session %s cannot begin: %s", session.id, error)
+            self._log.fault("session.failed", error, session=session.id)
             session.audience.say({"type": "error", "code": "failed", "message": " ".join(str(error).split())})
             await session.end("failed")
 
     def _ended(self, session: Session) -> None:
+        chunks, why = len(session.store.chunks), session.recording.why
+        self._log.event("session.ended", session=session.id, why=why, chunks=chunks)
         self.admit()
 
     def _tell_queue(self) -> None:

@@ -76,4 +76,7 @@ def test_the_log_has_no_token_no_key_and_no_prompt(running_server, session):
     for secret in (RUNNING_KEY, start["control_token"], start["view_token"], "wrong-token", *PROMPTS):
         assert secret not in text
     lines = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+    of_session = [line for line in lines if line.get("session") == start["session_id"]]
+    assert [line["event"] for line in of_session] == ["session.created", "session.ended"]
+    assert (of_session[1]["why"], of_session[1]["chunks"]) == ("finished", 4)
     assert not [line for line in lines if line["event"] == "server.fault"]
