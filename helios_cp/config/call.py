@@ -70,6 +70,14 @@ class Call:
         "CHUNKS",
         least=1,
     )
+    prompt_schedule_file: Path | None = flag(
+        None,
+        "JSON: a list of objects with prompt, chunks and, if wanted, transition, the chunks within which the prompt "
+        "takes over; or an object with that as prompt_schedule and other fields of the request, as a live session "
+        "leaves it; flags that are given win",
+        "FILE",
+        group="prompts that change",
+    )
     layout: AskedLayout = field(default_factory=AskedLayout)
     request: Mapping[str, Any] = field(default_factory=dict)
     execution: Mapping[str, Any] = field(default_factory=dict)

@@ -174,6 +174,18 @@ def _table_of_files(call: Call) -> list[Row]:
             call.resume is not None and call.checkpoint_dir is not None,
             "give one of the two; --resume goes on saving in its folder",
         ),
+        *(
+            (
+                f"--prompt-schedule-file {call.prompt_schedule_file} and {name}",
+                call.prompt_schedule_file is not None and is_given,
+                "give one of the two",
+            )
+            for name, is_given in (
+                ("--prompt", "prompt" in call.request),
+                ("--prompt-schedule", "prompt_schedule" in call.request),
+                ("--prompt-file", many),
+            )
+        ),
         (f"--image-folder {call.image_folder}", call.image_folder is not None and not many, BESIDE_PROMPT_FILE),
         (
             f"--interpolate-time {call.interpolate_time}",

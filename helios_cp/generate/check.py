@@ -28,6 +28,7 @@ from helios_cp.generate.prompt_files import INTERPOLATE_TIME, Job, read_prompt_f
 from helios_cp.generate.remarks import request_remarks
 from helios_cp.generate.report import versions
 from helios_cp.generate.run_folder import MadeWith, Run, RunFolder
+from helios_cp.generate.schedule_file import read_schedule_file
 from helios_cp.generate.work import Work
 from helios_cp.pipeline.world import device_of_rank, pick_backend
 from helios_cp.plan.choose import choose_layout, planning_hardware
@@ -98,6 +99,8 @@ def check(call: Call, cache: Path | None, ranks: Ranks | None = None, target: Ta
     """
     ranks = ranks or Ranks()
     check_call(call)
+    if call.prompt_schedule_file is not None:
+        call = replace(call, request=read_schedule_file(call.prompt_schedule_file) | dict(call.request))
     resume, prompt_file = call.resume, call.prompt_file
     saved = RunFolder.open(resume).run if resume is not None and prompt_file is None else None
     model = absolute_model(call.model or (saved.model if saved else DEFAULT_MODEL))

@@ -63,5 +63,12 @@ class PromptEncoder:
         self.device = device
 
     def __call__(self, prompts: Sequence[str], max_sequence_length: int, dtype: torch.dtype) -> Tensor:
-        """Embeddings `[B, max_sequence_length, text_dim]` in `dtype`."""
-        return encode_prompts(self.tokenizer, self.text_encoder, prompts, max_sequence_length, dtype, self.device)
+        """Embeddings `[B, max_sequence_length, text_dim]` in `dtype`.
+
+        Each prompt is encoded alone, because in a batch the bits of one can depend on how many others there are.
+        """
+        alone = [
+            encode_prompts(self.tokenizer, self.text_encoder, [prompt], max_sequence_length, dtype, self.device)
+            for prompt in prompts
+        ]
+        return torch.cat(alone)

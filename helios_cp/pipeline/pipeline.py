@@ -30,6 +30,7 @@ from helios_cp.model.transformer import HeliosTransformer, History, TextConditio
 from helios_cp.pipeline.chunk import Chunk
 from helios_cp.pipeline.decoding import Decoder, Denoised, with_frames
 from helios_cp.pipeline.prepare import apply
+from helios_cp.pipeline.prompt_mix import first_entry, texts_from
 from helios_cp.pipeline.prompts import Branches, Prompts
 from helios_cp.pipeline.room import Room
 from helios_cp.pipeline.start import Inputs, initial_state, pixels_to_encode
@@ -164,7 +165,8 @@ class Pipeline:
             self.card.expect(self._offloaded.get(size, {}))
         watch = Stopwatch(self.device)
         with watch.measure("text"):
-            prompts = self.encode_prompts(request, inputs)
+            first = first_entry(request, state.index if state is not None else 0)
+            prompts = self.encode_prompts(request, inputs, first)
         if state is None:
             with watch.measure("media"):
                 state = self.initial_state(request, inputs)
@@ -208,20 +210,19 @@ class Pipeline:
                 latents, following = event
         return latents.float(), following
 
-    def encode_prompts(self, request: Request, inputs: Inputs | None = None) -> Prompts:
-        """Text conditions of a resolved request."""
+    def encode_prompts(self, request: Request, inputs: Inputs | None = None, first: int = 0) -> Prompts:
+        """Text conditions of a resolved request; of its schedule, if it has one, from entry `first` on."""
         inputs = inputs or Inputs()
         length, dtype = request.max_sequence_length, self.transformer.dtype
-        texts = tuple(entry.prompt for entry in request.prompt_schedule) or request.prompt
         embeds, negative = inputs.prompt_embeds, None
         if embeds is None:
-            embeds = self.prompt_encoder(texts, length, dtype)
+            embeds = self.prompt_encoder(texts_from(request, first), length, dtype)
         if SamplingPlan.of(request, self.checkpoint).is_guided:
             negative = inputs.negative_prompt_embeds
             if negative is None:
                 negative = self.prompt_encoder([request.negative_prompt], length, dtype)
             negative = negative.to(self.device, dtype).expand(request.batch_size, -1, -1)
-        return Prompts(self.transformer, self.branches, request, embeds.to(self.device, dtype), negative)
+        return Prompts(self.transformer, self.branches, request, embeds.to(self.device, dtype), negative, first)
 
     def initial_state(self, request: Request, inputs: Inputs | None = None) -> ChunkState:
         """The state before chunk 0 of a resolved request: encodes the picture or clip, if there is one."""

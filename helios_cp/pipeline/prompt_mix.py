@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
-from helios_cp.config.request import ScheduledPrompt
+from helios_cp.config.request import Request, ScheduledPrompt
 
 Mix = tuple[tuple[int, float], ...]
 """Entries of a schedule by index, each with its share, above 0; the shares sum to 1. The newest entry comes last."""
@@ -51,6 +51,12 @@ def _mix_of_entry(index: int, transition: int | None, position: int, before: Mix
     return (*((each, (1 - share) * old) for each, old in rest), *([(index, share)] if share else []))
 
 
-def entries_needed(schedule: Sequence[ScheduledPrompt], interpolation_steps: int, chunk: int) -> range:
-    """The entries of which a chunk, or one after it, shows anything."""
-    return range(prompt_mix(schedule, interpolation_steps, chunk)[0][0], len(schedule))
+def first_entry(request: Request, chunk: int) -> int:
+    """The oldest entry of a request's schedule of which a chunk, or one after it, shows anything; 0 without one."""
+    schedule = request.prompt_schedule
+    return prompt_mix(schedule, request.interpolation_steps, chunk)[0][0] if schedule else 0
+
+
+def texts_from(request: Request, first: int) -> tuple[str, ...]:
+    """The texts to encode for a request: all prompts of a batch, or those of a schedule from entry `first` on."""
+    return tuple(entry.prompt for entry in request.prompt_schedule[first:]) or request.prompt

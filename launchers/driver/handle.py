@@ -20,8 +20,9 @@ from launchers.messages.messages import Span
 class VideoChunk:
     """A finished chunk: `latents` `[B, C, T, h, w]` fp32; `frames` `[B, 33, H, W, 3]` uint8 or `None`; its work.
 
-    `segments` are its MP4 segments, one a video of the batch, where files are written. The arrays lie in shared memory
-    and are read-only; copy what is to be kept.
+    `segments` are its MP4 segments, one a video of the batch, where files are written. `mix` has the prompts that it
+    shows with their shares, the newest last; of a batch, each video's own. The arrays lie in shared memory and are
+    read-only; copy what is to be kept.
     """
 
     index: int
@@ -29,6 +30,7 @@ class VideoChunk:
     frames: np.ndarray | None
     spans: dict[str, Span]
     segments: tuple[bytes, ...] = ()
+    mix: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True)

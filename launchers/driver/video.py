@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from helios_cp.config.errors import RequestError
+from helios_cp.pipeline.prompt_mix import first_entry, prompt_mix
 from helios_cp.sampling.state import ChunkState
 from launchers.cluster.payload import Payload
 from launchers.driver.crew import Crew
@@ -152,7 +153,7 @@ class Video:
                     return None
                 await self._some_news()
             version, request = self._version, self.request
-            text = await self._encoded(version)
+            text = await self._encoded(version, chunk)
 
             def arguments(version: int = version, text: Payload = text) -> list[Any] | None:
                 if version != self._version or not self._may_begin(chunk):
@@ -172,9 +173,10 @@ class Video:
         """What decoding needs of a chunk's start."""
         return before if self.request.match_seams else None
 
-    async def _encoded(self, version: int) -> Payload:
+    async def _encoded(self, version: int, chunk: int) -> Payload:
+        """What a chunk, and those after it, show of the request now."""
         if self._text is None or self._text[0] != version:
-            arguments = [self.request, self.submission.is_guided]
+            arguments = [self.request, self.submission.is_guided, first_entry(self.request, chunk)]
             (text,) = await self._work(Stage.TEXT, version, "encode", lambda: arguments)
             self._text = version, text
         return self._text[1]
@@ -204,10 +206,17 @@ class Video:
         self.ready += 1
         pixels = None if frames is None else frames.value
         segments = tuple(each.tobytes() for each in decoded.value.segments) if submission.writes else ()
-        self.handle.deliver(VideoChunk(chunk, made.latents.value.values, pixels, made.spans, segments))
+        mix = self._mix(made.schedule, chunk)
+        self.handle.deliver(VideoChunk(chunk, made.latents.value.values, pixels, made.spans, segments, mix))
         if not submission.streams:
             self.taken()
         self._delivers()
+
+    def _mix(self, schedule: Schedule, chunk: int) -> tuple[tuple[str, float], ...]:
+        if not schedule:
+            return tuple((prompt, 1.0) for prompt in self.submission.request.prompt)
+        found = prompt_mix(schedule, self.request.interpolation_steps, chunk)
+        return tuple((schedule[index].prompt, share) for index, share in found)
 
     async def _work(self, stage: Stage, chunk: int, *call: Any, results: int = 1) -> list[Payload]:
         return await self._crew.work(Unit(self.key, stage, chunk), *call, results=results)

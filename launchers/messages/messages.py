@@ -67,11 +67,13 @@ class ChunkJob:
 
 @dataclass(frozen=True)
 class Text:
-    """Embeddings of a request's prompts `[B, L, text_dim]`, and of its negative prompt where guidance needs one."""
+    """Embeddings of a request's prompts `[B, L, text_dim]`, or of its schedule's entries from `first` on; and of its
+    negative prompt where guidance needs one."""
 
     prompts: Array
     negative: Array | None
     span: Span
+    first: int = 0
 
 
 @dataclass(frozen=True)

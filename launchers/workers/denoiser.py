@@ -116,7 +116,7 @@ class DenoiserRank(Watched):
             self._kept = None
             negative = None if text.negative is None else text.negative.tensor()
             embeds = replace(inputs, prompt_embeds=text.prompts.tensor(), negative_prompt_embeds=negative)
-            self._kept = (key, self.pipeline.encode_prompts(request, embeds))
+            self._kept = (key, self.pipeline.encode_prompts(request, embeds, text.first))
         return self._kept[1]
 
     def _make_store(self, host: str, port: int) -> dist.TCPStore:

@@ -186,6 +186,25 @@ def test_a_prompt_schedule(folder, distilled):
     assert whole("out.mp4", 99)
 
 
+def test_a_schedule_file_makes_a_live_video_again(folder, distilled):
+    """What changes left of a request, with transitions; a flag that is given wins."""
+    request = Request(prompt=("a fox",), num_frames=99, fps=12, **FIELDS)
+    changed = request.with_change(1, "an owl", 2).with_change(2, "a cat", 3)
+    Path("live.json").write_text(json.dumps(changed.to_json()))
+    arguments = ["--prompt-schedule-file", "live.json", "--save-latents", "l.safetensors"]
+    assert main([*MODEL, *arguments]) == 0
+    latents = torch.cat([chunk.latents for chunk in distilled.stream(changed, output_type="latent")], dim=2)
+    assert torch.equal(load_file("l.safetensors")["latents"], latents)
+    Path("list.json").write_text(json.dumps(changed.to_json()["prompt_schedule"]))
+    assert (
+        generate("--prompt-schedule-file", "list.json", "--num-frames", "99", "--save-latents", "again.safetensors")
+        == 0
+    )
+    assert torch.equal(load_file("again.safetensors")["latents"], latents)
+    assert main([*MODEL, *arguments, "--seed", "5", "--num-frames", "33"]) == 0
+    assert not torch.equal(load_file("l.safetensors")["latents"], latents)
+
+
 def test_a_batch_has_an_mp4_each(folder, distilled):
     """Each of its own prompt and seed; that a batch equals its videos one by one is tested in `test_pipeline.py`."""
     arguments = ["--num-frames", "33", "--report", "r.json", "--save-latents", "l.safetensors"]

@@ -114,7 +114,7 @@ class StandIn:
             method, arguments, answer = self.waiting.pop(0)
             answer.get_loop().call_soon_threadsafe(self.answer, method, arguments, answer)
 
-    def _encode(self, request, is_guided):
+    def _encode(self, request, is_guided, first):
         return [Text(None, None, SPAN)]
 
     def _start(self, request, media):

@@ -311,6 +311,24 @@ def test_a_group_spread_over_nodes_that_decodes_its_own(cluster, model, alone, t
     assert ray.is_initialized()
 
 
+def test_two_ranks_make_a_live_video_again_to_the_same_bits(cluster, model):
+    request = small(num_frames=4 * 33)
+    with ChunkPipeline(model, decoders=0, layout=Layout(Degrees(ulysses=2)), patience=PATIENCE) as pipeline:
+        handle = pipeline.submit(request, decode=False, stream=True, keep_latents=True, allowed=1)
+        next(stream := iter(handle))
+        changes = [handle.change_prompt("an owl", transition=3).result(PATIENCE)]
+        handle.allow(2)
+        next(stream)
+        changes.append(handle.change_prompt("a cat", transition=2).result(PATIENCE))
+        handle.allow(4)
+        stream.close()
+        live = handle.result(PATIENCE).latents
+        again = request.with_change(1, "an owl", 3).with_change(2, "a cat", 2)
+        assert changes == [1, 2]
+        replayed = pipeline.submit(again, decode=False, keep_latents=True).result(PATIENCE).latents
+        assert np.array_equal(live, replayed)
+
+
 def test_missing_resources_are_named(cluster, model, monkeypatch):
     """Within 30 s by default; here in one for the group alone: a busy cluster may take longer to place the others."""
 

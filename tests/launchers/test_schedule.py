@@ -83,7 +83,7 @@ class Player(StandIn):
         self.world.arrays.append(Numbers(np.zeros((1, 1, 1, 1, 1), np.float32)))
         return [NextStart(chunk + 1, SPAN), self.world.arrays[-1]]
 
-    def _encode(self, request, is_guided):
+    def _encode(self, request, is_guided, first):
         return [Text(None, None, SPAN)]
 
     def _start(self, request, media):

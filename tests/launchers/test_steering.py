@@ -55,6 +55,23 @@ def test_a_change_is_answered_with_the_first_chunk_that_shows_it():
         assert handle.result(PATIENCE).chunks == 4
 
 
+def test_chunks_tell_what_they_show_and_old_prompts_are_not_encoded_again():
+    with Studio(group={"denoise"}) as studio:
+        mixes, encoded, text = [], [], studio.workers["text"]
+        encode = text._encode
+        text._encode = lambda request, is_guided, first: (encoded.append(first), encode(request, is_guided, first))[1]
+        handle = studio.submit(5, on_chunk=lambda chunk: mixes.append(chunk.mix))
+        for chunk, prompt in enumerate(("an owl", "a cat", "a dog")):
+            denoised(studio, chunk + 1)
+            handle.change_prompt(prompt, transition=2 if prompt == "an owl" else 1).result(PATIENCE)
+            go_on(studio)
+        denoised(studio, 4)
+        studio.workers["group-0"].release()
+        handle.result(PATIENCE)
+    assert mixes == [(("a fox", 1.0),), (("a fox", 0.5), ("an owl", 0.5)), (("a cat", 1.0),), *[(("a dog", 1.0),)] * 2]
+    assert encoded == [0, 0, 2, 3]
+
+
 def test_a_change_before_the_first_chunk_replaces_the_prompt():
     with Studio(text={"encode"}, group={"denoise"}) as studio:
         handle = studio.submit(2)
