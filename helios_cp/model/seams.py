@@ -25,13 +25,15 @@ Decode = Callable[[Tensor], Tensor | None]
 def match_seam(frames: Tensor, before: Tensor) -> Tensor:
     """Frames `[B, T, H, W, 3]` with their start matched to `before` `[B, H, W, 3]`; uint8, or fp32 in [0, 1].
 
-    Frame i takes 1 − i/8 of the difference between the low frequencies of `before` and of frame 0.
+    Frame i takes 1 − i/8 of the difference between the low frequencies of `before` and its own: the first frame of a
+    chunk is often off by itself, and with its difference the ones behind it would be made wrong.
     """
     is_whole = frames.dtype == torch.uint8
     count = min(FRAMES, frames.shape[1])
-    away = _low(before.float() - frames[:, 0].float())
+    starts = frames[:, :count].float()
+    away = _low((before.float()[:, None] - starts).flatten(0, 1)).unflatten(0, (-1, count))
     weight = 1 - torch.arange(count, device=frames.device, dtype=torch.float32) / FRAMES
-    matched = frames[:, :count].float() + weight.view(1, -1, 1, 1, 1) * away[:, None]
+    matched = starts + weight.view(1, -1, 1, 1, 1) * away
     matched = matched.round_().clamp_(0, 255).to(torch.uint8) if is_whole else matched.clamp_(0, 1)
     return torch.cat([matched, frames[:, count:]], 1)
 

@@ -29,6 +29,12 @@ def test_a_change_of_light_fades_in():
     torch.testing.assert_close(whole[0, :, 0, 0, 0].float(), 255 * expected, atol=1, rtol=0)
 
 
+def test_a_first_frame_that_is_off_by_itself_is_all_that_changes():
+    before, frames = torch.full((1, 64, 64, 3), 0.5), torch.full((1, 9, 64, 64, 3), 0.5)
+    frames[:, 0] = 0.9
+    torch.testing.assert_close(match_seam(frames, before), torch.full_like(frames, 0.5), atol=1e-6, rtol=0)
+
+
 def test_details_stay():
     """A pattern that is finer than the blocks is not taken over."""
     before, frames = torch.full((1, 64, 64, 3), 0.5), torch.full((1, 9, 64, 64, 3), 0.5)
