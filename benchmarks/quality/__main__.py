@@ -127,10 +127,12 @@ def measured(
     except RequestError as error:
         return {"refused": str(error)}
     folder.mkdir(parents=True, exist_ok=True)
-    write_sheet(videos[:ROWS], COLUMNS, folder / f"{case.file_name}.png")
+    sheet = folder / f"{case.file_name}.jpg"
+    write_sheet(videos[:ROWS], COLUMNS, sheet)
     said = verdict(judge, videos, prompts)
     found = {
         "prompts": len(prompts),
+        "sheet": f"{folder.name}/{sheet.name}",
         "accuracy": said["accuracy"],
         "accuracy_held_out": said["accuracy_held_out"],
         "seam": said["seam"],

@@ -9,14 +9,14 @@ import numpy as np
 
 
 def write_sheet(videos: Sequence[np.ndarray], columns: int, path: Path, scale: int = 1) -> None:
-    """Write a PNG of videos `[T, H, W, 3]` in uint8 of one size, `scale` times as large as they are."""
+    """Write a picture of videos `[T, H, W, 3]` in uint8 of one size, `scale` times as large as they are."""
     from PIL import Image
 
     rows = [
         np.concatenate(list(video[np.linspace(0, len(video) - 1, columns).round().astype(int)]), 1) for video in videos
     ]
     picture = Image.fromarray(np.concatenate(rows))
-    picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.BICUBIC).save(path)
+    picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.BICUBIC).save(path, quality=90)
 
 
 def write_sheet_of_files(
