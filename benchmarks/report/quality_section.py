@@ -17,6 +17,7 @@ HEADINGS = (
     "motion",
     "PSNR dB",
     "SSIM",
+    "frames",
 )
 DRIFTS = ("model, flags", "chunks", "colour away", "contrast left", "sharpness left", "subject %", "colour %", "seam")
 
@@ -62,10 +63,6 @@ def _row(name: str, found: dict[str, Any]) -> list[str]:
     mean = "" if not held_out else f"{100 * sum(held_out.values()) / len(held_out):.0f}"
     figures = (found.get(key) for key in ("seam", "motion", "psnr", "ssim"))
     shares = [f"{100 * found['accuracy'][label]:.0f}" for label in LABELS]
-    return [
-        name,
-        str(found.get("prompts", "")),
-        *shares,
-        mean,
-        *("" if figure is None else f"{figure:.2f}" for figure in figures),
-    ]
+    sheet = f"[frames]({found['sheet']})" if "sheet" in found else ""
+    shown = ("" if figure is None else f"{figure:.2f}" for figure in figures)
+    return [name, str(found.get("prompts", "")), *shares, mean, *shown, sheet]

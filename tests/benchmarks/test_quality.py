@@ -77,11 +77,15 @@ def test_a_run(cache, tmp_path, monkeypatch):
     assert "refused" in refused
     assert (tmp_path / "quality.png").stat().st_size > 1000
     assert [path.name for path in sorted((tmp_path / "quality").iterdir())] == [
-        "tiny-distilled-match-seams.png",
-        "tiny-distilled.png",
+        "tiny-distilled-match-seams.jpg",
+        "tiny-distilled.jpg",
     ]
     section = quality_section(read_results(tmp_path)[0]["quality"])
-    assert "| `tiny-distilled --match-seams` | " in section and "| rendered clips | " in section
+    assert (
+        "| `tiny-distilled --match-seams` | " in section
+        and "| rendered clips | " in section
+        and "(quality/tiny-distilled.jpg)" in section
+    )
     assert main(["--case", "tiny-distilled", "--prompts", "1", "--output", str(file)]) == 0
 
 
