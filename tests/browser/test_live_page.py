@@ -7,6 +7,7 @@ import statistics
 
 import av
 import pytest
+from PIL import Image
 
 pytestmark = [pytest.mark.browser, pytest.mark.ray, pytest.mark.slow]
 
@@ -182,3 +183,23 @@ def test_control_without_a_name_is_seen(browser):
     with pytest.raises(AssertionError):
         assert_named(type("Named", (), {"page": page}))
     page.close()
+
+
+def test_a_video_starts_from_a_picture(open_page, tmp_path):
+    page = open_page()
+    page.until(lambda: page.page.text_content("#badge-text") == "Ready", "the server is ready")
+    Image.new("RGB", (128, 64), (210, 30, 30)).save(tmp_path / "red.png")
+    page.page.set_input_files("#file", tmp_path / "red.png")
+    assert page.page.is_visible("#file-image") and page.page.text_content("#file-name") == "red.png"
+    page.type_prompt("a red balloon over a green meadow")
+    page.until(lambda: page.time > 0, "the video plays")
+    red, green = page.pixels()[0::4], page.pixels()[1::4]
+    assert statistics.mean(red) > statistics.mean(green), "the picture is where it starts"
+
+
+def test_a_link_that_is_wrong_says_so(open_page, server):
+    page = open_page(f"{server.url}/#watch=0123&token=4567")
+    page.until(lambda: page.state == "done", "the page gives up")
+    assert page.status.startswith("Ended: ") and "0123" in page.status
+    page.page.click("#new")
+    assert page.state == "idle" and page.page.evaluate("location.hash") == ""

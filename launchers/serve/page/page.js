@@ -64,7 +64,9 @@ function show() {
   prompt.placeholder = session ? "What comes next?" : "a red fox running through fresh snow";
   find("retry").hidden = !isLost;
 
-  fill(find("badge-text"), badge(state, isLost, isViewer));
+  const said = badge(state, isLost, isViewer);
+  fill(find("badge-text"), said);
+  document.title = session ? `${said} · Helios live` : "Helios live";
   const text = status(state, isLost);
   fill(find("status"), text);
   find("status").classList.toggle("is-busy", text.endsWith("…"));

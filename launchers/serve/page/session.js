@@ -130,7 +130,7 @@ export class Session {
     this.#player.close();
   }
 
-  /** Called for each picture that may be new on screen. Returns the changes that it is the first to show, in part or whole. */
+  /** Called for each picture that may be new on screen. Returns the changes that it is the first to show, or to show alone. */
   look() {
     const time = this.time;
     const number = this.#chunkAt(time);
@@ -269,6 +269,7 @@ export class Session {
     error: ({ code, message, event_id }) => {
       const change = this.changes.find(({ id }) => id === event_id && id);
       if (change) Object.assign(change, { state: "refused", why: message });
+      else if (!this.#isAttached && this.id) this.#gone(message);
       else this.#complain(message, code);
     },
   };
@@ -279,6 +280,13 @@ export class Session {
     // that ends its transition, until that is on screen; `isMade`: a chunk here shows it; `isSeen`: it was given elsewhere.
     this.changes.push({ sent: Date.now(), ...change });
     this.#tell();
+  }
+
+  // The server does not let this page come back, or in.
+  #gone(why) {
+    this.state = "done";
+    this.why = why;
+    this.#connection.close();
   }
 
   // A chunk says which changes it is the first to show. The prompt of a start has no id: its take's first chunk shows it.

@@ -64,3 +64,42 @@ def test_no_script_or_style_is_inline():
     """The policy of the server forbids it."""
     html = (FOLDER / "index.html").read_text(encoding="utf-8")
     assert not re.search(r"<style|\sstyle=|\son\w+=|<script(?![^>]*\ssrc=)", html)
+
+
+def schemes() -> dict[str, dict[str, str]]:
+    """The colours of each scheme, by name."""
+    css = (FOLDER / "page.css").read_text(encoding="utf-8")
+    light, dark = re.findall(r":root \{(.*?)\}", css, re.DOTALL)[:2]
+    found = [dict(re.findall(r"--([\w-]+): (#[0-9a-f]+);", text)) for text in (light, dark)]
+    return {"light": found[0], "dark": {**found[0], **found[1]}}
+
+
+def contrast(one: str, other: str) -> float:
+    """Of two colours, from 1 to 21; https://www.w3.org/TR/WCAG22/#dfn-contrast-ratio."""
+
+    def luminance(colour: str) -> float:
+        digits = colour[1:] if len(colour) == 7 else "".join(2 * digit for digit in colour[1:])
+        parts = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    darker, lighter = sorted((luminance(one), luminance(other)))
+    return (lighter + 0.05) / (darker + 0.05)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_and_controls_have_contrast(scheme):
+    """What WCAG asks of level AA: 4.5 for text, 3 for the edges of controls."""
+    colours = schemes()[scheme]
+    for text in ("ink", "quiet", "accent", "bad"):
+        for ground in ("ground", "surface"):
+            assert contrast(colours[text], colours[ground]) >= 4.5, f"{text} on {ground}"
+    assert contrast(colours["on-accent"], colours["accent"]) >= 4.5
+    assert contrast(colours["bad"], colours["bad-soft"]) >= 4.5
+    assert contrast(colours["edge"], colours["surface"]) >= 3
+
+
+def test_contrast_is_that_of_the_standard():
+    assert contrast("#fff", "#000000") == pytest.approx(21) and contrast("#777777", "#fff") == pytest.approx(
+        4.48, abs=0.01
+    )
