@@ -11,6 +11,7 @@ scenes and on these after the VAE, stand beside.
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,6 +53,9 @@ def build_parser() -> OneLineParser:
     parser.add_argument(
         "--case", action="append", metavar="TEXT", help="a model and flags, once for each (default: all that there are)"
     )
+    parser.add_argument(
+        "--keep", action="store_true", help="keep what the file has of other cases; they took the same N"
+    )
     parser.add_argument("--drift", type=whole_number, nargs="+", metavar="CHUNKS", help="default: 10 40; 0 for none")
     parser.add_argument("--device", default="cpu", metavar="NAME", help="default: cpu")
     parser.add_argument(
@@ -70,6 +74,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         check_file_target("--output", options.output, ".json")
+        if options.keep and not options.output.is_file():
+            raise RequestError(f"--keep: there is no {options.output} yet; leave it out")
         cases = [_case(text) for text in options.case] if options.case else CASES
     except RequestError as error:
         parser.error(str(error))
@@ -87,14 +93,17 @@ def main(arguments: list[str] | None = None) -> int:
         "cases": {},
         "drift": {},
     }
+    if options.keep:
+        before = json.loads(options.output.read_text())["results"]
+        results |= {kind: before[kind] for kind in ("cases", "drift")}
     references: dict[str, list[np.ndarray]] = {}
     console = Console(width=None if sys.stdout.isatty() else WIDTH_OF_TABLE)
     for case in cases:
         some = prompts if case.is_plain else prompts[: max(2, len(prompts) // 3)]
         results["cases"][case.name] = measured(case, some, references, judge, device, folder)
         console.print(f"{case.name}: {_line(results['cases'][case.name])}", style="dim", soft_wrap=True)
-    for case, most in LONG.items() if options.case is None else ():
-        some, within = prompts[: 2 if options.quick else 4], [count for count in lengths if count <= most]
+    for case in [case for case in cases if case in LONG]:
+        some, within = prompts[: 2 if options.quick else 4], [count for count in lengths if count <= LONG[case]]
         results["drift"][case.name] = drifted(case, some, within, judge, device)
         console.print(f"{case.name}: {results['drift'][case.name]}", style="dim", soft_wrap=True)
     console.print(table_of(results))
@@ -156,7 +165,7 @@ def drifted(
             compare(name(judge, video[-FRAMES:]), scene) for video, (_, scene) in zip(starts, prompts, strict=True)
         ]
         shares = {key: float(np.mean([each[key] for each in named])) for key in LABELS}
-        seams = float(np.mean([seam(video) for video in starts]))
+        seams = float(np.mean([seam(video) for video in starts])) if count > 1 else None
         found[str(count)] = {**drift(starts), "seam": seams, "named": shares}
     return found
 

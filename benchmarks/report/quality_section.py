@@ -47,7 +47,7 @@ def quality_section(result: Result) -> str:
                 f"{found['sharpness']:.2f}",
                 f"{100 * found['named']['subject']:.0f}",
                 f"{100 * found['named']['colour']:.0f}",
-                f"{found['seam']:.2f}",
+                "" if found["seam"] is None else f"{found['seam']:.2f}",
             ]
             for name, lengths in values["drift"].items()
             for count, found in lengths.items()

@@ -69,12 +69,14 @@ def test_a_run(cache, tmp_path, monkeypatch):
     file = tmp_path / "quality.json"
     cases = ("tiny-distilled", "tiny-distilled --match-seams", "tiny-distilled --block-cache 0.1")
     flags = [text for case in cases for text in ("--case", case)]
-    assert main([*flags, "--prompts", "2", "--output", str(file)]) == 0
+    assert main([*flags, "--prompts", "2", "--drift", "1", "2", "--output", str(file)]) == 0
     results = json.loads(file.read_text())["results"]
     plain, matched, refused = results["cases"].values()
     assert set(plain["accuracy"]) == {"ground", "time", "subject", "colour", "direction"} and "psnr" not in plain
     assert matched["seam"] < plain["seam"] and matched["psnr"] > 20
     assert "refused" in refused
+    long = results["drift"]["tiny-distilled"]
+    assert long["1"]["colour"] == 0 < long["2"]["colour"] and long["1"]["seam"] is None
     assert (tmp_path / "quality.png").stat().st_size > 1000
     assert [path.name for path in sorted((tmp_path / "quality").iterdir())] == [
         "tiny-distilled-match-seams.jpg",
@@ -86,7 +88,10 @@ def test_a_run(cache, tmp_path, monkeypatch):
         and "| rendered clips | " in section
         and "(quality/tiny-distilled.jpg)" in section
     )
-    assert main(["--case", "tiny-distilled", "--prompts", "1", "--output", str(file)]) == 0
+    more = ["--case", "tiny-distilled --pyramid-steps 1 1 1", "--prompts", "2", "--output", str(file)]
+    assert main([*more, "--keep"]) == 0
+    kept = json.loads(file.read_text())["results"]["cases"]
+    assert list(kept) == [*cases, "tiny-distilled --pyramid-steps 1 1 1"]
 
 
 def test_an_unknown_model_is_refused(capsys):
