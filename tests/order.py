@@ -34,6 +34,7 @@ LONGEST_FIRST = (
     "weights/test_quantize.py",
     "benchmarks/test_deviation.py",
     "benchmarks/test_fps.py",
+    "benchmarks/test_live.py",
     "benchmarks/test_communication.py",
     "generate/test_resume.py",
     "benchmarks/test_attention.py",

@@ -45,10 +45,12 @@ FLOORS = {
             "forward",
             "fps",
             "guard",
+            "live",
             "pipeline",
             "quality",
-        }
-        | {"report", "scaling"},
+            "report",
+            "scaling",
+        },
         {"gpu_suite", "validate_plan"},
     ],
 }

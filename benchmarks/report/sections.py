@@ -217,6 +217,34 @@ def pipeline_section(result: Result) -> str:
     return f"Measured on {result.where}.\n\n" + table(("", "median"), rows)
 
 
+def live_section(result: Result) -> str:
+    shown, added = result.results["prompt_to_picture"], result.results["added"]
+    rows = [
+        [f"from a prompt to {what}", f"{shown[name]['p50']:.2f} s", f"{shown[name]['p95']:.2f} s"]
+        for name, what in (
+            ("to_receipt", "its receipt"),
+            ("to_bytes", "the first chunk that shows it"),
+            ("to_frame", "that chunk's first frame, decoded"),
+            ("to_screen", "the screen"),
+        )
+    ]
+    making, ready = shown["chunk_seconds_of_making"], added["from_ready_to_received"]
+    rows.append(["making a chunk", f"{making['p50']:.2f} s", f"{making['p95']:.2f} s"])
+    rows.append(["server and network, a chunk", f"{1e3 * ready['p50']:.1f} ms", f"{1e3 * ready['p95']:.1f} ms"])
+    rows += [
+        [
+            f"{row['viewers']} viewers: until a chunk is with them",
+            f"{1e3 * row['late']['p50']:.0f} ms",
+            f"{1e3 * row['late']['p95']:.0f} ms; {row['memory_a_viewer'] / 1e3:.0f} kB of the server's memory each",
+        ]
+        for row in result.results["viewers"]
+    ]
+    media, change = shown["chunk_seconds_of_media"], 1e3 * added["difference"]
+    text = f"Measured on {result.where}. A chunk is {media:.2f} s of media, and is made while the one before plays. "
+    text += f"Beside the pipeline alone, in turns, the server changes the seconds a chunk by {change:+.1f} ms.\n\n"
+    return text + table(("", "p50", "p95"), rows)
+
+
 def calibration_section(result: Result) -> str:
     """The profile that `helios_cp.plan --hardware FILE` predicts with."""
     found = result.results
@@ -259,6 +287,7 @@ SECTIONS: Mapping[str, tuple[str, Callable[[Result], str]]] = {
     "quality": ("How good videos look", quality_section),
     "deviation": ("What flags of speed and memory change", deviation_section),
     "pipeline": ("The chunk pipeline on Ray", pipeline_section),
+    "live": ("The live server", live_section),
     "calibration": ("Calibration", calibration_section),
     "validate_plan": ("The planner against the clock", validation_section),
 }

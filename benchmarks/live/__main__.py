@@ -1,0 +1,107 @@
+"""The live server on this machine: from prompt to picture, what it adds to a chunk, and how many may watch.
+
+python -m benchmarks.live [--changes 30] [--viewers 1 10 50 100 200]
+
+The server is a process of its own; clients, and a player that plays in real time, are in this one. What the server adds
+is measured twice: as the seconds from a chunk's being handed to the server until its last byte is with the client, and
+as the difference of the seconds a chunk, of the server and of the pipeline alone, which take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import statistics
+import sys
+from typing import Any
+
+from benchmarks.live import measures
+from benchmarks.live.running import RunningServer
+from benchmarks.measuring.machine import RESULTS, write_result
+from helios_cp.config.paths import user_path
+from helios_cp.config.request import Request
+from launchers.cluster.cluster import connected
+from launchers.driver.pipeline import ChunkPipeline
+
+MODEL = "random-distilled"
+SIZE = {"height": 128, "width": 192}
+STEPS = (1, 1, 1)
+SESSION: dict[str, Any] = {"prompt": "a fox", **SIZE, "pyramid_num_inference_steps_list": STEPS, "fps": 24}
+FLAGS = ["--model", MODEL, "--device", "cpu"]
+
+
+def measure_added(chunks: int, turns: int) -> dict[str, Any]:
+    """What the server and the network add to a chunk."""
+    request = Request(prompt=("a fox",), **SIZE, pyramid_num_inference_steps_list=STEPS, num_frames=33 * chunks)
+    served, alone, late = [], [], []
+    for _ in range(turns):
+        with RunningServer(FLAGS) as server:
+            arrivals = asyncio.run(measures.served_chunks(server, SESSION, chunks))
+        served.append(measures.seconds_a_chunk([each.at for each in arrivals]))
+        late += [each.seconds_after_ready for each in arrivals[measures.WARM_UP :]]
+        with connected("local", cpus=3), ChunkPipeline(MODEL) as pipeline:
+            pipeline.wait_until_ready()
+            alone.append(measures.alone(pipeline, request))
+    return {
+        "chunks": chunks,
+        "served_seconds": served,
+        "alone_seconds": alone,
+        "difference": statistics.median(served) - statistics.median(alone),
+        "from_ready_to_received": measures.percentiles(late),
+    }
+
+
+async def measure_live(changes: int, counts: list[int]) -> dict[str, Any]:
+    with RunningServer(FLAGS) as server:
+        shown = await measures.prompt_to_picture(server, SESSION, changes)
+        return {"prompt_to_picture": shown, "viewers": await measures.viewers(server, SESSION, counts)}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.live", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--changes", type=int, default=30, help="changes of prompt")
+    parser.add_argument("--chunks", type=int, default=40, help="of a session that nobody paces")
+    parser.add_argument("--turns", type=int, default=3, help="of the server and the pipeline alone")
+    parser.add_argument("--viewers", type=int, nargs="+", default=[1, 10, 50, 100, 200], metavar="N")
+    parser.add_argument("--output", type=user_path, default=RESULTS, metavar="DIR")
+    arguments = parser.parse_args(argv)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    results: dict[str, Any] = {"model": MODEL, "session": SESSION, "load_before": os.getloadavg()[0]}
+    results |= asyncio.run(measure_live(arguments.changes, arguments.viewers))
+    results["added"] = measure_added(arguments.chunks, arguments.turns)
+    results["load_after"] = os.getloadavg()[0]
+    path = write_result("live", results, arguments.output)
+    _tell(results)
+    print(path)
+    return 0
+
+
+def _tell(results: dict[str, Any]) -> None:
+    shown, added = results["prompt_to_picture"], results["added"]
+    making = shown["chunk_seconds_of_making"]["p50"]
+    print(f"a chunk: {shown['chunk_seconds_of_media']:.2f} s of media, made in {making:.2f} s")
+    for name, what in (
+        ("to_receipt", "the receipt"),
+        ("to_bytes", "the first chunk that shows it"),
+        ("to_frame", "its first frame, decoded"),
+        ("to_screen", "the screen"),
+    ):
+        print(f"from a prompt to {what}: p50 {shown[name]['p50']:.2f} s, p95 {shown[name]['p95']:.2f} s")
+    ready = added["from_ready_to_received"]
+    print(
+        f"server and network: {1000 * ready['p50']:.1f} ms a chunk (p95 {1000 * ready['p95']:.1f}); seconds a chunk "
+        f"{1000 * added['difference']:+.1f} ms beside the pipeline alone"
+    )
+    for row in results["viewers"]:
+        print(
+            f"{row['viewers']} viewers: a chunk comes after {1000 * row['late']['p50']:.0f} ms (p95 "
+            f"{1000 * row['late']['p95']:.0f}), {row['memory_a_viewer'] / 1000:.0f} kB each"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,46 @@
+"""Ray: `benchmarks.live` on a live server of its own; and unit: its figures, from numbers that are known."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks.live.__main__ import main
+from benchmarks.live.clients import Arrival
+from benchmarks.live.measures import WARM_UP, percentiles, seconds_a_chunk
+from benchmarks.report.data import read_results
+from benchmarks.report.sections import live_section
+
+
+def test_percentiles():
+    found = percentiles([5.0, *range(1, 100), 100.0])
+    assert found == {"p50": 50, "p95": 95, "most": 100, "count": 101}
+    assert percentiles([2.0]) == {"p50": 2, "p95": 2, "most": 2, "count": 1}
+
+
+def test_what_comes_before_the_steady_state_is_left_out():
+    starting = [100.0 * number for number in range(WARM_UP)]
+    assert seconds_a_chunk([*starting, 1000.0, 1000.5, 1001.5, 1003.0]) == 1.0
+
+
+def test_a_chunk_is_late_from_when_it_was_ready():
+    assert Arrival({"ready_at": 10.0}, b"", 10.25).seconds_after_ready == 0.25
+
+
+@pytest.mark.ray
+def test_a_run(tmp_path, capsys):
+    flags = ["--changes", "2", "--chunks", "8", "--turns", "1", "--viewers", "1", "3", "--output", str(tmp_path)]
+    assert main(flags) == 0
+    told = capsys.readouterr().out
+    assert "from a prompt to the screen: p50 " in told and "3 viewers: a chunk comes after " in told
+    results = json.loads((tmp_path / "live.json").read_text())["results"]
+    shown = results["prompt_to_picture"]
+    assert shown["to_bytes"]["count"] == 2
+    assert 0 < shown["to_receipt"]["p50"] < shown["to_bytes"]["p50"] < shown["to_frame"]["p50"]
+    assert shown["to_bytes"]["p50"] <= shown["to_screen"]["p50"]
+    assert [row["viewers"] for row in results["viewers"]] == [1, 3]
+    assert all(row["late"]["count"] and not row["chunks_missing"] for row in results["viewers"])
+    assert results["added"]["from_ready_to_received"]["p50"] > 0
+    found, problems = read_results(tmp_path)
+    assert not problems and "from a prompt to its receipt" in live_section(found["live"])
