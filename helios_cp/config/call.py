@@ -58,8 +58,8 @@ class Call:
     prompt_file: Path | None = flag(
         None,
         ".txt with a prompt a line, as a pipe may give too; or .csv, .tsv or .jsonl with id and prompt (and "
-        "image_name, or prompt_index for interactive videos); writes NAME.mp4 each, skips those that exist, and shares "
-        "the work with other calls on the same file and folder",
+        "image_name, prompt_index or prompt_schedule for interactive videos, lora and lora_scale); writes NAME.mp4 "
+        "each, skips those that exist, and shares the work with other calls on the same file and folder",
         "FILE",
         group="many videos",
     )

@@ -12,6 +12,7 @@ from helios_cp.config.arguments import check_bounds, flag, frame_rate
 from helios_cp.config.checkpoint import VAE_SPATIAL, VAE_TEMPORAL, Checkpoint
 from helios_cp.config.console import typed
 from helios_cp.config.errors import RequestError
+from helios_cp.config.execution import Adapter
 from helios_cp.config.json_types import from_json
 from helios_cp.config.paths import absolute_path_text
 
@@ -63,7 +64,8 @@ class Request:
     """One video, or a batch of videos that share everything but prompt and seed. Names are those of diffusers.
 
     `None` means "what this checkpoint is meant for"; `resolve` fills it in. `image` and `video` are paths; the pipeline
-    also takes loaded pictures and tensors in their place.
+    also takes loaded pictures and tensors in their place. `lora` are the adapters of this request alone, `()` for none;
+    with `None` it has those of the pipeline (`Execution.lora`).
     """
 
     prompt: tuple[str, ...] = flag(
@@ -142,6 +144,7 @@ class Request:
         name="--pyramid-steps",
     )
     sigmas: tuple[float, ...] | None = None
+    lora: tuple[Adapter, ...] | None = None
     is_amplify_first_chunk: bool | None = flag(
         None,
         "twice the steps for the first chunk; Distilled only (default: on there)",

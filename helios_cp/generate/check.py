@@ -32,7 +32,7 @@ from helios_cp.generate.schedule_file import read_schedule_file
 from helios_cp.generate.work import Work
 from helios_cp.pipeline.world import device_of_rank, pick_backend
 from helios_cp.plan.choose import choose_layout, planning_hardware
-from helios_cp.weights.check import check_execution, with_stored_quantization
+from helios_cp.weights.check import check_execution, check_lora, with_stored_quantization
 from helios_cp.weights.hub import HubId, snapshot_in
 from helios_cp.weights.load import resolve
 from helios_cp.weights.presets import PRESETS
@@ -173,6 +173,7 @@ def check(call: Call, cache: Path | None, ranks: Ranks | None = None, target: Ta
         sequences={lengths for request in requests for lengths in segment_lengths(request, checkpoint)},
         target=target,
     )
+    check_lora(checkpoint, [job.request for job in waiting])
     made_with = MadeWith(layout, device_name(device) if target is None else None, versions())
     return Session(
         checkpoint=checkpoint,

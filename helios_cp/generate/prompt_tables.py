@@ -18,7 +18,9 @@ from helios_cp.config.errors import RequestError
 SUFFIXES = (".txt", ".csv", ".tsv", ".jsonl")
 DELIMITERS = ",;\t"
 PROMPTS = ("refined_prompt", "prompt")
-COLUMNS = ("id", *PROMPTS, "image_name", "prompt_index")
+COLUMNS = ("id", *PROMPTS, "image_name", "prompt_index", "prompt_schedule", "lora", "lora_scale")
+SHOWN = (*PROMPTS, "prompt_schedule")
+"""One of these says what a row shows."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ def _separated(path: Path, text: str) -> Table:
         where = f"--prompt-file {path}, line {reader.line_num + (start > 0)}"
         raise RequestError(f"{where}: it is no valid CSV: {error}; is a double quote missing?") from None
     columns = frozenset(header) & frozenset(COLUMNS)
-    if "id" not in columns or not columns & set(PROMPTS):
+    if "id" not in columns or not columns & set(SHOWN):
         found = ", ".join(filter(None, header)) or "none"
         raise RequestError(
             f"--prompt-file {path}: the columns are {found}; needed are id and prompt or refined_prompt, with "
@@ -127,7 +129,7 @@ def _delimiter(text: str) -> str | None:
             names = {name.strip().casefold() for name in next(_reader(text, delimiter), [])}
         except csv.Error:
             continue
-        if "id" in names and names & set(PROMPTS):
+        if "id" in names and names & set(SHOWN):
             return delimiter
     return None
 
@@ -156,6 +158,8 @@ def _objects(path: Path, text: str) -> Iterator[Row]:
         for name, value in values.items():
             if name.strip().casefold() not in COLUMNS or value is None:
                 continue
+            if name.strip().casefold() == "prompt_schedule" and isinstance(value, list):
+                value = json.dumps(value)
             if isinstance(value, bool | list | dict):
                 raise RequestError(f"{where}: {name} is {json.dumps(value)}; a text is allowed")
             cells[name.strip().casefold()] = str(value).strip()

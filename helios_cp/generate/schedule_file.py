@@ -38,20 +38,24 @@ def read_schedule_file(path: Path) -> dict[str, Any]:
     names = {field.name for field in fields(Request)}
     if unknown := sorted(given.keys() - names):
         raise RequestError(f"{where}: {unknown[0]} is unknown; allowed are {', '.join(sorted(names - {'prompt'}))}")
-    request = _request(given, where)
+    try:
+        request = from_json(Request, given | {"prompt_schedule": parse_schedule(given["prompt_schedule"])})
+    except TypeError as error:
+        raise RequestError(f"{where}: {error}; a schedule is {EXAMPLE}") from None
     found = {name: getattr(request, name) for name in given}
     return found | {name: os.path.abspath(expand(found[name])) for name in ("image", "video") if name in found}
 
 
-def _request(given: dict[str, Any], where: str) -> Request:
-    """Raises `RequestError` for an entry or a value that is none."""
-    for number, entry in enumerate(given["prompt_schedule"], 1):
+def parse_schedule(values: Any) -> tuple[ScheduledPrompt, ...]:
+    """Entries out of JSON. Raises `TypeError`, which says which one is none."""
+    if not isinstance(values, list):
+        raise TypeError("a list is allowed")
+    found = []
+    for number, entry in enumerate(values, 1):
+        if not isinstance(entry, dict) or not entry.keys() >= {"prompt", "chunks"}:
+            raise TypeError(f"entry {number}: prompt and chunks are needed")
         try:
-            from_json(ScheduledPrompt, entry if isinstance(entry, dict) else {})
+            found.append(from_json(ScheduledPrompt, entry))
         except TypeError as error:
-            reason = "prompt and chunks are needed" if "missing" in str(error) else str(error)
-            raise RequestError(f"{where}, entry {number}: {reason}; a schedule is {EXAMPLE}") from None
-    try:
-        return from_json(Request, given)
-    except TypeError as error:
-        raise RequestError(f"{where}: {error}") from None
+            raise TypeError(f"entry {number}: {error}") from None
+    return tuple(found)

@@ -82,6 +82,7 @@ class Pipeline:
         self._offloaded: dict[Hashable, dict[str, int]] = {}
         self.block_cache = block_cache
         self.adapters = adapters
+        self._base: tuple[Adapter, ...] = () if adapters is None else adapters.current or ()
 
     @classmethod
     def from_pretrained(
@@ -119,12 +120,21 @@ class Pipeline:
         )
 
     def set_adapters(self, adapters: Iterable[Adapter]) -> None:
-        """Run with these adapters and no others from the next request on; `[]` gives the checkpoint itself.
+        """Run with these adapters and no others from the next request on, unless that has its own (`Request.lora`);
+        `[]` gives the checkpoint itself.
 
         The result has the bits of a fresh load; every rank calls it. Raises `RequestError` for adapters that do not
         fit, before anything is changed. `helios_cp.weights.transformer.AdapterState` says what it costs.
         """
         adapters = tuple(adapters)
+        self._exchange(adapters)
+        self._base = adapters
+
+    def _adapt(self, request: Request) -> None:
+        """Have the weights be those of a request; another one may have been made meanwhile."""
+        self._exchange(self._base if request.lora is None else request.lora)
+
+    def _exchange(self, adapters: tuple[Adapter, ...]) -> None:
         if self.adapters is None and adapters:
             raise RequestError(f"--lora {adapters[0].path}: these weights came from no file, so none can be merged")
         if self.adapters is None or adapters == self.adapters.current:
@@ -202,6 +212,7 @@ class Pipeline:
 
         `request` and `inputs` are resolved and merged, `prompts` those of `encode_prompts`.
         """
+        self._adapt(request)
         watch = Stopwatch(self.device)
         scheduler = copy.deepcopy(self.scheduler)
         conditions = self._conditions(prompts, state.index)
@@ -212,6 +223,7 @@ class Pipeline:
 
     def encode_prompts(self, request: Request, inputs: Inputs | None = None, first: int = 0) -> Prompts:
         """Text conditions of a resolved request; of its schedule, if it has one, from entry `first` on."""
+        self._adapt(request)
         inputs = inputs or Inputs()
         length, dtype = request.max_sequence_length, self.transformer.dtype
         embeds, negative = inputs.prompt_embeds, None
@@ -244,6 +256,7 @@ class Pipeline:
         """The steps of each chunk, followed by the chunk without its frames."""
         scheduler, pace = copy.deepcopy(self.scheduler), Pace(self.device)
         for index in range(state.index, request.num_chunks):
+            self._adapt(request)
             conditions = None
             with watch.measure("conditions"):
                 conditions = self._conditions(prompts, index)

@@ -14,6 +14,7 @@ from helios_cp.config.errors import CheckpointError, RequestError
 from helios_cp.config.execution import Execution, Target
 from helios_cp.config.layout import Layout
 from helios_cp.config.refusals import Setting, check_setting
+from helios_cp.config.request import Request
 from helios_cp.device.device import capability, dtype_name
 from helios_cp.weights.lora import check_adapters
 from helios_cp.weights.quantize import stored_quantization
@@ -67,6 +68,13 @@ def check_execution(
     )
     check_adapters(execution.lora, config)
     return agreed
+
+
+def check_lora(checkpoint: Checkpoint, requests: Iterable[Request]) -> None:
+    """Raises `RequestError` for adapters of requests that are missing, do not fit, or cannot be merged."""
+    for adapters in {request.lora for request in requests if request.lora}:
+        check_setting(Setting(Execution(lora=adapters), folder=checkpoint.folder, stored=_stored(checkpoint)))
+        check_adapters(adapters, checkpoint.transformer)
 
 
 def with_stored_quantization(checkpoint: Checkpoint, execution: Execution) -> Execution:

@@ -16,6 +16,7 @@ from helios_cp.files.chunk_files import ChunkFiles
 from helios_cp.generate.run_folder import RunFolder
 from helios_cp.pipeline.start import Inputs
 from helios_cp.sampling.state import ChunkState
+from helios_cp.weights.check import check_lora
 from launchers.messages.messages import VideoFiles
 from launchers.workers import denoised_chunks
 
@@ -56,6 +57,7 @@ class Submission:
         request, inputs = Inputs().merged(request)
         request = request.resolve(checkpoint)
         _check(request, output, folder, latents, decode)
+        check_lora(checkpoint, [request])
         state, denoised = None, []
         if folder is not None:
             folder = RunFolder(folder.path.absolute(), folder.run)  # the writer works in another folder

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from helios_cp.config.checkpoint import Checkpoint
 from helios_cp.config.errors import RequestError
+from helios_cp.config.execution import Adapter
 from helios_cp.config.json_types import check_types
 from helios_cp.config.request import Request, ScheduledPrompt
 from helios_cp.generate.prompt_files import INTERPOLATE_TIME, Job, read_prompt_file, single_job
@@ -38,6 +39,42 @@ def test_txt_has_a_prompt_a_line(tmp_path):
         "videos/2.mp4": ("ein Fuchs im Schnee ❄",),
     }
     assert all(job.request == dataclasses.replace(request, prompt=job.request.prompt) for job in jobs)
+
+
+def test_rows_with_schedules_and_adapters(tmp_path):
+    """In both kinds of files; an adapter lies beside the file, and a row without one has those of all."""
+    (tmp_path / "style.safetensors").touch()
+    schedule = [{"prompt": "a fox", "chunks": 2}, {"prompt": "an owl", "chunks": 1, "transition": 2}]
+    expected = (ScheduledPrompt("a fox", 2), ScheduledPrompt("an owl", 1, 2))
+    lines = [{"prompt_schedule": schedule, "lora": "style.safetensors"}, {"prompt": "a cat", "lora_scale": None}]
+    lines.append({"prompt": "a dog", "lora": str(tmp_path / "style.safetensors"), "lora_scale": 0.5})
+    found = [job.request for job in read(tmp_path / "p.jsonl", "\n".join(map(json.dumps, lines)))]
+    style = str(tmp_path / "style.safetensors")
+    assert [request.lora for request in found] == [(Adapter(style),), None, (Adapter(style, 0.5),)]
+    assert [request.prompt_schedule for request in found] == [expected, (), ()]
+    assert [request.prompt for request in found] == [(), ("a cat",), ("a dog",)]
+    quoted = json.dumps(schedule).replace('"', '""')
+    (job,) = read(tmp_path / "p.csv", f'id,prompt_schedule,lora,lora_scale\na,"{quoted}",style.safetensors,-1\n')
+    assert (job.request.prompt_schedule, job.request.lora) == (expected, (Adapter(style, -1.0),))
+
+
+@pytest.mark.parametrize(
+    ("row", "named"),
+    [
+        ({"prompt": "a", "lora": "no.safetensors"}, "the lora 'no.safetensors' of 'x' is no file or folder"),
+        ({"prompt": "a", "lora": "p.jsonl", "lora_scale": "strong"}, "the lora_scale 'strong' of 'x' is no finite"),
+        ({"prompt": "a", "lora": "p.jsonl", "lora_scale": "inf"}, "the lora_scale 'inf' of 'x' is no finite"),
+        ({"prompt": "a", "lora_scale": 1}, "a lora_scale and no lora"),
+        ({"prompt": "a", "prompt_schedule": [{"prompt": "b", "chunks": 1}]}, "give one of the two"),
+        ({"prompt_schedule": [{"prompt": "b"}]}, "entry 1: prompt and chunks are needed"),
+        ({"prompt_schedule": "a fox"}, "the prompt_schedule of 'x' is none"),
+        ({"prompt_schedule": []}, "the prompt of 'x' is empty"),
+        ({"prompt_schedule": [], "prompt": "a", "prompt_index": 0}, "exclude each other"),
+    ],
+)
+def test_bad_schedules_and_adapters_of_rows(tmp_path, row, named):
+    with pytest.raises(RequestError, match=named):
+        read(tmp_path / "p.jsonl", json.dumps({"id": "x", **row}))
 
 
 def test_only_line_ends_end_a_prompt(tmp_path):

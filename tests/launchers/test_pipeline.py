@@ -18,8 +18,10 @@ import numpy as np
 import pytest
 import ray
 import torch
+from safetensors.torch import save_file
 
 from helios_cp.config.errors import RequestError
+from helios_cp.config.execution import Adapter
 from helios_cp.config.layout import Layout
 from helios_cp.config.request import ScheduledPrompt
 from helios_cp.generate.run_folder import Run, RunFolder
@@ -309,6 +311,25 @@ def test_a_group_spread_over_nodes_that_decodes_its_own(cluster, model, alone, t
         time.sleep(0.1)
     assert not any(runs_actor(pid) for pid in pids)
     assert ray.is_initialized()
+
+
+def test_adapters_of_a_request(pipeline, alone, tmp_path):
+    """Videos with and without one in turns on the same groups; one that is missing or does not fit is refused."""
+    size = pipeline.checkpoint.transformer.dim
+    name = "transformer.blocks.0.attn1.to_q.lora_"
+    save_file(
+        {f"{name}A.weight": torch.randn(2, size), f"{name}B.weight": torch.randn(size, 2)}, tmp_path / "a.safetensors"
+    )
+    save_file({f"{name}A.weight": torch.randn(2, 3), f"{name}B.weight": torch.randn(3, 2)}, tmp_path / "b.safetensors")
+    adapted = small(lora=(Adapter(str(tmp_path / "a.safetensors"), 0.5),))
+    requests = [small(), adapted, small(seed=(8,)), adapted]
+    handles = [pipeline.submit(request, decode=False, keep_latents=True) for request in requests]
+    for handle, request in zip(handles, requests, strict=True):
+        assert np.array_equal(handle.result(PATIENCE).latents, alone(request))
+    assert not np.array_equal(alone(adapted), alone(small()))
+    for bad, named in (("b.safetensors", "to_q"), ("c.safetensors", "there is no such file")):
+        with pytest.raises(RequestError, match=named):
+            pipeline.submit(small(lora=(Adapter(str(tmp_path / bad)),)))
 
 
 def test_two_ranks_make_a_live_video_again_to_the_same_bits(cluster, model):

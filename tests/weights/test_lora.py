@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -266,6 +267,23 @@ def test_a_pipeline_exchanges_them(checkpoint, pair):
         assert torch.equal(mine, other)
         videos.append(mine)
     assert error(*videos) > 1e-2
+
+
+def test_each_request_has_its_own(checkpoint, pair):
+    """Also where two are made in turns, chunk by chunk; one that names none has those of the pipeline."""
+    (style, motion), long = pair[1], replace(REQUEST, num_frames=66)
+    pipeline = Pipeline.from_pretrained(checkpoint, dtype=torch.float32, execution=Execution(lora=(style,)))
+    requests = {(style,): long, (motion,): replace(long, lora=(motion,)), (): replace(long, lora=())}
+    streams = {lora: pipeline.stream(request, output_type="latent") for lora, request in requests.items()}
+    found = {lora: [] for lora in requests}
+    for _ in range(2):
+        for lora, stream in streams.items():
+            found[lora].append(next(stream).latents)
+    for lora, latents in found.items():
+        loaded = Pipeline.from_pretrained(checkpoint, dtype=torch.float32, execution=Execution(lora=lora))
+        for mine, other in zip(latents, loaded.stream(long, output_type="latent"), strict=True):
+            assert torch.equal(mine, other.latents)
+    assert error(found[style,][0], found[motion,][0]) > 1e-2
 
 
 def test_taking_an_update_off_would_change_bits(checkpoint, pair):

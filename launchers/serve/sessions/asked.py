@@ -14,7 +14,7 @@ from helios_cp.config.request import Request
 from launchers.serve.flags import ServeCall
 from launchers.serve.problems import Refusal
 
-NAMES = frozenset(each.name for each in fields(Request)) - {"prompt_schedule", "sigmas", "image", "video"}
+NAMES = frozenset(each.name for each in fields(Request)) - {"prompt_schedule", "sigmas", "image", "video", "lora"}
 """Fields of a request that a client may set."""
 
 LISTS = ("prompt", "seed", "history_sizes", "pyramid_num_inference_steps_list")
