@@ -8,6 +8,7 @@ live.m3u8     the playlist
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ from launchers.serve.media.fragments import fragment, mime
 from launchers.serve.media.playlist import INIT, PLAYLIST, fragment_name, playlist
 
 
+@functools.lru_cache(maxsize=64)
 def blank_init(height: int, width: int, fps: float) -> bytes:
     """The initialization segment of every video of a size and rate: its headers do not depend on the pictures."""
     black = torch.zeros(1, height, width, 3, dtype=torch.uint8)

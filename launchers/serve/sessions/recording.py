@@ -54,12 +54,15 @@ class Recording:
     takes: list[Take] = field(default_factory=list)
     changes: list[Change] = field(default_factory=list)
 
-    def save(self) -> None:
-        """Whole or as it was before, whenever the process is killed."""
+    def to_json(self) -> dict[str, Any]:
         values = {name: value for name, value in vars(self).items() if name not in ("folder", "request")}
         values |= {"takes": [asdict(take) for take in self.takes], "request": self.request.to_json()}
         values["changes"] = [change.to_json() for change in self.changes]
-        write_json(self.folder / FILE, {"format": FORMAT, **values})
+        return {"format": FORMAT, **values}
+
+    def write(self, values: dict[str, Any]) -> None:
+        """What `to_json` gave: whole on disk, or as it was before, whenever the process is killed."""
+        write_json(self.folder / FILE, values)
 
     @classmethod
     def load(cls, folder: Path) -> Recording:

@@ -14,6 +14,7 @@ from pathlib import Path
 from helios_cp.config.request import Request
 from helios_cp.device.device import dtype_name
 from helios_cp.generate.check import Session as CheckedCall
+from helios_cp.generate.check import check_same_run
 from helios_cp.generate.run_folder import Run, RunFolder
 from launchers.driver.handle import VideoChunk, VideoHandle
 from launchers.driver.pipeline import ChunkPipeline
@@ -43,12 +44,15 @@ Tell = Callable[[Made | Ended], object]
 
 
 def open_run(checked: CheckedCall, request: Request, folder: Path) -> RunFolder:
-    """The run folder of a take: as it stands, or a new one. Raises `RequestError`."""
-    if RunFolder.is_run(folder):
-        return RunFolder.open(folder)
+    """The run folder of a take: as it stands, or a new one. Raises `RequestError`, also for a take that was begun with
+    another model or with flags that change its bits."""
     output = (str(video_of(folder).absolute()),)
-    dtype = dtype_name(checked.dtype)
-    return RunFolder.create(folder, Run(request, checked.model, dtype, output, checked.execution, checked.made_with))
+    run = Run(request, checked.model, dtype_name(checked.dtype), output, checked.execution, checked.made_with)
+    if not RunFolder.is_run(folder):
+        return RunFolder.create(folder, run)
+    kept = RunFolder.open(folder)
+    check_same_run(kept.run, run, folder)
+    return kept
 
 
 def video_of(folder: Path) -> Path:

@@ -1,4 +1,4 @@
-"""One live session: its states, and what its controller may do. All of it runs in the event loop."""
+"""One live session: its states, what its controller may do, and who follows it. All of it runs in the event loop."""
 
 from __future__ import annotations
 
@@ -6,16 +6,11 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import CancelledError
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from helios_cp.config.errors import RequestError
-from helios_cp.config.request import Request
 from helios_cp.files.mp4 import join_segments
 from helios_cp.generate.check import Session as CheckedCall
-from helios_cp.generate.run_folder import RunFolder
-from launchers.driver.handle import VideoHandle
 from launchers.driver.pipeline import ChunkPipeline, PipelineError
 from launchers.serve.logs import Log
 from launchers.serve.media.audience import Audience, Follower
@@ -24,9 +19,9 @@ from launchers.serve.metrics import Metrics
 from launchers.serve.problems import Refusal
 from launchers.serve.sessions import telling
 from launchers.serve.sessions.changes import Change, superseded
+from launchers.serve.sessions.maker import Maker
 from launchers.serve.sessions.pacer import Pacer
 from launchers.serve.sessions.recording import Recording, Take
-from launchers.serve.sessions.run import Ended, Made, open_run, planned, submit, wait
 
 
 class Session:
@@ -51,12 +46,8 @@ class Session:
         self.watched = time.monotonic()
         self._on_end = on_end
         self._log, self._metrics = log, metrics
-        self._handle: VideoHandle | None = None
-        self._handles: list[VideoHandle] = []
-        self._news: asyncio.Queue[Made | Ended] = asyncio.Queue()
-        self._tasks: list[asyncio.Task[None]] = []
+        self._maker = Maker(recording, store, self.pacer, self._shown, self._finish)
         self._changing = asyncio.Lock()
-        self._writing = asyncio.Lock()
         self._joining = asyncio.Lock()
         self._stopping = ""
 
@@ -72,91 +63,23 @@ class Session:
     def is_done(self) -> bool:
         return self.state == "done"
 
-    @property
-    def take(self) -> int:
-        return len(self.recording.takes) - 1
-
     # The way of a session
 
     async def begin(self, pipeline: ChunkPipeline, checked: CheckedCall) -> None:
         """Leave the queue; or go on at the next chunk after a start of the server. Raises `RequestError`."""
-        self._pipeline, self._checked = pipeline, checked
         recording = self.recording
         if not recording.takes:
             recording.takes.append(Take(0, recording.request.seeds[0], recording.request.prompt[0]))
         if recording.state == "queued":
             recording.state = "running"
         self.pacer.is_paused = recording.state == "paused"
-        await asyncio.to_thread(recording.save)
-        self._tasks = [asyncio.create_task(self._publish()), asyncio.create_task(self.pacer.run())]
-        await self._begin_take()
+        await self._maker.begin(pipeline, checked)
         self.tell_state()
 
-    async def _begin_take(self) -> None:
-        take, begun = self.take, self.recording.takes[-1]
-        path = self.recording.run_folder(take)
-        folder = await asyncio.to_thread(open_run, self._checked, self._request_of(begun), path)
-        await self._take_up(folder)
-        self.pacer.restart(begun.first_chunk)
-        if folder.count() == folder.run.request.num_chunks:
-            self._news.put_nowait(Ended(take, None))
-            return
-        loop = asyncio.get_running_loop()
-        self._handle = await asyncio.to_thread(submit, self._pipeline, folder, take, self._news.put_nowait, loop)
-        self._handles.append(self._handle)
-        await self._change_again(await asyncio.to_thread(planned, folder))
-        self.pacer.steer(self._handle)
-
-    def _request_of(self, take: Take) -> Request:
-        """A take may use the chunks that those before it have left."""
-        request = self.recording.request
-        frames = (request.num_chunks - take.first_chunk) * request.frames_per_chunk
-        return replace(request, prompt=(take.prompt,), seed=(take.seed,), num_frames=frames)
-
-    async def _take_up(self, folder: RunFolder) -> None:
-        """Make the media of chunks that are in the run folder alone, as after a kill; all count as played."""
-        first = self.recording.takes[-1].first_chunk
-        for index in range(len(self.store.chunks) - first, folder.count()):
-            await self._show(Made(self.take, index, folder.segment(index).read_bytes(), {}))
-        if folder.count():
-            self.pacer.skip()
-
-    async def _change_again(self, planned: Mapping[int, str]) -> None:
-        """Changes that were accepted, and that no chunk on disk was made of before the server was killed."""
-        first, count = self.recording.takes[-1].first_chunk, len(self.store.chunks)
-        for number, each in enumerate(self.recording.changes):
-            is_lost = each.take == self.take and each.superseded_by is None and each.chunk >= count
-            if is_lost and planned.get(each.chunk - first) != each.prompt:
-                chunk = await self._ask(each.prompt, each.transition)
-                self.recording.changes[number] = replace(each, chunk=chunk)
-        await asyncio.to_thread(self.recording.save)
-
-    async def _publish(self) -> None:
-        """Show chunk after chunk, and the end."""
-        while True:
-            news = await self._news.get()
-            if news.take != self.take:  # what a reset left behind
-                continue
-            if isinstance(news, Ended):
-                return await self._finish(news.error)
-            try:
-                await self._show(news)
-            except (OSError, ValueError) as error:
-                return await self._finish(error)
-
-    async def _show(self, made: Made) -> None:
-        async with self._writing:
-            number = len(self.store.chunks)
-            if made.take != self.take or made.index != number - self.recording.takes[-1].first_chunk:
-                return
-            about = telling.chunk(self.recording, made, number)
-            metadata = await asyncio.to_thread(self.store.write, made.segment, about)
-            self.pacer.waited()
-            self.store.add(metadata)
+    def _shown(self, metadata: Mapping[str, Any]) -> None:
         self._metrics.made(metadata["seconds"], metadata["fps"])
         self._metrics.shown(self.id, metadata["started"], time.monotonic())
         self.audience.wake()
-        self.pacer.wake()
 
     async def _finish(self, error: BaseException | None) -> None:
         """No chunk comes any more."""
@@ -171,25 +94,20 @@ class Session:
         """Done, for good."""
         if self.is_done:
             return
-        if self._handle is not None:
-            self._handle.cancel()
+        self._maker.cancel()
         recording = self.recording
         recording.state, recording.why, recording.ended = "done", why, time.time()
         if recording.takes:
             recording.takes[-1].chunks = len(self.store.chunks) - recording.takes[-1].first_chunk
-        await asyncio.to_thread(recording.save)
+        await self._maker.save()
         self.store.write_playlist(is_finished=True)
         self.tell_state()
         self.audience.say(telling.done(self.recording, self.store))
         self.audience.end(1000, why)
-        self.leave_to_next_start()
         self._on_end(self)
 
     def leave_to_next_start(self) -> None:
-        """Do no more here."""
-        for task in self._tasks:
-            if task is not asyncio.current_task():
-                task.cancel()
+        self._maker.rest()
 
     # What its controller does
 
@@ -203,18 +121,12 @@ class Session:
                 return known
             self._check_running("change its prompt")
             self._metrics.received(self.id, event_id, time.monotonic())
-            change = Change(event_id, prompt, transition, self.take, await self._ask(prompt, transition))
+            change = Change(
+                event_id, prompt, transition, self._maker.take, await self._maker.change(prompt, transition)
+            )
             self.recording.changes = [*superseded(self.recording.changes, change), change]
-            await asyncio.to_thread(self.recording.save)
+            await self._maker.save()
             return change
-
-    async def _ask(self, prompt: str, transition: int) -> int:
-        """The first chunk of the session that shows it. Raises `Refusal`."""
-        try:
-            chunk = await asyncio.wrap_future(self._handle.change_prompt(prompt, transition=transition))
-        except RequestError as error:  # the last chunk has begun
-            raise Refusal("limit", str(error)) from None
-        return self.recording.takes[-1].first_chunk + chunk
 
     async def pause(self) -> None:
         """Let no further chunk begin; one in hand still comes."""
@@ -241,19 +153,8 @@ class Session:
         """Begin again in the same session, from a seed and a prompt; by default from those of now."""
         async with self._changing:
             self._check_running("reset it")
-            async with self._writing:
-                begun, chunks = self.recording.takes[-1], len(self.store.chunks)
-                if chunks >= self.recording.request.num_chunks:
-                    raise Refusal("limit", "the session has its last chunk; start another one")
-                self._handle.cancel()
-                begun.chunks = chunks - begun.first_chunk
-                shown = self.recording.prompt_at(self.take, chunks)
-                self.recording.takes.append(
-                    Take(chunks, begun.seed if seed is None else seed, shown if prompt is None else prompt)
-                )
             self.pacer.is_paused, self.recording.state = False, "running"
-            await asyncio.to_thread(self.recording.save)
-            await self._begin_take()
+            await self._maker.reset(seed, prompt)
         self.tell_state()
 
     async def stop(self, why: str = "stopped") -> None:
@@ -261,17 +162,16 @@ class Session:
         if self.is_done or self._stopping:
             return
         self._stopping = why
-        if self._handle is None:
-            await self.end(why)
+        if self._maker.is_steered:
+            self._maker.stop()
         else:
-            self._handle.stop()
+            await self.end(why)
 
     async def abandon(self, patience: float) -> None:
         """End at once, and wait until nobody writes in its folder."""
         self._stopping = self._stopping or "deleted"
         await self.end("deleted")
-        for handle in self._handles:
-            await asyncio.to_thread(wait, handle, patience)
+        await self._maker.wait(patience)
 
     # Its files
 
@@ -322,11 +222,11 @@ class Session:
 
     async def _set_state(self, state: str) -> None:
         self.recording.state = state
-        await asyncio.to_thread(self.recording.save)
+        await self._maker.save()
         self.tell_state()
 
     def _check_running(self, what: str) -> None:
         if self.is_done or self._stopping:
             raise Refusal("not_started", f"the session has ended; start another one to {what}")
-        if self._handle is None:
+        if not self._maker.is_steered:
             raise Refusal("busy", f"the session waits in the queue; {what} once it runs")

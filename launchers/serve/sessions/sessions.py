@@ -114,7 +114,7 @@ class Sessions:
             is_endless,
         )
         store = await asyncio.to_thread(_store, recording)
-        await asyncio.to_thread(recording.save)
+        await asyncio.to_thread(recording.write, recording.to_json())
         self._sessions[session_id] = session = Session(recording, store, self._ended, self._log, self._metrics)
         self._log.event("session.created", session=session_id, prompt=request.prompt[0])
         return session, control, view_token(control)
@@ -152,6 +152,9 @@ class Sessions:
 
     def restore(self) -> None:
         """Take up the sessions of an earlier server from disk; those that ran wait for the workers."""
+        for folder in self.folder.glob("*"):
+            if not (folder / FILE).exists():  # the server was killed before it said that there is a session
+                shutil.rmtree(folder, ignore_errors=True)
         for file in sorted(self.folder.glob(f"*/{FILE}"), key=lambda each: each.stat().st_mtime):
             try:
                 recording = Recording.load(file.parent)

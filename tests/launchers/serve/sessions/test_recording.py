@@ -28,12 +28,13 @@ def recording(folder, *changes: Change, takes=()) -> Recording:
 def test_what_is_saved_is_read_back(tmp_path):
     made = recording(tmp_path, change("a", 2, 3), takes=[Take(0, 7, "a fox", 4), Take(4, 8, "a dog")])
     made.state, made.why, made.is_endless = "done", "stopped", False
-    made.save()
+    made.write(made.to_json())
     assert Recording.load(tmp_path) == made
 
 
 def test_no_token_is_on_disk(tmp_path):
-    recording(tmp_path).save()
+    made = recording(tmp_path)
+    made.write(made.to_json())
     text = (tmp_path / "session.json").read_text()
     assert '"control"' in text
     assert digest("control") in text
@@ -50,7 +51,8 @@ def test_what_is_no_recording_is_told(tmp_path, text):
 
 
 def test_a_recording_with_an_unknown_name_is_told(tmp_path):
-    recording(tmp_path).save()
+    made = recording(tmp_path)
+    made.write(made.to_json())
     file = tmp_path / "session.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "pickle": 1}))
     with pytest.raises(ValueError, match="no recording"):

@@ -1,0 +1,182 @@
+"""Has the takes of a session made, one after the other, and shows each chunk as soon as it is on disk."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from helios_cp.config.errors import RequestError
+from helios_cp.config.request import Request
+from helios_cp.generate.check import Session as CheckedCall
+from helios_cp.generate.run_folder import RunFolder
+from launchers.driver.handle import VideoHandle
+from launchers.driver.pipeline import ChunkPipeline
+from launchers.serve.media.store import MediaStore
+from launchers.serve.problems import Refusal
+from launchers.serve.sessions import telling
+from launchers.serve.sessions.pacer import Pacer
+from launchers.serve.sessions.recording import Recording, Take
+from launchers.serve.sessions.run import Ended, Made, open_run, planned, submit, wait
+
+
+class Maker:
+    """`on_chunk` is called with the metadata of each chunk that is shown; `on_end` when no more come, with the error
+    that ended them. It belongs to the event loop."""
+
+    def __init__(
+        self,
+        recording: Recording,
+        store: MediaStore,
+        pacer: Pacer,
+        on_chunk: Callable[[Mapping[str, Any]], object],
+        on_end: Callable[[BaseException | None], Awaitable[None]],
+    ) -> None:
+        self._recording, self._store, self._pacer = recording, store, pacer
+        self._on_chunk, self._on_end = on_chunk, on_end
+        self._handle: VideoHandle | None = None
+        self._handles: list[VideoHandle] = []
+        self._news: asyncio.Queue[Made | Ended] = asyncio.Queue()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._writing = asyncio.Lock()
+        self._saving = asyncio.Lock()
+        self._is_stopping = self._is_over = False
+
+    @property
+    def is_steered(self) -> bool:
+        """Whether a video is there that can be changed."""
+        return self._handle is not None
+
+    @property
+    def take(self) -> int:
+        return len(self._recording.takes) - 1
+
+    async def save(self) -> None:
+        """The recording as it is now, and no older one after it."""
+        async with self._saving:
+            await asyncio.to_thread(self._recording.write, self._recording.to_json())
+
+    async def begin(self, pipeline: ChunkPipeline, checked: CheckedCall) -> None:
+        """The first take, or the last one at its next chunk. Raises `RequestError`."""
+        self._pipeline, self._checked = pipeline, checked
+        await self.save()
+        self._tasks = [asyncio.create_task(self._publish()), asyncio.create_task(self._pacer.run())]
+        await self._begin_take()
+
+    async def reset(self, seed: int | None, prompt: str | None) -> None:
+        """End this take where it stands, and begin the next. Raises `Refusal`."""
+        recording = self._recording
+        async with self._writing:
+            begun, chunks = recording.takes[-1], len(self._store.chunks)
+            if chunks >= recording.request.num_chunks:
+                raise Refusal("limit", "the session has its last chunk; start another one")
+            self._handle.cancel()
+            begun.chunks = chunks - begun.first_chunk
+            shown = recording.prompt_at(self.take, chunks)
+            seed, prompt = begun.seed if seed is None else seed, shown if prompt is None else prompt
+            recording.takes.append(Take(chunks, seed, prompt))
+        await self.save()
+        await self._begin_take()
+
+    async def change(self, prompt: str, transition: int) -> int:
+        """The first chunk of the session that shows it. Raises `Refusal`."""
+        try:
+            chunk = await asyncio.wrap_future(self._handle.change_prompt(prompt, transition=transition))
+        except RequestError as error:  # the last chunk has begun
+            raise Refusal("limit", str(error)) from None
+        return self._recording.takes[-1].first_chunk + chunk
+
+    def stop(self) -> None:
+        """Finish what has begun."""
+        self._is_stopping = True
+        if self._handle is not None:
+            self._handle.stop()
+
+    def cancel(self) -> None:
+        """Make no more, for good."""
+        self._is_over = True
+        if self._handle is not None:
+            self._handle.cancel()
+        self.rest()
+
+    def rest(self) -> None:
+        """Do no more here: the next start of the server goes on."""
+        for task in self._tasks:
+            if task is not asyncio.current_task():
+                task.cancel()
+
+    async def wait(self, patience: float) -> None:
+        """Until nobody writes in the folders of the takes."""
+        for handle in self._handles:
+            await asyncio.to_thread(wait, handle, patience)
+
+    async def _begin_take(self) -> None:
+        take, begun = self.take, self._recording.takes[-1]
+        path = self._recording.run_folder(take)
+        folder = await asyncio.to_thread(open_run, self._checked, self._request_of(begun), path)
+        await self._take_up(folder)
+        self._pacer.restart(begun.first_chunk)
+        if folder.count() == folder.run.request.num_chunks:
+            self._news.put_nowait(Ended(take, None))
+            return
+        loop = asyncio.get_running_loop()
+        self._handle = await asyncio.to_thread(submit, self._pipeline, folder, take, self._news.put_nowait, loop)
+        self._handles.append(self._handle)
+        if self._is_over:  # meanwhile
+            self._handle.cancel()
+        elif self._is_stopping:
+            self._handle.stop()
+        else:
+            await self._change_again(await asyncio.to_thread(planned, folder))
+            self._pacer.steer(self._handle)
+
+    def _request_of(self, take: Take) -> Request:
+        """A take may use the chunks that those before it have left."""
+        request = self._recording.request
+        frames = (request.num_chunks - take.first_chunk) * request.frames_per_chunk
+        return replace(request, prompt=(take.prompt,), seed=(take.seed,), num_frames=frames)
+
+    async def _take_up(self, folder: RunFolder) -> None:
+        """Make the media of chunks that are in the run folder alone, as after a kill; all count as played."""
+        first = self._recording.takes[-1].first_chunk
+        for index in range(len(self._store.chunks) - first, folder.count()):
+            segment = await asyncio.to_thread(folder.segment(index).read_bytes)
+            await self._show(Made(self.take, index, segment, {}))
+        if folder.count():
+            self._pacer.skip()
+
+    async def _change_again(self, planned: Mapping[int, str]) -> None:
+        """Changes that were accepted, and that no chunk on disk was made of before the server was killed."""
+        first, count = self._recording.takes[-1].first_chunk, len(self._store.chunks)
+        for number, each in enumerate(self._recording.changes):
+            is_open = each.take == self.take and each.superseded_by is None and each.chunk >= count
+            if is_open and planned.get(each.chunk - first) != each.prompt:
+                chunk = await self.change(each.prompt, each.transition)
+                self._recording.changes[number] = replace(each, chunk=chunk)
+        await self.save()
+
+    async def _publish(self) -> None:
+        """Show chunk after chunk, and the end."""
+        while True:
+            news = await self._news.get()
+            if news.take != self.take:  # what a reset left behind
+                continue
+            if isinstance(news, Ended):
+                return await self._on_end(news.error)
+            try:
+                await self._show(news)
+            except Exception as error:  # a full disk, say
+                return await self._on_end(error)
+
+    async def _show(self, made: Made) -> None:
+        async with self._writing:
+            number = len(self._store.chunks)
+            if made.take != self.take or made.index != number - self._recording.takes[-1].first_chunk:
+                return
+            about = telling.chunk(self._recording, made, number)
+            metadata = await asyncio.to_thread(self._store.write, made.segment, about)
+            self._pacer.waited()
+            self._store.add(metadata)
+        self._on_chunk(metadata)
+        self._pacer.wake()
