@@ -25,6 +25,7 @@ MOST_DIGITS = 100
 Count = Annotated[int, Field(ge=1, le=10**6)]
 Number = Annotated[float, Field(ge=0, le=10**6, allow_inf_nan=False)]
 
+REFERENCES = ("input_reference", "image_reference", "video_reference")
 ADDRESSES = {"image_url": PICTURE, "video_url": CLIP}
 """Where a reference object holds its data URL, and of what."""
 
@@ -79,17 +80,12 @@ async def read(request: Request, most_bytes: int, fps: float) -> Body:
         raise Refusal(
             "unsupported", f"content type {kind[:64]!r}: application/json and multipart/form-data are allowed"
         )
-    references = {
-        name: given.pop(name) for name in ("input_reference", "image_reference", "video_reference") if name in given
-    }
-    references = {name: value for name, value in references.items() if value is not None}
+    references = {name: value for name in REFERENCES if (value := given.pop(name, None)) is not None}
     if len(references) > 1:
         raise Refusal("invalid_request", f"{' and '.join(references)}: give one of them", param=next(iter(references)))
     fields = _checked(given, is_text)
-    values = _values(fields, fps)
-    for name, value in references.items():
-        return Body(fields.model, values, *_reference(name, value))
-    return Body(fields.model, values)
+    reference = [_reference(*item) for item in references.items()]
+    return Body(fields.model, _values(fields, fps), *(reference[0] if reference else ()))
 
 
 def _object(content: bytes) -> dict[str, Any]:

@@ -146,9 +146,11 @@ class Videos:
             await self._make_chunks(record)
             record.status = "completed"
         except (CancelledError, PipelineError):
-            return  # deleted, or the server ends; then its next start goes on
+            self._is_draining |= record.id in self._records  # not deleted: the pipeline ends
+            return
         except Exception as error:
-            if self._is_over():
+            if self._has_pipeline_ended():
+                self._is_draining = True
                 return
             reason = str(Refusal.of(error)) if isinstance(error, RequestError) else "the server's log says why"
             self._log.fault("video.failed", error, video=record.id)
@@ -191,8 +193,8 @@ class Videos:
         record.chunks = chunk.index + 1
         self._metrics.made({stage: span.end - span.begin for stage, span in chunk.spans.items()})
 
-    def _is_over(self) -> bool:
-        """Whether the pipeline itself has ended, and the server ends with it."""
+    def _has_pipeline_ended(self) -> bool:
+        """Then the server ends with it, and its next start goes on."""
         try:
             self._pipeline.wait_until_ready(0)
         except Exception:
