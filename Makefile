@@ -63,6 +63,7 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.deviation --quick --output $(BENCH)/deviation.json
 	$(BIN)/python -m benchmarks.quality --quick --output $(BENCH)/quality.json
 	$(BIN)/python -m benchmarks.pipeline --requests 40 --output $(BENCH)
+	$(BIN)/python -m benchmarks.live --changes 5 --chunks 16 --turns 1 --viewers 1 10 --output $(BENCH)
 	$(BIN)/python -m benchmarks.report --results $(BENCH)
 
 format: $(INSTALLED)
