@@ -209,7 +209,9 @@ class RunFolder(ChunkFiles):
         try:
             values = json.loads((self.path / "state.json").read_text(encoding="utf-8"))
             commit = {"chunks": int(values["chunks"]), "state": str(values["state"])}
-            schedule = tuple(from_json(ScheduledPrompt, entry) for entry in values["prompt_schedule"])
+            if values.get("prompts"):
+                raise ValueError("its prompts were changed by an older version, which did not keep how")
+            schedule = tuple(from_json(ScheduledPrompt, entry) for entry in values.get("prompt_schedule", []))
             commit["prompt_schedule"] = schedule
             if not 0 <= commit["chunks"] <= self.run.request.num_chunks:
                 raise ValueError(f"{commit['chunks']} chunks of {self.run.request.num_chunks}")

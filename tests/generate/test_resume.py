@@ -5,6 +5,7 @@ Nothing here has a tolerance: resumed latents and MP4s are compared bit for bit.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -118,6 +119,17 @@ def test_a_run_goes_on_to_another_end(presets, tmp_path, monkeypatch, capsys):
     assert main(["--resume", "run", "--num-frames", "33", "--output", "d.mp4"]) == 0
     told = "run folder run: 3 chunks are finished, more than --num-frames 33 asks for; the video has them all"
     assert told in capsys.readouterr().err and Path("d.mp4").read_bytes() == whole
+
+
+def test_a_folder_of_an_older_version(tmp_path):
+    """Its commit knows no schedule; one that was changed while it was made cannot be gone on with to the same bits."""
+    run = Run(Request(prompt=("a fox",), num_frames=99), "random-distilled", "float32", ("a.mp4",))
+    folder = RunFolder.create(tmp_path / "run", run)
+    for prompts, is_refused in (([], False), ([[1, "an owl"]], True)):
+        commit = {"chunks": 0, "state": "state-00000.safetensors", "prompts": prompts}
+        (folder.path / "state.json").write_text(json.dumps(commit))
+        with pytest.raises(RequestError, match="older version") if is_refused else contextlib.nullcontext():
+            assert folder.current(run.request) == run.request
 
 
 @pytest.mark.parametrize("name", ["run.json", "state.json", "state-00001.safetensors"])
