@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.browser.live_page import LivePage
-from tests.browser.live_server import LiveServer
+from tests.launchers.serve.running import RunningServer
 
-SMALL = ("--model", "tiny-distilled", "--height", "64", "--width", "128", "--pyramid-steps", "1", "1", "1")
+SIZE = ("--height", "64", "--width", "128")
+"""That the embedded models know."""
+
 SCREENSHOTS = Path(__file__).parents[2] / "outputs" / "browser"
 FLAGS = ["--no-sandbox", "--autoplay-policy=no-user-gesture-required", "--disable-dev-shm-usage"]
 """Of Chromium: a container's root has no sandbox and little shared memory; a phone's user would press play."""
@@ -37,14 +39,12 @@ def browser(chromium):
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory, chromium) -> Iterator[LiveServer]:
-    ray_folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # short: Ray's sockets lie in it
-    server = LiveServer(tmp_path_factory.mktemp("live"), ray_folder, *SMALL)
-    server.start()
-    server.wait_until_ready()
-    yield server
-    server.end()
-    shutil.rmtree(ray_folder, ignore_errors=True)
+def server(tmp_path_factory, chromium) -> Iterator[RunningServer]:
+    """On a port that a second start has too, because pages come back to it."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    with RunningServer(tmp_path_factory.mktemp("live"), "tiny-distilled", *SIZE, port=port) as server:
+        yield server
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import statistics
 
 import av
@@ -152,7 +153,7 @@ def test_a_server_that_is_killed_and_started_again_goes_on_with_the_video(open_p
     page.choose(fps=12)
     page.type_prompt("a red balloon drifting to the right over a green meadow on a sunny day")
     page.until(lambda: page.chunk >= 1, "the second chunk is on screen")
-    server.kill()
+    server.end(signal.SIGKILL)
     page.until(lambda: page.page.text_content("#badge-text") == "Reconnecting", "the page has seen it")
     screenshot(page, "reconnecting")
     before = page.time, page.chunk
@@ -162,6 +163,19 @@ def test_a_server_that_is_killed_and_started_again_goes_on_with_the_video(open_p
     assert page.time > before[0]
     assert page.page.is_hidden("#alert"), page.page.text_content("#alert-text")
     page.faults = [each for each in page.faults if "ERR_CONNECTION" not in each and "503" not in each]
+
+
+def test_a_lost_worker_is_told_and_replaced(open_page, server, screenshot):
+    page = open_page()
+    page.choose(fps=12)
+    page.type_prompt("a white sailing boat on the sea at sunset")
+    page.until(lambda: page.chunk >= 1, "the second chunk is on screen")
+    server.kill_worker("DenoiserRank")
+    page.until(lambda: "is being replaced" in page.status, "the page says what is happening")
+    screenshot(page, "replaced")
+    at = page.chunk
+    page.until(lambda: page.chunk >= at + 3, "it goes on")
+    assert page.page.is_hidden("#alert"), page.page.text_content("#alert-text")
 
 
 def assert_fits(page) -> None:

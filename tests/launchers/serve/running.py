@@ -15,13 +15,16 @@ ROOT = Path(__file__).parents[3]
 
 
 class RunningServer:
-    """A context manager; `url` is where it listens, and `log` the file of what it writes."""
+    """A context manager; `url` is where it listens, and `log` the file of what it writes.
 
-    def __init__(self, folder: Path, model: str, *flags: str) -> None:
+    `port`: 0 takes a free one at each start.
+    """
+
+    def __init__(self, folder: Path, model: str, *flags: str, port: int = 0) -> None:
         self.folder, self.data = folder, folder / "data"
         self.log = folder / "log.jsonl"
-        self._command = [sys.executable, "-m", "launchers.serve", "--model", model, "--device", "cpu", "--port", "0"]
-        self._command += ["--data", str(self.data), "--wait", str(PATIENCE), *QUICK, *flags]
+        self._command = [sys.executable, "-m", "launchers.serve", "--model", model, "--device", "cpu"]
+        self._command += ["--port", str(port), "--data", str(self.data), "--wait", str(PATIENCE), *QUICK, *flags]
 
     def __enter__(self) -> RunningServer:
         self._ray = tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp")  # short: Ray's sockets lie in it
@@ -52,3 +55,14 @@ class RunningServer:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.stdout.close()
         return code
+
+    def kill_worker(self, name: str) -> None:
+        """SIGKILL to the actors of a class, such as DenoiserRank."""
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                is_ours = os.getsid(int(folder.name)) == self.process.pid
+                title = (folder / "cmdline").read_text()
+            except (ProcessLookupError, FileNotFoundError):
+                continue
+            if is_ours and title.startswith(f"ray::{name}"):
+                os.kill(int(folder.name), signal.SIGKILL)
