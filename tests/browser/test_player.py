@@ -11,7 +11,6 @@ import torch
 from helios_cp.files.mp4 import encode_segment
 from launchers.serve.media.fragments import fragment, mime
 from launchers.serve.page.routes import TYPES, read_page
-from tests.browser.conftest import FLAGS
 from tests.launchers.conftest import PATIENCE
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
@@ -141,6 +140,16 @@ def test_a_missing_chunk_is_jumped_over_and_told(player):
     assert player.told["skipped"] == [pytest.approx(SECONDS, abs=0.2)]
 
 
+def test_the_newest_chunk_is_a_click_away(player):
+    player.open()
+    for chunk in range(6):
+        player.append(chunk)
+    player.until(lambda: player.buffered and player.buffered[0][1] > 5.9 * SECONDS, "all is there")
+    player.page.evaluate("player.goLive()")
+    player.until(lambda: player.time > 5 * SECONDS, "it plays the newest")
+    assert player.told["skipped"] == []
+
+
 def test_what_is_played_is_removed(player):
     """Whole fragments, up to 20 s behind the picture."""
     player.open()
@@ -153,23 +162,6 @@ def test_what_is_played_is_removed(player):
     assert end == pytest.approx(30 * SECONDS, abs=0.1) and first < player.time - 10
     assert first / SECONDS == pytest.approx(round(first / SECONDS), abs=0.05), "a fragment is whole, or gone"
     assert player.told["skipped"] == []
-
-
-def test_a_full_buffer_waits_and_loses_nothing(browser, chromium):
-    """Chromium is told to keep one megabyte, as a phone may; the chunks have three together."""
-    limited = browser.browser_type.launch(executable_path=chromium, args=[*FLAGS, "--mse-video-buffer-size-limit-mb=1"])
-    player = Player(limited.new_page(), height=160, width=240, noise=90)
-    player.open()
-    size = 0
-    for chunk in range(4):
-        media = player._made(chunk).media
-        size += len(media)
-        player.append(chunk, media)
-    assert size > 2 * 2**20
-    player.until(lambda: player.time > 3.5 * SECONDS, "all is played")
-    assert player.told["skipped"] == [] and player.told["broken"] == []
-    assert set(player.told["thrown"]) == {"QuotaExceededError"}, "it was full"
-    limited.close()
 
 
 def test_what_cannot_be_decoded_is_told_once(player):

@@ -10,7 +10,10 @@ export class History {
   #actions;
   #rows = new Map(); // Change -> its row.
 
-  /** @param {{reuse: (prompt: string) => void, announce: (text: string) => void}} actions with a prompt that was picked; to those who listen */
+  /**
+   * @param {{reuse: (prompt: string) => void, announce: (text: string) => void}} actions with a prompt that was picked;
+   *   to those who listen
+   */
   constructor(list, template, actions) {
     this.#list = list;
     this.#template = template;
@@ -28,7 +31,8 @@ export class History {
       const text = describe(change, session);
       fill(row.querySelector(".change-state"), text);
       // Once a state, because the seconds count down.
-      if (row.dataset.state !== change.state && change.state !== "sent") this.#actions.announce(`${change.prompt}: ${text}`);
+      const isNew = row.dataset.state !== change.state && change.state !== "sent";
+      if (isNew) this.#actions.announce(`${change.prompt}: ${text}`);
       row.dataset.state = change.state;
     }
   }
@@ -63,13 +67,15 @@ export function describe(change, session) {
       return change.isReset ? "Received: a new start" : "Received";
     case "coming": {
       const chunk = session.chunks.get(change.chunk);
-      if (session.state === "paused" && !chunk) return `Received. Applies from chunk ${change.chunk}, which a step or resume makes`;
+      const applies = `Received. Applies from chunk ${change.chunk}`;
+      if (session.state === "paused" && !chunk) return `${applies}, which a step or resume makes`;
       const wait = chunk ? chunk.media_time - session.time : (change.due - Date.now()) / 1000;
-      return `Received. Applies from chunk ${change.chunk}${wait > 0.05 ? ` (in ${seconds(wait)})` : ""}${over}`;
+      return `${applies}${wait > 0.05 ? ` (in ${seconds(wait)})` : ""}${over}`;
     }
     case "shown":
       if (change.isSeen) return `On screen from chunk ${change.chunk}`;
-      return `On screen from chunk ${change.chunk}, ${seconds(change.took)} after ${change.id ? "it was sent" : "the start"}${over}`;
+      const since = change.id ? "it was sent" : "the start";
+      return `On screen from chunk ${change.chunk}, ${seconds(change.took)} after ${since}${over}`;
     case "replaced":
       return "Replaced by the next one before it was shown";
     case "refused":

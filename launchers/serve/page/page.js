@@ -85,14 +85,19 @@ function badge(state, isLost, isViewer) {
 
 /** One sentence on what is happening, or nothing where the picture says it. It ends in … where one has to wait. */
 function status(state, isLost) {
-  if (isLost) return session.newest < 0 ? "The server does not answer. Trying again…" : "Connection lost. What is here plays on, and it comes back by itself…";
-  if (!session) return !server ? "The server does not answer yet…" : server.state === "ready" ? "" : `${sentence(server.status || "loading weights")}…`;
+  if (!session) {
+    if (!server) return "The server does not answer yet…";
+    return server.state === "ready" ? "" : `${sentence(server.status || "loading weights")}…`;
+  }
+  if (isLost && session.newest < 0) return "The server does not answer. Trying again…";
+  if (isLost) return "Connection lost. What is here plays on, and it comes back by itself…";
   if (session.doing && !session.hasEnded) return `${sentence(session.doing)}…`;
   switch (state) {
     case "connecting":
       return "Connecting…";
     case "queued":
-      return session.queue ? `Number ${session.queue.position} of ${session.queue.length} in the queue…` : "In the queue…";
+      if (!session.queue) return "In the queue…";
+      return `Number ${session.queue.position} of ${session.queue.length} in the queue…`;
     case "running":
       if (session.newest < 0) return "Making the first chunk…";
       return video.readyState <= HTMLMediaElement.HAVE_CURRENT_DATA ? `Making chunk ${session.newest + 1}…` : "";
@@ -112,7 +117,8 @@ function showFigures() {
   fill(find("played"), rate == null || session.newest < 0 ? "–" : rate.toFixed(1));
   fill(find("lead"), session && session.newest >= 0 ? session.lead.toFixed(1) : "–");
   fill(find("lag"), session?.lag == null ? "–" : session.lag.toFixed(1));
-  find("go-live").hidden = !session || session.isController || !session.seconds || session.lead < FAR_BEHIND * session.seconds;
+  const isBehind = session?.seconds && session.lead > FAR_BEHIND * session.seconds;
+  find("go-live").hidden = !isBehind || session.isController;
 }
 
 function complain(text, code) {
@@ -257,7 +263,11 @@ const actions = {
   "go-live": () => session.goLive(),
   "save-video": () => save("video.mp4"),
   "save-schedule": () => save("schedule.json"),
-  full: () => (document.fullscreenElement ? document.exitFullscreen() : find("stage").requestFullscreen?.()),
+  full: () => {
+    if (document.fullscreenElement) document.exitFullscreen();
+    else if (document.fullscreenEnabled) find("stage").requestFullscreen();
+    else video.webkitEnterFullscreen?.(); // An iPhone gives the whole screen to a video alone.
+  },
   "alert-close": () => (find("alert").hidden = true),
   "reset-cancel": () => find("reset-dialog").close(),
   "keys-open": () => find("keys-dialog").showModal(),
@@ -270,7 +280,11 @@ const actions = {
   "share-copy": async () => {
     find("share-link").select();
     // The clipboard is closed to pages that came by plain http from another machine.
-    const isCopied = await navigator.clipboard?.writeText(find("share-link").value).then(() => true, () => false);
+    const copying = navigator.clipboard?.writeText(find("share-link").value);
+    const isCopied = await copying?.then(
+      () => true,
+      () => false,
+    );
     fill(find("share-said"), isCopied ? "Copied." : "Selected: press Ctrl C.");
   },
   reset: () => {
@@ -283,7 +297,8 @@ const actions = {
 for (const [id, act] of Object.entries(actions)) find(id).addEventListener("click", act);
 
 find("reset-dialog").addEventListener("close", ({ target }) => {
-  if (target.returnValue === "reset") session.reset(find("reset-seed").valueAsNumber, find("reset-prompt").value.trim());
+  const [seed, text] = [find("reset-seed").valueAsNumber, find("reset-prompt").value.trim()];
+  if (target.returnValue === "reset") session.reset(seed, text);
   target.returnValue = "";
 });
 find("composer").addEventListener("submit", (event) => {
@@ -326,7 +341,9 @@ function eachPicture() {
 }
 
 if (video.requestVideoFrameCallback) video.requestVideoFrameCallback(eachPicture);
-video.addEventListener("resize", () => document.body.style.setProperty("--shape", video.videoWidth / video.videoHeight));
+video.addEventListener("resize", () => {
+  document.body.style.setProperty("--shape", video.videoWidth / video.videoHeight);
+});
 video.addEventListener("timeupdate", () => {
   look();
   session?.reportPosition();

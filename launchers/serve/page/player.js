@@ -9,10 +9,12 @@ const Source = window.MediaSource ?? window.ManagedMediaSource; // An iPhone has
 /** What this browser lacks to play `mime`, as a sentence; `null` where it lacks nothing. */
 export function missing(mime) {
   if (!Source) {
-    return "This browser cannot play video while it is made: it has no Media Source Extensions. Chrome, Edge and Firefox have them, and Safari from iOS 17.1 on.";
+    const lacks = "This browser cannot play video while it is made: it has no Media Source Extensions.";
+    return `${lacks} Chrome, Edge and Firefox have them, and Safari from iOS 17.1 on.`;
   }
   if (!Source.isTypeSupported(mime)) {
-    return `This browser has no decoder for H.264 (${mime}). Chrome, Edge, Firefox and Safari have one; on Linux it may be a package of its own.`;
+    const lacks = `This browser has no decoder for H.264 (${mime}).`;
+    return `${lacks} Chrome, Edge, Firefox and Safari have one; on Linux it may be a package of its own.`;
   }
   return null;
 }
@@ -42,6 +44,9 @@ export class Player {
     video.disableRemotePlayback = true; // Without it a managed source never opens.
     for (const event of ["timeupdate", "waiting", "stalled"]) video.addEventListener(event, () => this.#turn());
     video.addEventListener("error", () => this.#break(video.error?.message || "the video cannot be decoded"));
+    // Nothing here pauses the video; a browser does, as for a call or by a key of the keyboard.
+    video.addEventListener("pause", () => report.blocked(Boolean(this.#source) && !video.ended && !document.hidden));
+    video.addEventListener("playing", () => report.blocked(false));
     document.addEventListener("visibilitychange", () => {
       if (!document.hidden && this.#source) this.play();
     });
@@ -122,7 +127,9 @@ export class Player {
       this.#turn();
     });
     source.addEventListener("startstreaming", () => this.#turn());
-    source.addEventListener("sourceclose", () => source === this.#source && this.#break("the browser closed the video"));
+    source.addEventListener("sourceclose", () => {
+      if (source === this.#source) this.#break("the browser closed the video");
+    });
     this.#video.src = URL.createObjectURL(source);
     this.play();
   }

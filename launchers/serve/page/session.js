@@ -1,4 +1,4 @@
-// What is known of a session: its chunks, its prompts, its state. No DOM here; whoever shows it is told that it changed.
+// What is known of a session: its chunks, its prompts, its state. Whoever shows it is told that something changed.
 
 import { Connection } from "./connection.js";
 import { Player } from "./player.js";
@@ -130,14 +130,15 @@ export class Session {
     this.#player.close();
   }
 
-  /** Called for each picture that may be new on screen. Returns the changes that it is the first to show, or to show alone. */
+  /** For each picture that may be new on screen. Returns the changes that it is the first to show, or to show alone. */
   look() {
     const time = this.time;
     const number = this.#chunkAt(time);
     if (number < 0) return [];
     if (number !== this.#onScreen) {
       this.#onScreen = number;
-      this.lag = Math.max(0, (performance.now() - this.chunks.get(number).arrived) / 1000 - (time - this.chunks.get(number).media_time));
+      const { arrived, media_time } = this.chunks.get(number);
+      this.lag = Math.max(0, (performance.now() - arrived) / 1000 - (time - media_time));
       this.#tell();
     }
     const shown = this.changes.filter((change) => change.state === "coming" && change.isMade && change.chunk <= number);
@@ -173,7 +174,8 @@ export class Session {
   }
 
   #url() {
-    const path = this.isController ? "v1/realtime/video" : `v1/sessions/${encodeURIComponent(this.id)}/watch?from=${this.#from}`;
+    const watch = `v1/sessions/${encodeURIComponent(this.id)}/watch?from=${this.#from}`;
+    const path = this.isController ? "v1/realtime/video" : watch;
     return address(path, location.protocol.replace("http", "ws"));
   }
 
@@ -230,7 +232,9 @@ export class Session {
       this.queue = null;
       this.#player.open(message.mime, init);
       // After a lost connection: what no chunk has begun to show is asked for again, by the same id.
-      for (const change of this.changes) if (change.id && (change.state === "sent" || change.state === "coming") && !change.isMade) this.#request(change);
+      for (const change of this.changes) {
+        if (change.id && ["sent", "coming"].includes(change.state) && !change.isMade) this.#request(change);
+      }
     },
 
     "video.chunk_metadata": (chunk, fragment) => {
@@ -277,7 +281,7 @@ export class Session {
   #change(change) {
     // {id, prompt, transition, state, chunk, whole, isMade, due, sent, took, isReset, isSeen}, where `state` is sent,
     // received (a first prompt, whose chunk is not known yet), coming, shown, replaced or refused; `whole`: the chunk
-    // that ends its transition, until that is on screen; `isMade`: a chunk here shows it; `isSeen`: it was given elsewhere.
+    // that ends its transition, until that is on screen; `isMade`: a chunk here shows it; `isSeen`: another user gave it.
     this.changes.push({ sent: Date.now(), ...change });
     this.#tell();
   }
@@ -289,20 +293,22 @@ export class Session {
     this.#connection.close();
   }
 
-  // A chunk says which changes it is the first to show. The prompt of a start has no id: its take's first chunk shows it.
+  // A chunk says which changes it is the first to show. The prompt of a start has no id: its take begins with it.
   #match(chunk) {
     for (const change of this.changes) {
       if (change.id && change.transition > 1 && chunk.completed?.includes(change.id)) change.whole = chunk.chunk;
       const isFirst = !change.id && ["sent", "received"].includes(change.state) && (!change.isReset || chunk.is_reset);
       if (isFirst || (change.id && chunk.started?.includes(change.id))) {
-        Object.assign(change, { state: change.state === "shown" ? "shown" : "coming", chunk: chunk.chunk, isMade: true });
+        if (change.state !== "shown") change.state = "coming";
+        Object.assign(change, { chunk: chunk.chunk, isMade: true });
       }
     }
   }
 
   // A viewer learns of prompts by the chunks that show them.
   #follow({ chunk, prompt }) {
-    if (prompt && prompt !== this.changes.at(-1)?.prompt) this.#change({ id: null, prompt, transition: 1, state: "coming", chunk, isMade: true, isSeen: true });
+    if (!prompt || prompt === this.changes.at(-1)?.prompt) return;
+    this.#change({ id: null, prompt, transition: 1, state: "coming", chunk, isMade: true, isSeen: true });
   }
 
   #chunkAt(time) {

@@ -1,8 +1,9 @@
 // The form of a session that is still to be started: what the server says that may be chosen.
 
-import { fill, find, megabytes, plural } from "./words.js";
+import { fill, find, megabytes, plural, seconds } from "./words.js";
 
 const NUMBERS = ["num_frames", "fps", "seed", "num_inference_steps", "guidance_scale", "lead"];
+const TEXTS = ["negative_prompt", "lora", "api_key"];
 const STEPS = "pyramid_num_inference_steps_list";
 
 export class Settings {
@@ -46,7 +47,7 @@ export class Settings {
     const fields = this.#form.elements;
     for (const name of NUMBERS) if (isGiven(fields[name])) values[name] = fields[name].valueAsNumber;
     if (isGiven(fields[STEPS])) values[STEPS] = fields[STEPS].value.trim().split(/[\s,]+/).map(Number);
-    for (const name of ["negative_prompt", "lora", "api_key"]) if (isGiven(fields[name])) values[name] = fields[name].value;
+    for (const name of TEXTS) if (isGiven(fields[name])) values[name] = fields[name].value;
     if (isGiven(fields.size)) [values.width, values.height] = fields.size.value.split("x").map(Number);
     return values;
   }
@@ -68,7 +69,9 @@ export class Settings {
     const chunk = this.#server?.chunk_frames ?? 33;
     const chunks = Math.ceil(frames.valueAsNumber / chunk);
     const rate = fps.valueAsNumber || 24;
-    fill(find("length"), chunks > 0 ? `${plural(chunks, "chunk")}, ${((chunks * chunk) / rate).toFixed(1)} s` : "until you stop it");
+    const most = this.#server?.limits?.seconds;
+    const endless = `until you stop it${most ? `, at most ${most} s` : ""}`;
+    fill(find("length"), chunks > 0 ? `${plural(chunks, "chunk")}, ${seconds((chunks * chunk) / rate)}` : endless);
   }
 }
 
@@ -94,7 +97,9 @@ export class StartFile {
         document.body.classList.toggle("is-dropping", this.isOpen);
       });
     }
-    document.addEventListener("dragleave", (event) => event.relatedTarget || document.body.classList.remove("is-dropping"));
+    document.addEventListener("dragleave", (event) => {
+      if (!event.relatedTarget) document.body.classList.remove("is-dropping");
+    });
     document.addEventListener("drop", (event) => {
       document.body.classList.remove("is-dropping");
       this.#offered(event, event.dataTransfer);
@@ -112,7 +117,9 @@ export class StartFile {
     if (!file) return;
     const kind = file.type.split("/")[0];
     if (kind !== "image" && kind !== "video") return this.#complain(`${file.name} is neither a picture nor a clip.`);
-    if (file.size > this.#most) return this.#complain(`${file.name} has ${megabytes(file.size)}; this server takes at most ${megabytes(this.#most)}.`);
+    if (file.size > this.#most) {
+      return this.#complain(`${file.name} has ${megabytes(file.size)}; at most ${megabytes(this.#most)} are taken here.`);
+    }
     this.clear();
     this.#file = file;
     const preview = find(`file-${kind}`);

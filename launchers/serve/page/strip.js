@@ -22,7 +22,8 @@ export class Strip {
     const current = session.chunkOnScreen;
     const here = current?.chunk ?? 0;
     const first = Math.max(0, here - BEFORE);
-    const changes = new Set(session.changes.filter(({ state }) => state === "coming" || state === "shown").map(({ chunk }) => chunk));
+    const isPlaced = ({ state }) => state === "coming" || state === "shown";
+    const changes = new Set(session.changes.filter(isPlaced).map(({ chunk }) => chunk));
     this.#cells.forEach(({ cell, fill, number }, i) => {
       const chunk = first + i;
       cell.dataset.state = this.#state(chunk, here, current, session);
