@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from helios_cp.config.checkpoint import Checkpoint
@@ -13,6 +13,7 @@ from helios_cp.config.json_types import from_json
 from helios_cp.config.request import Request
 from launchers.serve.flags import ServeCall
 from launchers.serve.problems import Refusal
+from launchers.serve.sessions.loras import adapters
 
 NAMES = frozenset(each.name for each in fields(Request)) - {"prompt_schedule", "sigmas", "image", "video", "lora"}
 """Fields of a request that a client may set."""
@@ -42,13 +43,14 @@ class Asked:
 def request_of(values: Mapping[str, Any], call: ServeCall, checkpoint: Checkpoint) -> Asked:
     """`values` by the names of `Request`, `prompt` among them. Raises `Refusal`."""
     ignored = tuple(sorted(name for name in values if name in PASSED_OVER))
-    unknown = [name for name in values if name not in NAMES | PASSED_OVER]
+    unknown = [name for name in values if name not in NAMES | PASSED_OVER | {"lora"}]
     if unknown:
         raise Refusal("invalid_request", f"{unknown[0][:64]}: there is no such field", param=unknown[0][:64])
     given = {name: value for name, value in values.items() if name in NAMES and value is not None}
     for name in LISTS:
         if name in given and not isinstance(given[name], list):
             given[name] = [given[name]]
+    lora = {} if values.get("lora") is None else {"lora": adapters(values["lora"], call.loras)}
     is_endless = "num_frames" not in given
     try:
         request = from_json(Request, {**call.request, **given})
@@ -56,7 +58,7 @@ def request_of(values: Mapping[str, Any], call: ServeCall, checkpoint: Checkpoin
             raise Refusal("invalid_request", "a session has one prompt and one seed")
         if is_endless:
             request = from_json(Request, {**call.request, **given, "num_frames": _most_frames(request, call)})
-        request = request.resolve(checkpoint)
+        request = replace(request, **lora).resolve(checkpoint)
     except (TypeError, OverflowError) as error:  # a number of hundreds of digits is no float
         raise Refusal("invalid_request", str(error)) from None
     except RequestError as error:

@@ -110,9 +110,17 @@ class Recording:
         if lengths[0] == 0:  # a change took over before the first chunk, with nothing to mix with
             entries = entries[1:]
             entries[0].pop("transition")
-        request = self.request.to_json()
+        request = for_viewers(self.request)
         for name in ("prompt", "prompt_schedule", "sigmas"):
             request.pop(name)
-        request |= {name: Path(request[name]).name for name in ("image", "video") if request[name] is not None}
         frames = chunks * self.request.frames_per_chunk
         return {"prompt_schedule": entries, **request, "seed": [begun.seed], "num_frames": frames}
+
+
+def for_viewers(request: Request) -> dict[str, Any]:
+    """A request for those who may watch: files by their names alone."""
+    values = request.to_json()
+    values |= {name: Path(values[name]).name for name in ("image", "video") if values[name] is not None}
+    if request.lora is not None:
+        values["lora"] = [{"path": Path(each.path).name, "weight": each.weight} for each in request.lora]
+    return values

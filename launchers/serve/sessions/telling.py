@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Any
 
 from launchers.serve.media.store import MediaStore
 from launchers.serve.sessions.changes import Change, told_of
-from launchers.serve.sessions.recording import Recording
+from launchers.serve.sessions.recording import Recording, for_viewers
 from launchers.serve.sessions.run import Made
 
 
@@ -33,9 +32,12 @@ def done(recording: Recording, store: MediaStore) -> dict[str, Any]:
 
 def configuration(recording: Recording, model: str) -> dict[str, Any]:
     """All that decides the video."""
-    request = recording.request.to_json()
-    request |= {name: Path(request[name]).name for name in ("image", "video") if request[name] is not None}
-    return {"model": model, **request, "lead": recording.lead, "is_endless": recording.is_endless}
+    return {
+        "model": model,
+        **for_viewers(recording.request),
+        "lead": recording.lead,
+        "is_endless": recording.is_endless,
+    }
 
 
 def start(recording: Recording, store: MediaStore, model: str) -> dict[str, Any]:

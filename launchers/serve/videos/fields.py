@@ -151,9 +151,7 @@ def _values(fields: Fields, fps: float) -> dict[str, Any]:
     values = {name: value for name in OF_REQUEST if (value := getattr(fields, name)) is not None}
     values["prompt"] = fields.prompt
     if fields.lora is not None:
-        raise Refusal(
-            "unsupported", "lora: this server has its own for all videos, given when it was started", param="lora"
-        )
+        values["lora"] = fields.lora
     for name, value in (fields.extra_params or {}).items():
         if name in values or name in Fields.model_fields:
             raise Refusal("invalid_request", f"extra_params.{name}: give it as {name} alone", param="extra_params")

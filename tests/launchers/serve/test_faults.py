@@ -3,7 +3,6 @@ made can be made again to the same bits."""
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
@@ -15,8 +14,8 @@ from websockets.exceptions import ConnectionClosed
 
 from tests.launchers.serve.client import Client
 from tests.launchers.serve.running import RunningServer
-from tests.launchers.serve.test_live import change, get, play_until, viewer
-from tests.launchers.serve.test_restart import attached, made_again, segments
+from tests.launchers.serve.test_live import change, play_until, viewer
+from tests.launchers.serve.test_restart import attached, downloaded, made_again
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -72,8 +71,8 @@ def test_nothing_is_lost_by_faults(tmp_path, presets):
         assert [metadata["chunk"] for metadata, _ in chunks] == list(range(len(chunks)))
         started = [event for metadata, _ in chunks for event in metadata["started"]]
         assert started == [f"change-{fault}" for fault in range(FAULTS)]
-        schedule = json.loads(get(server, f"/v1/sessions/{begun['session_id']}/schedule.json", begun["view_token"])[1])
-    assert made_again(schedule, model) == segments(server, begun)
+        schedule, video = (downloaded(server, begun, name) for name in ("schedule.json", "video.mp4"))
+    assert made_again(schedule.decode(), model, tmp_path) == video
 
 
 def _taken(client: Client) -> list:

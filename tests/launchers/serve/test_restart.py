@@ -6,15 +6,12 @@ import json
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from pathlib import Path
 
 import pytest
-import torch
 from websockets.exceptions import ConnectionClosed
 
-from helios_cp.config.request import Request
-from helios_cp.files.mp4 import encode_segment
-from helios_cp.pipeline.pipeline import Pipeline
+from helios_cp.generate.__main__ import main as generate
 from tests.launchers.serve.client import PATIENCE, Client
 from tests.launchers.serve.media.test_fragments import times
 from tests.launchers.serve.running import RunningServer
@@ -32,17 +29,19 @@ def attached(server: RunningServer, begun: dict, first: int = -1) -> Client:
     return client
 
 
-def made_again(schedule: dict, model: str) -> list[bytes]:
-    """The segments of a take, made on one rank without a server and without Ray, by its schedule alone."""
-    values = {**schedule, "prompt": []}
-    request = replace(Request.from_json(values), num_frames=schedule["num_frames"])
-    stream = Pipeline.from_pretrained(model, dtype=torch.float32).stream(request)
-    return [encode_segment(chunk.frames[0], request.fps) for chunk in stream]
+def made_again(schedule: str, model: str, folder: Path) -> bytes:
+    """The MP4 of a take, made by the command on one rank, without a server and without Ray, by its schedule alone."""
+    file, output = folder / "schedule.json", folder / "again.mp4"
+    file.write_text(schedule)
+    flags = ["--model", model, "--device", "cpu", "--prompt-schedule-file", str(file), "--output", str(output)]
+    assert generate(flags) == 0
+    return output.read_bytes()
 
 
-def segments(server: RunningServer, begun: dict) -> list[bytes]:
-    folder = server.data / "sessions" / begun["session_id"] / "take-000"
-    return [path.read_bytes() for path in sorted(folder.glob("chunk-*-0.mp4"))]
+def downloaded(server: RunningServer, begun: dict, name: str) -> bytes:
+    code, content = get(server, f"/v1/sessions/{begun['session_id']}/{name}", begun["view_token"])
+    assert code == 200
+    return content
 
 
 @pytest.fixture
@@ -83,9 +82,9 @@ def _kill_and_go_on(server: RunningServer, model: str) -> None:
         assert [chunk for chunk in told if "e2" in told[chunk]["started"]] == [lost["chunk"]]
         back.send("session.stop")
         back.until("session.done")
-    schedule = json.loads(get(server, f"/v1/sessions/{begun['session_id']}/schedule.json", begun["view_token"])[1])
-    assert [entry["prompt"] for entry in schedule["prompt_schedule"]] == ["a red fox", "a dog", "a cat"]
-    assert made_again(schedule, model) == segments(server, begun)
+    schedule = downloaded(server, begun, "schedule.json").decode()
+    assert [entry["prompt"] for entry in json.loads(schedule)["prompt_schedule"]] == ["a red fox", "a dog", "a cat"]
+    assert made_again(schedule, model, server.folder) == downloaded(server, begun, "video.mp4")
 
 
 def test_a_server_that_is_told_to_end_leaves_its_sessions_to_the_next(tmp_path, model):

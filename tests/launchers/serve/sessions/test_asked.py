@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-import pytest
+import json
+from dataclasses import replace
 
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from helios_cp.config.execution import Adapter
 from helios_cp.weights.load import resolve
 from launchers.serve.flags import ServeCall
 from launchers.serve.problems import Refusal
 from launchers.serve.sessions.asked import request_of
+from launchers.serve.sessions.recording import for_viewers
 
 CALL = ServeCall(longest=10.0, pixels=128 * 128, request={"height": 64, "width": 128, "seed": (5,), "fps": 24})
 
@@ -90,6 +97,32 @@ def test_what_no_session_may_have_is_refused_in_one_line(checkpoint, fields, cod
     assert named in str(refused.value)
     assert "\n" not in str(refused.value)
     assert len(str(refused.value)) < 400
+
+
+def test_a_lora_is_asked_for_by_name(checkpoint, tmp_path):
+    size = checkpoint.transformer.dim
+    name = "transformer.blocks.0.attn1.to_q.lora_"
+    tensors = {f"{name}A.weight": torch.ones(2, size), f"{name}B.weight": torch.ones(size, 2)}
+    save_file(tensors, tmp_path / "paint.safetensors")
+    call = replace(CALL, loras=tmp_path)
+    for asked in ("paint", {"name": "paint"}, [{"name": "paint", "scale": 1}]):
+        request = request_of({"prompt": "a fox", "lora": asked}, call, checkpoint).request
+        assert request.lora == (Adapter(str(tmp_path / "paint.safetensors"), 1.0),)
+    assert str(tmp_path) not in json.dumps(for_viewers(request))
+
+
+@pytest.mark.parametrize(
+    "asked",
+    ["", "../paint", "/etc/passwd", "other", 7, {}, {"path": "/etc/passwd"}, {"name": 7}, {"name": "paint", "x": 1}]
+    + [{"name": "paint", "scale": scale} for scale in ("1", True, float("nan"), 11, [])]
+    + [["paint"] * 9, [["paint"]], [None]],
+)
+def test_no_other_file_can_be_asked_for(checkpoint, tmp_path, asked):
+    (tmp_path / "paint.safetensors").touch()
+    (tmp_path.parent / "paint.safetensors").touch()
+    with pytest.raises(Refusal, match="lora: ") as refused:
+        request_of({"prompt": "a fox", "lora": asked}, replace(CALL, loras=tmp_path), checkpoint)
+    assert str(tmp_path) not in str(refused.value)
 
 
 def test_a_checkpoint_decides_what_may_be_given(base):
