@@ -9,6 +9,8 @@ from helios_cp.config.execution import Adapter
 from launchers.serve.problems import Refusal
 
 SUFFIX = ".safetensors"
+MOST_SCALE = 10
+MOST_FILES = 8
 
 
 def names(folder: Path | None) -> list[str]:
@@ -19,8 +21,8 @@ def names(folder: Path | None) -> list[str]:
 def adapters(asked: Any, folder: Path | None) -> tuple[Adapter, ...]:
     """What a client asks for: a name, an object with name and scale, or a list of these. Raises `Refusal`."""
     entries = asked if isinstance(asked, list) else [asked]
-    if len(entries) > 8:
-        raise _refusal(f"{len(entries)} are too many; 8 are allowed")
+    if len(entries) > MOST_FILES:
+        raise _refusal(f"{len(entries)} are too many; {MOST_FILES} are allowed")
     return tuple(_adapter(entry, folder) for entry in entries)
 
 
@@ -29,13 +31,8 @@ def _adapter(entry: Any, folder: Path | None) -> Adapter:
     if not isinstance(entry, dict) or not isinstance(entry.get("name"), str) or entry.keys() - {"name", "scale"}:
         raise _refusal("a name, or an object with name and scale, is allowed")
     name, scale = entry["name"], entry.get("scale", 1.0)
-    if (
-        isinstance(scale, bool)
-        or not isinstance(scale, int | float)
-        or not abs(scale) <= 10
-        or not math.isfinite(scale)
-    ):
-        raise _refusal("scale: a number from -10 to 10 is allowed")
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not abs(scale) <= MOST_SCALE:
+        raise _refusal(f"scale: a number from -{MOST_SCALE} to {MOST_SCALE} is allowed")
     if name not in names(folder):
         known = ", ".join(names(folder)) or "none; --loras names a folder of them"
         raise _refusal(f"{name[:64]!r}: there is no such file; there are: {known}")
