@@ -98,19 +98,28 @@ def main(arguments: list[str] | None = None) -> int:
         results |= {kind: before[kind] for kind in ("cases", "drift")}
     references: dict[str, list[np.ndarray]] = {}
     console = Console(width=None if sys.stdout.isatty() else WIDTH_OF_TABLE)
+
+    def keep(kind: str, case: Case, found: dict[str, Any]) -> Path:
+        results[kind][case.name] = found
+        line = _line(found) if kind == "cases" else str(found)
+        console.print(f"{case.name}: {line}", style="dim", soft_wrap=True)
+        return write_result(options.output.stem, results, options.output.parent)  # after each, as all take long
+
     for case in cases:
-        some = prompts if case.is_plain else prompts[: max(2, len(prompts) // 3)]
-        results["cases"][case.name] = measured(case, some, references, judge, device, folder)
-        console.print(f"{case.name}: {_line(results['cases'][case.name])}", style="dim", soft_wrap=True)
+        some = prompts if case.is_plain else third(prompts)
+        path = keep("cases", case, measured(case, some, references, judge, device, folder))
     for case in [case for case in cases if case in LONG]:
         some, within = prompts[: 2 if options.quick else 4], [count for count in lengths if count <= LONG[case]]
-        results["drift"][case.name] = drifted(case, some, within, judge, device)
-        console.print(f"{case.name}: {results['drift'][case.name]}", style="dim", soft_wrap=True)
+        path = keep("drift", case, drifted(case, some, within, judge, device))
     console.print(table_of(results))
-    path = write_result(options.output.stem, results, options.output.parent)
     draw(results, path.with_suffix(".png"))
     console.print(f"written to {path}; contact sheets in {folder}", style="dim", soft_wrap=True)
     return 0
+
+
+def third(prompts: Prompts) -> Prompts:
+    """Those that choices are measured on."""
+    return prompts[: max(2, len(prompts) // 3)]
 
 
 def rendered(judge: Judge, prompts: Prompts) -> dict[str, float]:
@@ -147,7 +156,10 @@ def measured(
         "seam": said["seam"],
         "motion": float(np.mean([motion(video) for video in videos])),
     }
-    if not case.is_plain and case.model in references:
+    if case.is_plain:
+        some = verdict(judge, videos[: len(third(prompts))], third(prompts))
+        found["third"] = {"prompts": len(third(prompts)), "accuracy": some["accuracy"], "seam": some["seam"]}
+    elif case.model in references:
         found |= likeness(videos, references[case.model][: len(videos)])
     references.setdefault(case.model, videos)
     return found
