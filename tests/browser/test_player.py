@@ -11,6 +11,7 @@ import torch
 from helios_cp.files.mp4 import encode_segment
 from launchers.serve.media.fragments import fragment, mime
 from launchers.serve.page.routes import TYPES, read_page
+from tests.browser.conftest import FLAGS
 from tests.launchers.conftest import PATIENCE
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
@@ -162,6 +163,27 @@ def test_what_is_played_is_removed(player):
     assert end == pytest.approx(30 * SECONDS, abs=0.1) and first < player.time - 10
     assert first / SECONDS == pytest.approx(round(first / SECONDS), abs=0.05), "a fragment is whole, or gone"
     assert player.told["skipped"] == []
+
+
+def test_a_full_buffer_waits_and_loses_nothing(browser, chromium):
+    """Chromium is told to keep one megabyte, in which some of the chunks fit."""
+    limited = browser.browser_type.launch(executable_path=chromium, args=[*FLAGS, "--mse-video-buffer-size-limit-mb=1"])
+    player = Player(limited.new_page(), height=96, width=144, noise=90)
+    player.open()
+    rate = "document.getElementById('video').playbackRate = {}"
+    player.page.evaluate(rate.format(0.1))  # so that nothing is played and evicted meanwhile
+    size = 0
+    for chunk in range(10):
+        media = player._made(chunk).media
+        size += len(media)
+        player.append(chunk, media)
+    assert 1.5 * 2**20 < size < 4 * 2**20
+    player.until(lambda: player.told["thrown"], "it is full")
+    player.page.evaluate(rate.format(1.5))
+    player.until(lambda: player.time > 9.5 * SECONDS, "all is played")
+    assert player.told["skipped"] == [] and player.told["broken"] == []
+    assert set(player.told["thrown"]) == {"QuotaExceededError"}
+    limited.close()
 
 
 def test_what_cannot_be_decoded_is_told_once(player):
