@@ -14,9 +14,13 @@ import pytest
 TESTS = Path(__file__).parent
 
 LONGEST_FIRST = (
-    "browser/test_page.py",
-    "benchmarks/test_gpu_suite.py",
+    "browser/test_live_page.py",
     "generate/test_torchrun.py",
+    "launchers/serve/test_live.py",
+    "benchmarks/test_gpu_suite.py",
+    "launchers/serve/test_restart.py",
+    "launchers/serve/test_faults.py",
+    "browser/test_player.py",
     "launchers/test_faults.py",
     "launchers/test_recipes.py",
     "pipeline/test_parallelize.py",
@@ -25,6 +29,12 @@ LONGEST_FIRST = (
     "weights/test_hub.py",
     "runtime/test_compilation.py",
     "launchers/test_job.py",
+    "launchers/serve/videos/test_openai.py",
+    "launchers/serve/test_cluster.py",
+    "launchers/serve/test_observed.py",
+    "launchers/serve/test_nginx.py",
+    "launchers/serve/videos/test_bodies.py",
+    "launchers/serve/uploads/test_uploads.py",
     "generate/test_generate.py",
     "benchmarks/test_scaling.py",
     "benchmarks/test_gpu_suite_runner.py",
