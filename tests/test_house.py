@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.order import LONGEST_FIRST, TESTS
+
 ROOT = Path(__file__).parents[1]
 
 TOPS = ["parallel", "helios_cp", "launchers", "benchmarks", "tests"]
@@ -176,3 +178,7 @@ def test_a_folder_named_parallel_where_a_user_calls_is_left_alone(tmp_path, file
     command = [sys.executable, "-c", "import helios_cp.config.layout, parallel.mesh; print(parallel.mesh.__file__)"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == str(ROOT / "parallel" / "mesh.py"), done.stderr
+
+
+def test_tests_that_run_first_are_there():
+    assert [name for name in LONGEST_FIRST if not (TESTS / name).is_file()] == []
