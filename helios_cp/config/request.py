@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -324,6 +325,9 @@ class Request:
             low, high = getattr(self, f"{name}_noise_sigma_min"), getattr(self, f"{name}_noise_sigma_max")
             if not 0 <= low <= high <= 1:  # false for NaN too
                 raise RequestError(f"--{name}-noise-sigma {low} {high}: allowed is 0 <= MIN <= MAX <= 1")
+        for adapter in self.lora or ():
+            if not math.isfinite(adapter.weight):
+                raise RequestError(f"--lora {adapter}: a finite weight is allowed")
         if len(self.history_sizes) != 3:
             raise RequestError(
                 f"--history-sizes {' '.join(map(str, self.history_sizes))}: three sizes of at least 1 are allowed"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,8 @@ def read_schedule_file(path: Path) -> dict[str, Any]:
     except TypeError as error:
         raise RequestError(f"{where}: {error}; a schedule is {EXAMPLE}") from None
     found = {name: getattr(request, name) for name in given}
+    if "lora" in found:
+        found["lora"] = tuple(replace(each, path=os.path.abspath(expand(each.path))) for each in found["lora"])
     return found | {name: os.path.abspath(expand(found[name])) for name in ("image", "video") if name in found}
 
 

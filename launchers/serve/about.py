@@ -11,7 +11,6 @@ from helios_cp.config.request import Request
 from launchers.serve.media.store import blank_mime
 from launchers.serve.realtime.messages import MOST_PROMPT
 from launchers.serve.server import Server
-from launchers.serve.sessions.loras import names
 
 SAMPLES = (
     "a red fox running through fresh snow",
@@ -72,7 +71,7 @@ def _known(server: Server) -> dict[str, Any]:
             "transition_chunks": MOST_TRANSITION,
             "sizes": [size for size in (TINY_SIZES if is_tiny else SIZES) if size[0] * size[1] <= call.pixels],
         },
-        "loras": names(call.loras),
+        "loras": server.loras.names,
         "prompts": TINY_SAMPLES if is_tiny else SAMPLES,
     }
 

@@ -37,7 +37,9 @@ class ServeCall(Limits, ClusterCall):
         "folder of sessions and videos; a later start goes on there (default: outputs/live)",
         "DIR",
     )
-    loras: Path | None = flag(None, "folder of LoRA files that clients may ask for by name", "DIR")
+    lora_folder: Path | None = flag(
+        None, "adapters that clients may choose by name: each .safetensors file and each folder of PEFT in it", "DIR"
+    )
     lead: float = flag(
         1.0, "chunks that are made ahead of the picture on screen (default: 1)", "CHUNKS", least=1, most=16
     )

@@ -26,6 +26,7 @@ from launchers.serve.access import Access
 from launchers.serve.app import build_app
 from launchers.serve.flags import ServeCall
 from launchers.serve.logs import Log, json_lines
+from launchers.serve.loras import Loras
 from launchers.serve.server import Server
 from launchers.serve.web import WebServer, listen, url_of
 
@@ -54,12 +55,13 @@ def run(parser: OneLineParser, call: ServeCall, cache: Path | None) -> int:
                 if call.layout.is_auto:
                     call = with_best_layout(_probe(call), cache, device, resources)
                 checked = checks.check_session(_probe(call), cache, call.ranks_of_group, device)
+                loras = Loras.of(call.lora_folder, checked.checkpoint)
                 shares = checks.shares_of_workers(call, device, checked.layout, checked.execution.offload, resources)
                 if call.address == "local":
                     checks.check_cards(call, shares)
             except RequestError as error:
                 parser.error(str(error))
-            server = Server(call, checked, access, Log(prompts=call.log_prompts))
+            server = Server(call, checked, access, loras, Log(prompts=call.log_prompts))
             server.restore()
             web = stack.enter_context(WebServer(build_app(server), listener, call.message_bytes))
             say(f"loading {checked.model} on {device} in {dtype_name(checked.dtype)}; {url_of(listener)} tells how far")

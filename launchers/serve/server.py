@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from launchers.serve.access import Access
 from launchers.serve.flags import ServeCall
 from launchers.serve.logs import Log
+from launchers.serve.loras import Loras
 from launchers.serve.metrics import Metrics, Now
 from launchers.serve.sessions.recording import STATES
 from launchers.serve.sessions.sessions import Sessions
@@ -32,6 +33,7 @@ class Server:
     call: ServeCall
     checked: CheckedCall
     access: Access = field(default_factory=Access)
+    loras: Loras = field(default_factory=Loras)
     log: Log = field(default_factory=Log)
     pipeline: ChunkPipeline | None = None
     doing: str = "loading weights"
@@ -45,7 +47,7 @@ class Server:
         self.metrics = Metrics(self.look)
         self.sessions = Sessions(self.call, self.checked, self.access, self.log, self.metrics)
         self.uploads = Uploads(self.call.data / "uploads", self.call.upload_bytes)
-        self.videos = Videos(self.call, self.checked, self.uploads, self.log, self.metrics)
+        self.videos = Videos(self.call, self.checked, self.loras, self.uploads, self.log, self.metrics)
 
     def restore(self) -> None:
         """Take up what an earlier server left in the folder of data."""

@@ -6,12 +6,14 @@ import logging
 import shutil
 import tempfile
 from dataclasses import replace
+from pathlib import Path
 
 import av
 import pytest
 import ray
 import torch
 from ray.cluster_utils import Cluster
+from safetensors.torch import save_file
 
 from helios_cp.config.request import Request
 from helios_cp.pipeline.pipeline import Pipeline
@@ -86,6 +88,15 @@ def alone(model):
 
 def small(**changes) -> Request:
     return replace(SMALL, **changes)
+
+
+def write_adapter(file: Path, width: int = 96, seed: int = 0) -> Path:
+    """A LoRA of one layer; the random checkpoints are 96 wide."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"A": (2, width), "B": (width, 2)}
+    name = "transformer.blocks.0.attn1.to_q.lora_{}.weight"
+    save_file({name.format(side): torch.randn(shape, generator=generator) for side, shape in shapes.items()}, file)
+    return file
 
 
 def inside(worker, name: str) -> list:

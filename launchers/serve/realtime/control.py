@@ -107,7 +107,8 @@ class Controller:
         server.access.check_key(bearer(self._websocket.headers) or message.api_key)
         if message.format != "m4s":
             raise Refusal("unsupported", f"format {message.format[:32]!r}: m4s is what is sent")
-        asked = request_of({"prompt": message.prompt, **message.others}, server.call, server.checked.checkpoint)
+        fields = {"prompt": message.prompt, **message.others}
+        asked = request_of(fields, server.call, server.checked.checkpoint, server.loras)
         lead = message.lead
         if lead is None and message.streaming_buffer_seconds is not None:
             request = asked.request

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 from helios_cp.config.checkpoint import Checkpoint
@@ -12,11 +12,11 @@ from helios_cp.config.errors import RequestError
 from helios_cp.config.json_types import from_json
 from helios_cp.config.request import Request
 from launchers.serve.flags import ServeCall
+from launchers.serve.loras import Loras
 from launchers.serve.problems import Refusal
-from launchers.serve.sessions.loras import adapters
 
-NAMES = frozenset(each.name for each in fields(Request)) - {"prompt_schedule", "sigmas", "image", "video", "lora"}
-"""Fields of a request that a client may set."""
+NAMES = frozenset(each.name for each in fields(Request)) - {"prompt_schedule", "sigmas", "image", "video"}
+"""Fields of a request that a client may set; `lora` by names, see `launchers.serve.loras`."""
 
 LISTS = ("prompt", "seed", "history_sizes", "pyramid_num_inference_steps_list")
 """Those of which one value may be given alone."""
@@ -40,17 +40,18 @@ class Asked:
     ignored: tuple[str, ...]
 
 
-def request_of(values: Mapping[str, Any], call: ServeCall, checkpoint: Checkpoint) -> Asked:
+def request_of(values: Mapping[str, Any], call: ServeCall, checkpoint: Checkpoint, loras: Loras) -> Asked:
     """`values` by the names of `Request`, `prompt` among them. Raises `Refusal`."""
     ignored = tuple(sorted(name for name in values if name in PASSED_OVER))
-    unknown = [name for name in values if name not in NAMES | PASSED_OVER | {"lora"}]
+    unknown = [name for name in values if name not in NAMES | PASSED_OVER]
     if unknown:
         raise Refusal("invalid_request", f"{unknown[0][:64]}: there is no such field", param=unknown[0][:64])
     given = {name: value for name, value in values.items() if name in NAMES and value is not None}
     for name in LISTS:
         if name in given and not isinstance(given[name], list):
             given[name] = [given[name]]
-    lora = {} if values.get("lora") is None else {"lora": adapters(values["lora"], call.loras)}
+    if "lora" in given:
+        given["lora"] = loras.chosen(given["lora"])
     is_endless = "num_frames" not in given
     try:
         request = from_json(Request, {**call.request, **given})
@@ -58,7 +59,7 @@ def request_of(values: Mapping[str, Any], call: ServeCall, checkpoint: Checkpoin
             raise Refusal("invalid_request", "a session has one prompt and one seed")
         if is_endless:
             request = from_json(Request, {**call.request, **given, "num_frames": _most_frames(request, call)})
-        request = replace(request, **lora).resolve(checkpoint)
+        request = request.resolve(checkpoint)
     except (TypeError, OverflowError) as error:  # a number of hundreds of digits is no float
         raise Refusal("invalid_request", str(error)) from None
     except RequestError as error:

@@ -151,7 +151,7 @@ def _values(fields: Fields, fps: float) -> dict[str, Any]:
     values = {name: value for name in OF_REQUEST if (value := getattr(fields, name)) is not None}
     values["prompt"] = fields.prompt
     if fields.lora is not None:
-        values["lora"] = fields.lora
+        values["lora"] = _lora(fields.lora)
     for name, value in (fields.extra_params or {}).items():
         if name in values or name in Fields.model_fields:
             raise Refusal("invalid_request", f"extra_params.{name}: give it as {name} alone", param="extra_params")
@@ -170,6 +170,11 @@ def _values(fields: Fields, fps: float) -> dict[str, Any]:
             raise Refusal("invalid_request", "seconds and num_frames: give one of the two", param="seconds")
         values["num_frames"] = math.ceil(_seconds(fields.seconds) * values.get("fps", fps))
     return {"num_frames": VideoRequest.num_frames, **values}
+
+
+def _lora(given: Any) -> Any:
+    """In a form, objects and lists of them may be given as JSON."""
+    return _typed(given) if isinstance(given, str) and given.lstrip().startswith(("{", "[")) else given
 
 
 def _seconds(given: str | float) -> float:

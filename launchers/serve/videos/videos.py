@@ -19,6 +19,7 @@ from launchers.driver.handle import VideoChunk, VideoHandle
 from launchers.driver.pipeline import ChunkPipeline, PipelineError
 from launchers.serve.flags import ServeCall
 from launchers.serve.logs import Log
+from launchers.serve.loras import Loras
 from launchers.serve.metrics import Metrics
 from launchers.serve.problems import Refusal
 from launchers.serve.sessions.asked import request_of
@@ -38,10 +39,12 @@ class Videos:
     As many are made at a time as there are groups of ranks; live sessions have places of their own beside them.
     """
 
-    def __init__(self, call: ServeCall, checked: CheckedCall, uploads: Uploads, log: Log, metrics: Metrics) -> None:
+    def __init__(
+        self, call: ServeCall, checked: CheckedCall, loras: Loras, uploads: Uploads, log: Log, metrics: Metrics
+    ) -> None:
         self.folder = call.data / "videos"
-        self._call, self._checked, self._uploads, self._log = call, checked, uploads, log
-        self._metrics = metrics
+        self._call, self._checked, self._loras, self._uploads = call, checked, loras, uploads
+        self._log, self._metrics = log, metrics
         self._pipeline: ChunkPipeline | None = None
         self._records: dict[str, Record] = {}
         self._making: dict[str, asyncio.Task[None]] = {}
@@ -74,7 +77,7 @@ class Videos:
         waiting = self._arriving + sum(not each.is_finished for each in self)
         if waiting >= self._call.groups + self._call.queue:
             raise Refusal("busy", f"{waiting} videos wait already; try again later")
-        request = request_of(body.values, self._call, self._checked.checkpoint).request
+        request = request_of(body.values, self._call, self._checked.checkpoint, self._loras).request
         video_id = f"video_{secrets.token_hex(16)}"
         record = Record(video_id, self.folder / video_id, request, self.model, time.time())
         self._arriving += 1

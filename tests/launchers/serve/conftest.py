@@ -12,6 +12,7 @@ from fastapi.testclient import TestClient
 from launchers.serve.app import build_app
 from launchers.serve.flags import ServeCall
 from launchers.serve.server import Server
+from tests.launchers.conftest import write_adapter
 from tests.launchers.serve.running import RunningServer
 
 HERE = "http://127.0.0.1:8000"
@@ -43,10 +44,13 @@ RUNNING_KEY = "a-key-of-the-test-0123456789"
 
 @pytest.fixture(scope="session")
 def running_server(presets, tmp_path_factory):
-    """With a key, random weights, and few places in its queue."""
+    """With a key, random weights, an adapter, and few places in its queue."""
     folder = tmp_path_factory.mktemp("server")
     keys = folder / "keys"
     keys.write_text(f"{RUNNING_KEY}\n")
     keys.chmod(0o600)
-    with RunningServer(folder, str(presets["random-distilled"]), "--api-key-file", str(keys), "--queue", "3") as server:
+    (folder / "loras").mkdir()
+    write_adapter(folder / "loras" / "ink.safetensors")
+    flags = ["--api-key-file", str(keys), "--queue", "3", "--lora-folder", str(folder / "loras")]
+    with RunningServer(folder, str(presets["random-distilled"]), *flags) as server:
         yield server

@@ -8,7 +8,7 @@ import json
 import signal
 import urllib.error
 import urllib.request
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 import av
 import numpy as np
@@ -16,6 +16,8 @@ import pytest
 from hypothesis import given, settings
 from websockets.exceptions import ConnectionClosed
 
+from helios_cp.generate.__main__ import main as generate
+from tests.launchers.conftest import write_adapter
 from tests.launchers.serve.client import PATIENCE, Client, narrow_socket
 from tests.launchers.serve.media.test_fragments import pixels, times
 from tests.launchers.serve.realtime.malformed import MALFORMED
@@ -27,12 +29,17 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 FRAMES = 33
 CHUNK = FRAMES / 24
 MESSAGE_BYTES = 200_000
+QUEUE = 20
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory, presets):
-    flags = ["--sessions", "2", "--queue", "1", "--message-bytes", str(MESSAGE_BYTES), "--requests", "1000000"]
-    with RunningServer(tmp_path_factory.mktemp("live"), str(presets["random-distilled"]), *flags) as started:
+    flags = ["--sessions", "2", "--queue", str(QUEUE), "--message-bytes", str(MESSAGE_BYTES), "--requests", "1000000"]
+    folder = tmp_path_factory.mktemp("live")
+    (folder / "loras").mkdir()
+    write_adapter(folder / "loras" / "ink.safetensors")
+    flags += ["--lora-folder", str(folder / "loras")]
+    with RunningServer(folder, str(presets["random-distilled"]), *flags) as started:
         yield started
         assert started.end(signal.SIGINT) == 0
         assert "server.fault" not in started.log.read_text()
@@ -301,6 +308,37 @@ def test_reset_begins_again_in_the_same_session(server, controller):
     assert json.loads(text)["seed"] == [22]
 
 
+def test_an_adapter_of_a_session_is_in_all_its_takes_and_in_its_schedule(server, presets, tmp_path, monkeypatch):
+    """In turns with a session without one, on the same group; and made again by one process, from the schedule."""
+    assert json.loads(get(server, "/v1/server")[1])["loras"] == ["ink"]
+    lora = {"name": "ink", "scale": 0.5}
+    with Client(f"{server.url}/v1/realtime/video") as plain, Client(f"{server.url}/v1/realtime/video") as client:
+        plain.start(seed=31, num_frames=2 * FRAMES)
+        begun = client.start(seed=31, num_frames=4 * FRAMES, lora=lora)
+        assert begun["configuration"]["lora"] == [{"path": "ink.safetensors", "weight": 0.5}]
+        play_until(plain, 1)
+        play_until(client, 0)
+        change(client, "e1", "a dog", transition_chunks=2)
+        client.send("session.reset", seed=31, prompt="a red fox")
+        first = client.until("session.state", take=1)["chunk"]
+        play_until(client, 3)
+        client.until("session.done")
+    shown = [pixels(each.init + each.chunks[chunk][1]) for each, chunk in ((plain, 0), (client, 0), (client, first))]
+    assert not np.array_equal(shown[0], shown[1])
+    assert np.array_equal(shown[1], shown[2])
+    monkeypatch.chdir(server.folder / "loras")  # where the adapter is
+    for take in range(2):
+        path = f"/v1/sessions/{begun['session_id']}/schedule.json?take={take}"
+        (tmp_path / "schedule.json").write_bytes(get(server, path, begun["view_token"])[1])
+        run = tmp_path / str(take)
+        flags = ["--prompt-schedule-file", str(tmp_path / "schedule.json"), "--checkpoint-dir", str(run)]
+        flags += ["--model", str(presets["random-distilled"]), "--device", "cpu"]
+        assert generate([*flags, "--output", str(tmp_path / f"{take}.mp4")]) == 0
+        live = server.data / "sessions" / begun["session_id"] / f"take-{take:03d}"
+        made = [[each.read_bytes() for each in sorted(at.glob("chunk-*.mp4"))] for at in (live, run)]
+        assert made[0] == made[1] != []
+
+
 # Viewers
 
 
@@ -501,26 +539,50 @@ def test_sessions_are_listed_without_prompts_and_deleted(server, controller):
 # The queue
 
 
-def test_sessions_wait_in_order_and_one_too_many_is_refused(server):
-    with Client(f"{server.url}/v1/realtime/video") as first, Client(f"{server.url}/v1/realtime/video") as second:
-        first.start()
-        first.until_chunk(0)
-        second.start()
-        second.until_chunk(0)
-        with Client(f"{server.url}/v1/realtime/video") as third, Client(f"{server.url}/v1/realtime/video") as fourth:
-            third.start(num_frames=FRAMES)
-            place = third.until("session.queue")
-            assert (place["position"], place["length"]) == (1, 1)
-            error = third.ask("session.interaction", interaction={"event": {"prompt": "a dog"}})
-            assert error["code"] == "busy"
-            fourth.send("session.start", prompt="a fox")
-            assert fourth.until("error")["code"] == "busy"
-            first.send("session.stop")
-            first.until("session.done")
-            third.until("session.state", state="running")
-            third.until("session.done")
-        second.send("session.stop")
-        second.until("session.done")
+def test_many_sessions_wait_in_order_and_one_too_many_is_refused(server):
+    """Two have the places and rest, twenty wait; one of these is deleted, and the others are made one by one."""
+    with ExitStack() as stack:
+        placed, *waiting = clients = [
+            stack.enter_context(Client(f"{server.url}/v1/realtime/video")) for _ in range(QUEUE + 2)
+        ]
+        for client in (placed, waiting.pop(0)):
+            client.start()
+            client.until_chunk(0)
+            client.send("session.pause")
+            client.until("session.state", state="paused")
+        begun = [client.start(num_frames=FRAMES) for client in waiting]
+        for place, client in enumerate(waiting, 1):
+            client.until("session.queue", position=place, length=QUEUE)
+        error = waiting[0].ask("session.interaction", interaction={"event": {"prompt": "a dog"}})
+        assert error["code"] == "busy"
+        with Client(f"{server.url}/v1/realtime/video") as late:
+            late.send("session.start", prompt="a fox")
+            assert late.until("error")["code"] == "busy"
+
+        deleted, gone = waiting.pop(QUEUE // 2), begun.pop(QUEUE // 2)
+        assert get(server, f"/v1/sessions/{gone['session_id']}", gone["control_token"], "DELETE")[0] == 200
+        assert deleted.until("session.done")["reason"] == "deleted"
+        for place, (client, each) in enumerate(zip(waiting, begun, strict=True), 1):
+            client.until("session.queue", position=place, length=QUEUE - 1)
+            about = json.loads(get(server, f"/v1/sessions/{each['session_id']}", each["view_token"])[1])
+            assert (about["state"], about["position"]) == ("queued", place)
+
+        placed.send("session.stop")
+        for client in waiting:
+            done = client.until("session.done")
+            assert (done["reason"], done["chunks"], len(client.chunks)) == ("finished", 1, 1)
+        for first, client in enumerate(clients[2:], 1):
+            told = [each["position"] for each in client.messages if each["type"] == "session.queue"]
+            moved = [place for place, _ in itertools.groupby(told)]
+            assert moved == list(range(first, QUEUE // 2 if client is deleted else 0, -1)), (
+                "it moves up by one each time"
+            )
+        events = [json.loads(line) for line in server.log.read_text().splitlines() if line.startswith("{")]
+        ended = [each["session"] for each in events if each["event"] == "session.ended"]
+        ids = [each["session_id"] for each in begun]
+        assert [each for each in ended if each in ids] == ids
+        clients[1].send("session.stop")
+        clients[1].until("session.done")
 
 
 def test_a_session_that_waits_can_be_stopped(server):
@@ -611,6 +673,10 @@ REFUSED = [
     ({"image": "file:///etc/passwd"}, None),
     ({"image": "data:image/png;base64,AAAA"}, None),
     ({"video": "http://127.0.0.1/"}, None),
+    ({"lora": "style"}, "invalid_request"),
+    ({"lora": "/etc/passwd"}, "invalid_request"),
+    ({"lora": {"name": "ink", "scale": float("nan")}}, "invalid_message"),
+    ({"lora": {"name": "ink", "scale": 11}}, "invalid_request"),
     ({"image": "data:image/png;base64,!!!", "video": "data:,"}, None),
 ]
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from helios_cp.config.execution import Adapter
 from helios_cp.config.request import Request
+from helios_cp.generate.schedule_file import read_schedule_file
 from launchers.serve.access import digest
+from launchers.serve.sessions import telling
 from launchers.serve.sessions.changes import Change, superseded, told_of
 from launchers.serve.sessions.recording import Recording, Take
 from launchers.serve.sessions.sessions import view_token
@@ -30,6 +35,21 @@ def test_what_is_saved_is_read_back(tmp_path):
     made.state, made.why, made.is_endless = "done", "stopped", False
     made.write(made.to_json())
     assert Recording.load(tmp_path) == made
+
+
+def test_adapters_are_kept_and_told_without_where_they_lie(tmp_path):
+    """The schedule names files as it names pictures: whoever makes the video again has them in the current folder."""
+    made = recording(tmp_path)
+    made.request = replace(REQUEST, lora=(Adapter("/loras/ink.safetensors", 0.5), Adapter("/loras/motion")))
+    made.write(made.to_json())
+    assert Recording.load(tmp_path).request.lora == made.request.lora
+    asked = telling.configuration(made, "a model")
+    schedule = made.schedule(0, 2)
+    expected = [{"path": "ink.safetensors", "weight": 0.5}, {"path": "motion", "weight": 1.0}]
+    assert schedule["lora"] == asked["lora"] == expected
+    (tmp_path / "schedule.json").write_text(json.dumps(schedule))
+    found = read_schedule_file(tmp_path / "schedule.json")["lora"]
+    assert found == (Adapter(str(Path.cwd() / "ink.safetensors"), 0.5), Adapter(str(Path.cwd() / "motion")))
 
 
 def test_no_token_is_on_disk(tmp_path):

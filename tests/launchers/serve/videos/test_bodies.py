@@ -10,14 +10,17 @@ from hypothesis import given
 from hypothesis import settings as with_settings
 from hypothesis import strategies as st
 
+from helios_cp.config.execution import Adapter
 from launchers.generate import checks
 from launchers.serve.access import Access
+from launchers.serve.loras import Loras
 from launchers.serve.run import _probe
 from launchers.serve.server import Server
 from launchers.serve.videos.fields import Fields
 from tests.launchers.serve.conftest import call_of, client_of
 from tests.launchers.serve.uploads.files import BAD_FILES, clip, data_url, picture
 
+LORAS = Loras({"ink": "/loras/ink.safetensors"})
 KEY = {"Authorization": "Bearer first-key-0123456789"}
 GOOD = {"prompt": "a red fox", "size": "64x64"}
 
@@ -67,6 +70,12 @@ BAD_FIELDS = {
     "steps of another model": {"num_inference_steps": 50},
     "no steps": {"num_inference_steps": 0},
     "lora of a path": {"lora": {"path": "/etc/passwd"}},
+    "lora that is unknown": {"lora": "motion"},
+    "lora as a path": {"lora": "/etc/passwd"},
+    "lora of another key": {"lora": {"name": "ink", "weight": 1}},
+    "lora that is too strong": {"lora": [{"name": "ink", "scale": 1e9}]},
+    "lora of a scale without end": {"lora": {"name": "ink", "scale": float("inf")}},
+    "lora as an extra": {"extra_params": {"lora": "ink"}},
     "extra that is no object": {"extra_params": [1]},
     "extra that is no JSON": {"extra_params": "{"},
     "unknown extra": {"extra_params": {"colour": "red"}},
@@ -121,7 +130,7 @@ def checked(presets, tmp_path_factory):
 @pytest.fixture
 def server(tmp_path, checked, key_file):
     call = call_of(tmp_path, model=checked.model, upload_bytes=2**20, message_bytes=2**22, requests=10_000, queue=4)
-    return Server(call, checked, Access.of(key_file))
+    return Server(call, checked, Access.of(key_file), LORAS)
 
 
 @pytest.fixture
@@ -254,6 +263,23 @@ def test_what_is_asked_is_told(client, server):
     assert record.request.pyramid_num_inference_steps_list == (1, 1, 1)
     assert record.request.negative_prompt == "dogs"
     assert client.get(f"/v1/videos/{made['id']}").json() == made
+
+
+LORA_FORMS = [
+    {"lora": "ink"},
+    {"lora[name]": "ink", "lora[scale]": "1"},
+    {"lora": '{"name": "ink"}'},
+    {"lora": '[{"name": "ink", "scale": 1}]'},
+]
+
+
+@pytest.mark.parametrize("form", LORA_FORMS)
+def test_adapters_of_a_form(client, server, form):
+    answer = client.post("/v1/videos", data={**GOOD, **form})
+    assert answer.status_code == 200, answer.text
+    assert "/loras" not in answer.text
+    (record,) = server.videos
+    assert record.request.lora == (Adapter("/loras/ink.safetensors"),)
 
 
 @pytest.mark.parametrize("kind", ["file", "data URL", "object", "text of an object"])
