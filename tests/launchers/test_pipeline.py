@@ -10,6 +10,7 @@ import copyreg
 import io
 import os
 import pickle
+import shutil
 import signal
 import time
 from concurrent.futures import CancelledError
@@ -18,12 +19,13 @@ import numpy as np
 import pytest
 import ray
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file
 
 from helios_cp.config.errors import RequestError
 from helios_cp.config.execution import Adapter
 from helios_cp.config.layout import Layout
 from helios_cp.config.request import ScheduledPrompt
+from helios_cp.generate.__main__ import main as generate
 from helios_cp.generate.run_folder import Run, RunFolder
 from launchers import status
 from launchers.cluster.payload import Payload
@@ -34,7 +36,7 @@ from launchers.messages.arrays import Array
 from launchers.schedule.terms import Limits
 from launchers.workers import denoised_chunks
 from parallel.mesh import Degrees
-from tests.launchers.conftest import PATIENCE, frames_in, inside, runs_actor, small
+from tests.launchers.conftest import PATIENCE, frames_in, inside, runs_actor, small, write_adapter
 
 pytestmark = pytest.mark.ray
 
@@ -223,7 +225,8 @@ def test_a_run_goes_on_with_what_was_denoised(pipeline, alone, model, tmp_path):
 
 def test_a_changed_prompt_is_saved_with_its_chunk(pipeline, alone, model, tmp_path):
     """The video is stopped once a chunk of the transition is finished; the pipeline makes the rest of it from the
-    folder, with the transition where it was."""
+    folder, with the transition where it was. So does `helios_cp.generate`, without Ray, to the bytes of a video that
+    was never stopped."""
     request = small(num_frames=6 * 33).resolve(pipeline.checkpoint)
     folder = RunFolder.create(tmp_path / "run", Run(request, model, "float32", (str(tmp_path / "a.mp4"),)))
     handle = pipeline.submit(request, output=[tmp_path / "a.mp4"], folder=folder, stream=True, allowed=1)
@@ -238,8 +241,14 @@ def test_a_changed_prompt_is_saved_with_its_chunk(pipeline, alone, model, tmp_pa
     assert frames_in(tmp_path / "a.mp4") == 2 * 33
     owl = request.with_change(1, "an owl", 3)
     assert folder.current(request) == owl
+    shutil.copytree(folder.path, tmp_path / "taken")
     result = pipeline.submit(request, output=[tmp_path / "a.mp4"], folder=folder, keep_latents=True).result(PATIENCE)
     assert np.array_equal(result.latents, alone(owl)[:, :, 2 * 9 :])
+    whole = pipeline.submit(owl, output=[tmp_path / "whole.mp4"], keep_latents=True).result(PATIENCE)
+    files = ["--output", str(tmp_path / "b.mp4"), "--save-latents", str(tmp_path / "b.safetensors")]
+    assert generate(["--resume", str(tmp_path / "taken"), "--device", "cpu", *files]) == 0
+    assert np.array_equal(load_file(tmp_path / "b.safetensors")["latents"], whole.latents)
+    assert {(tmp_path / name).read_bytes() for name in ("a.mp4", "b.mp4")} == {(tmp_path / "whole.mp4").read_bytes()}
 
 
 def board_of(pipeline) -> ray.actor.ActorHandle:
@@ -315,12 +324,8 @@ def test_a_group_spread_over_nodes_that_decodes_its_own(cluster, model, alone, t
 
 def test_adapters_of_a_request(pipeline, alone, tmp_path):
     """Videos with and without one in turns on the same groups; one that is missing or does not fit is refused."""
-    size = pipeline.checkpoint.transformer.dim
-    name = "transformer.blocks.0.attn1.to_q.lora_"
-    save_file(
-        {f"{name}A.weight": torch.randn(2, size), f"{name}B.weight": torch.randn(size, 2)}, tmp_path / "a.safetensors"
-    )
-    save_file({f"{name}A.weight": torch.randn(2, 3), f"{name}B.weight": torch.randn(3, 2)}, tmp_path / "b.safetensors")
+    write_adapter(tmp_path / "a.safetensors")
+    write_adapter(tmp_path / "b.safetensors", width=3)
     adapted = small(lora=(Adapter(str(tmp_path / "a.safetensors"), 0.5),))
     requests = [small(), adapted, small(seed=(8,)), adapted]
     handles = [pipeline.submit(request, decode=False, keep_latents=True) for request in requests]
