@@ -7,7 +7,9 @@ What is wrong by a token, head or row is wrong by more than 1e-2, as `test_a_bro
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -16,6 +18,7 @@ import torch
 from benchmarks.ranks.pool import shared_pool
 from helios_cp.config.execution import Execution
 from helios_cp.config.request import Request
+from helios_cp.generate.schedule_file import read_schedule_file
 from helios_cp.pipeline.start import Inputs
 from parallel.mesh import Degrees, Mesh
 
@@ -71,6 +74,13 @@ def make_videos(rank: int, folders: dict[str, str], degrees: Degrees, image, nam
             frames = None if chunks[0].frames is None else torch.cat([chunk.frames for chunk in chunks], 1)
             videos.append((torch.cat([chunk.latents for chunk in chunks], 2), frames))
     return videos
+
+
+@torch.no_grad()
+def follow_schedule(rank: int, folder: str, degrees: Degrees, file: Path) -> torch.Tensor:
+    """Latents of a video by its schedule file."""
+    request = Request(**read_schedule_file(file))
+    return torch.cat([chunk.latents for chunk in build(folder, degrees).stream(request, output_type="latent")], 2)
 
 
 def run_broken_forwards(rank: int, folder: str, degrees: Degrees) -> list[torch.Tensor]:
@@ -162,6 +172,23 @@ def test_whole_videos_with_split_guidance(pool, folders, alone, astronaut, degre
     names = ["random-base", "random-mid"]
     results = pool.run(make_videos, folders, degrees, astronaut, names, ranks=degrees.world, timeout=240)
     check_videos(results, [video for name in names for video in alone[name]])
+
+
+def test_prompts_that_change_in_transitions(pool, folders, tmp_path):
+    """What a live session leaves, made again by two ranks: a change in the middle of the transition before it."""
+    size = {"height": 64, "width": 64, "seed": [7], "pyramid_num_inference_steps_list": [1, 1, 1]}
+
+    def made(ranks: int, *transitions: int) -> list[torch.Tensor]:
+        entries = [("a fox", 1, None), ("an owl", 1, transitions[0]), ("a cat", 2, transitions[1])]
+        schedule = [dict(zip(("prompt", "chunks", "transition"), entry, strict=True)) for entry in entries]
+        (tmp_path / "schedule.json").write_text(json.dumps({"prompt_schedule": schedule, **size}))
+        arguments = folders["random-distilled"], Degrees(ulysses=ranks), tmp_path / "schedule.json"
+        return pool.run(follow_schedule, *arguments, ranks=ranks)
+
+    alone = made(1, 3, 2)
+    assert alone[0].shape[2] == 4 * 9
+    assert largest_error(made(2, 3, 2), alone * 2) <= 1e-4
+    assert largest_error(made(1, 3, 1), alone) > 1e-3, "transitions matter"
 
 
 def test_a_broken_merge_shows(pool, folders, forwards_alone):
