@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.measuring.machine import RESULTS, write_result
-from benchmarks.quality.cases import CASES, HEIGHT, LONG, STEPS, WIDTH, Case, make_videos
+from benchmarks.quality.cases import HEIGHT, LONG, STEPS, WIDTH, Case, cases_for, make_videos
 from benchmarks.quality.figures import drift, likeness, motion
 from benchmarks.quality.plot import LABELS, draw
 from helios_cp.config.arguments import OneLineParser, whole_number
@@ -76,10 +76,10 @@ def main(arguments: list[str] | None = None) -> int:
         check_file_target("--output", options.output, ".json")
         if options.keep and not options.output.is_file():
             raise RequestError(f"--keep: there is no {options.output} yet; leave it out")
-        cases = [_case(text) for text in options.case] if options.case else CASES
+        device = pick_device(options.device)
+        cases = [_case(text) for text in options.case] if options.case else cases_for(device)
     except RequestError as error:
         parser.error(str(error))
-    device = pick_device(options.device)
     prompts = test_prompts(options.prompts or (12 if options.quick else 60))
     lengths = [count for count in options.drift or ((4,) if options.quick else (10, 40)) if count]
     judge, folder = embedded_judge(), options.output.with_suffix("")
@@ -139,7 +139,7 @@ def measured(
     device: torch.device,
     folder: Path,
 ) -> dict[str, Any]:
-    """The figures of a case, or why it was refused. The first of a model becomes the reference for the others."""
+    """The figures of a case, or why it was refused. The exact run of a model becomes the reference for others."""
     try:
         videos = make_videos(case, [text for text, _ in prompts], CHUNKS, device)
     except RequestError as error:
@@ -158,10 +158,10 @@ def measured(
     }
     if case.is_plain:
         some = verdict(judge, videos[: len(third(prompts))], third(prompts))
+        references[case.model] = videos
         found["third"] = {"prompts": len(third(prompts)), "accuracy": some["accuracy"], "seam": some["seam"]}
     elif case.model in references:
         found |= likeness(videos, references[case.model][: len(videos)])
-    references.setdefault(case.model, videos)
     return found
 
 

@@ -66,6 +66,11 @@ LONG = {
 """Of which drift is measured, and over how many chunks at most: Mid and Base take ten times as long."""
 
 
+def cases_for(device: torch.device) -> list[Case]:
+    """Those of `CASES` that a device runs within minutes: convolutions in float16 take a CPU very long."""
+    return [case for case in CASES if device.type != "cpu" or "float16" not in case.flags.split()]
+
+
 def parse(case: Case) -> tuple[Request, Execution, torch.dtype]:
     """What a case's flags say: a request without prompt, how it is run, and the dtype of the transformer."""
     parser = OneLineParser(prog="benchmarks.quality", add_help=False)

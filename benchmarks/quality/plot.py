@@ -12,7 +12,7 @@ DPI = 110
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Write a PNG; the grey row is what the classifier says of rendered clips."""
+    """Write a PNG. The line is at 1, where a border changes no more than what is inside."""
     from matplotlib.figure import Figure
 
     rows = {"rendered clips": {"accuracy": results["judge"], **results["judge"]}, **results["cases"]}
@@ -28,7 +28,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     shares.legend(ncols=len(LABELS), loc="upper center", bbox_to_anchor=(0.5, 1.12), frameon=False)
     seams.barh(places, [found["seam"] for found in rows.values()], 0.5, color="0.5")
     seams.axvline(1, color="black", linewidth=1)
-    seams.set_xlabel("seam: change at a border over change inside")
+    seams.set_xlabel("seam")
     for axes in (shares, seams):
         axes.grid(alpha=0.3, axis="x")
         axes.spines[["top", "right"]].set_visible(False)
