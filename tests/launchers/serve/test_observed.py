@@ -29,6 +29,7 @@ def session(running_server, before):
     with Client(f"{url}/v1/realtime/video") as client:  # the key in the message, as browsers send it
         client.send("session.start", prompt=PROMPTS[0], height=64, width=64, num_frames=132, api_key=RUNNING_KEY)
         start = client.until("video.start")
+        client.until("session.state", state="running")  # before, it takes no change
         client.send("session.interaction", interaction={"event_id": "e", "event": {"prompt": PROMPTS[1]}})
         client.until("session.interaction.queued")
         address = f"{url}/v1/sessions/{start['session_id']}"

@@ -104,12 +104,13 @@ def test_the_same_seed_is_the_same_video(client):
 
 def test_an_adapter_by_its_name(client):
     fields = {"num_frames": 33, "seed": 5}
-    choices = [{}, {"lora": "ink"}, {"lora": [{"name": "ink", "scale": 1.0}]}]
+    strong = {"name": "ink", "scale": 2.0}
+    choices = [{}, {"lora": "ink"}, {"lora": strong}, {"lora": json.dumps([strong])}]
     made = [
         client.videos.create_and_poll(**SMALL, extra_body={**fields, **each}, poll_interval_ms=100) for each in choices
     ]
-    plain, adapted, again = (client.videos.download_content(each.id).read() for each in made)
-    assert plain != adapted == again
+    plain, adapted, stronger, again = (client.videos.download_content(each.id).read() for each in made)
+    assert len({plain, adapted, stronger}) == 3 and stronger == again
     with pytest.raises(openai.BadRequestError, match="allowed are ink") as refused:
         client.videos.create(**SMALL, extra_body={"lora": "style"})
     assert refused.value.param == "lora"
