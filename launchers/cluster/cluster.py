@@ -11,15 +11,18 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ray
-from ray.exceptions import RayError
 
 from launchers.cluster.address import host_and_port
 from launchers.cluster.tokens import TokenError, own_token, token_for
 
 OBJECT_STORE_BYTES = 512 * 2**20
 """Of a private instance. A chunk is some megabytes, and only a few are under way."""
+
+STARTS = 3
+"""Tries to start a private instance."""
 
 KNOCK_SECONDS = 10.0
 """For an answer from a machine that may not be there."""
@@ -60,15 +63,41 @@ def connected(address: str, *, cpus: int = 0, gpus: int = 0, wait: float = 0) ->
             except TokenError as error:
                 raise ClusterError(f"--address {address}: the Ray cluster is closed to this driver: {error}") from None
         stack.callback(ray.shutdown)
-        try:
-            ray.init(address, **options)
-        except (ValueError, RuntimeError, OSError, RayError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ClusterError(
-                f"--address {address}: no Ray cluster answers there ({reason}); start one with `ray start --head`, or "
-                "use --address local"
-            ) from None
+        if address == "local":
+            _start(options)
+        else:
+            _join(address, options)
         yield
+
+
+def _start(options: Mapping[str, Any]) -> None:
+    """A private instance. Ray gives itself 30 s to start, which a busy machine may need more than once."""
+    for attempt in range(STARTS):
+        try:
+            return _init("local", options)
+        except ClusterError as error:
+            if attempt + 1 == STARTS:
+                raise ClusterError(
+                    f"Ray does not start on this machine ({error}); try again when it is less busy"
+                ) from None
+
+
+def _join(address: str, options: Mapping[str, Any]) -> None:
+    try:
+        _init(address, options)
+    except ClusterError as error:
+        raise ClusterError(
+            f"--address {address}: no Ray cluster answers there ({error}); start one with `ray start --head`, or use "
+            "--address local"
+        ) from None
+
+
+def _init(address: str, options: Mapping[str, Any]) -> None:
+    try:
+        ray.init(address, **options)
+    except Exception as error:  # of many kinds, a bare `Exception` among them
+        ray.shutdown()
+        raise ClusterError(" ".join(str(error).split())[:200]) from None
 
 
 def knock(address: str, wait: float) -> None:

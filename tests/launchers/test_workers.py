@@ -10,6 +10,7 @@ from concurrent.futures import Future
 from types import SimpleNamespace
 
 import pytest
+import ray
 from ray.exceptions import (
     ActorDiedError,
     ActorUnavailableError,
@@ -22,7 +23,7 @@ from ray.exceptions import (
 )
 
 from launchers.cluster import worker as module
-from launchers.cluster.cluster import Needs
+from launchers.cluster.cluster import STARTS, ClusterError, Needs, connected
 from launchers.cluster.faults import PayloadLostError, StartError, WorkerLostError, fault_of, start_fault_of
 from launchers.cluster.worker import Recipe, Worker
 from launchers.messages.messages import ActorInfo
@@ -326,3 +327,21 @@ def test_an_error_that_does_not_unpickle_is_that_of_the_work():
     text = "Traceback (most recent call last):\n  File ...\nav.error.InvalidDataError: not a picture"
     for fault in (fault_of(UnserializableException(text)), start_fault_of(UnserializableException(text))):
         assert type(fault) is RuntimeError and str(fault) == "av.error.InvalidDataError: not a picture"
+
+
+def test_a_private_instance_is_tried_again_and_its_failure_is_one_line(monkeypatch):
+    """Ray raises a bare `Exception` where a busy machine does not start it in 30 s."""
+    tried = []
+
+    def init(address, **_):
+        tried.append(address)
+        raise Exception("The current node\ntimed out during startup.")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    with pytest.raises(ClusterError) as caught, connected("local"):
+        pass
+    assert tried == ["local"] * STARTS
+    assert str(caught.value).startswith(
+        "Ray does not start on this machine (The current node timed out during startup.);"
+    )
