@@ -50,6 +50,7 @@ class Session:
         self._changing = asyncio.Lock()
         self._joining = asyncio.Lock()
         self._stopping = ""
+        self._has_begun = asyncio.Event()
 
     @property
     def id(self) -> str:
@@ -74,6 +75,7 @@ class Session:
             recording.state = "running"
         self.pacer.is_paused = recording.state == "paused"
         await self._maker.begin(pipeline, checked)
+        self._has_begun.set()
         self.tell_state()
 
     def _shown(self, metadata: Mapping[str, Any]) -> None:
@@ -95,6 +97,7 @@ class Session:
         if self.is_done:
             return
         self._maker.cancel()
+        self._has_begun.set()
         recording = self.recording
         recording.state, recording.why, recording.ended = "done", why, time.time()
         if recording.takes:
@@ -119,7 +122,7 @@ class Session:
                 if (known.prompt, known.transition) != (prompt, transition):
                     raise Refusal("event_id_conflict", f"event {event_id}: another change has this id; give a new one")
                 return known
-            self._check_running("change its prompt")
+            await self._can_be_steered("change its prompt")
             self._metrics.received(self.id, event_id, time.monotonic())
             change = Change(
                 event_id, prompt, transition, self._maker.take, await self._maker.change(prompt, transition)
@@ -130,20 +133,20 @@ class Session:
 
     async def pause(self) -> None:
         """Let no further chunk begin; one in hand still comes."""
-        self._check_running("pause it")
+        await self._can_be_steered("pause it")
         if self.state == "running":
             self.pacer.pause()
             await self._set_state("paused")
 
     async def resume(self) -> None:
-        self._check_running("resume it")
+        await self._can_be_steered("resume it")
         if self.state == "paused":
             self.pacer.resume()
             await self._set_state("running")
 
     async def step(self) -> None:
         """While paused, one chunk more."""
-        self._check_running("step it")
+        await self._can_be_steered("step it")
         if self.state != "paused":
             raise Refusal("invalid_request", "only a paused session can be stepped; send session.pause first")
         self.pacer.step()
@@ -152,7 +155,7 @@ class Session:
     async def reset(self, seed: int | None, prompt: str | None) -> None:
         """Begin again in the same session, from a seed and a prompt; by default from those of now."""
         async with self._changing:
-            self._check_running("reset it")
+            await self._can_be_steered("reset it")
             self.pacer.is_paused, self.recording.state = False, "running"
             await self._maker.reset(seed, prompt)
         self.tell_state()
@@ -225,8 +228,11 @@ class Session:
         await self._maker.save()
         self.tell_state()
 
-    def _check_running(self, what: str) -> None:
+    async def _can_be_steered(self, what: str) -> None:
+        """Waits for a session that has just left the queue, and for one whose server has just started again."""
+        if self.state == "queued":
+            raise Refusal("busy", f"the session waits in the queue; {what} once it runs")
+        if not self._stopping:
+            await self._has_begun.wait()
         if self.is_done or self._stopping:
             raise Refusal("not_started", f"the session has ended; start another one to {what}")
-        if not self._maker.is_steered:
-            raise Refusal("busy", f"the session waits in the queue; {what} once it runs")

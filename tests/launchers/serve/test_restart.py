@@ -79,7 +79,8 @@ def _kill_and_go_on(server: RunningServer, model: str) -> None:
         assert [round(float(time) * 24) for time in shown] == list(range(FRAMES * len(chunks)))
         told = {metadata["chunk"]: metadata for metadata, _ in chunks}
         assert [chunk for chunk in told if "e1" in told[chunk]["started"]] == [first]
-        assert [chunk for chunk in told if "e2" in told[chunk]["started"]] == [lost["chunk"]]
+        (again,) = [chunk for chunk in told if "e2" in told[chunk]["started"]]
+        assert again in (lost["chunk"] - 1, lost["chunk"])  # a chunk that was in hand is made again, and may show it
         back.send("session.stop")
         back.until("session.done")
     schedule = downloaded(server, begun, "schedule.json").decode()
