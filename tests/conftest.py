@@ -6,6 +6,7 @@ import atexit
 import importlib.util
 import os
 import shutil
+import signal
 import site
 import sys
 import tempfile
@@ -22,6 +23,11 @@ from tests.order import longest_first
 os.environ.setdefault("PYTHONUSERBASE", site.getuserbase())
 os.environ["HOME"] = tempfile.mkdtemp(prefix="home-")
 atexit.register(shutil.rmtree, os.environ["HOME"], ignore_errors=True)
+
+# Whoever starts the tests in the background, or by nohup, has some signals ignored; here they act as elsewhere.
+for number, handler in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, handler)
 
 # One thread: the models are tiny, and threads that wait for each other on a busy machine cost more than they do.
 torch.set_num_threads(1)

@@ -29,8 +29,9 @@ def chromium() -> str:
     return path
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def browser(chromium):
+    """Not for longer: playwright keeps an event loop running in this thread, and other tests have their own."""
     playwright = pytest.importorskip("playwright.sync_api")
     with playwright.sync_playwright() as started:
         browser = started.chromium.launch(executable_path=chromium, args=FLAGS)
@@ -38,7 +39,7 @@ def browser(chromium):
         browser.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def server(tmp_path_factory, chromium) -> Iterator[RunningServer]:
     """On a port that a second start has too, because pages come back to it."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
