@@ -6,7 +6,7 @@ python -m benchmarks.quality --quick      12 prompts, drift over 4 chunks
 A choice beside the exact run of its model is measured on the first third of the prompts.
 
 A classifier that was trained on rendered clips says what a video shows. Its own figures, on rendered clips of the same
-scenes and on these after the VAE, stand beside.
+scenes, stand beside.
 """
 
 from __future__ import annotations
