@@ -6,19 +6,13 @@ ray job submit --working-dir . -- python -m launchers.generate --address auto --
 
 from __future__ import annotations
 
-import os
 import sys
-from dataclasses import replace
 
 from helios_cp.config.arguments import OneLineParser
 from helios_cp.config.console import quiet_imports, unfailing_output
-from helios_cp.config.errors import RequestError
-from helios_cp.config.paths import cache_folder
-from helios_cp.config.ranks import parse_on_rank
 from helios_cp.generate.__main__ import EPILOG
 from helios_cp.generate.stopping import handled, stop_at_once
-from launchers.cluster.address import address_of
-from launchers.generate.flags import ClusterCall
+from launchers.generate.flags import ClusterCall, parse_call
 
 PROGRAM = "launchers.generate"
 
@@ -38,16 +32,7 @@ def build_parser() -> OneLineParser:
 def main(argv: list[str] | None = None) -> int:
     """Exit codes: those of `helios_cp.generate`."""
     parser = build_parser()
-    arguments, ranks = parse_on_rank(parser, argv, os.environ)
-    try:
-        if ranks.size > 1:
-            raise RequestError(
-                f"WORLD_SIZE {ranks.size} in the environment: Ray starts the ranks here; start this without torchrun"
-            )
-        call, cache = ClusterCall.of(arguments), cache_folder(os.environ)
-        call = replace(call, address=address_of(call.address, os.environ))
-    except RequestError as error:
-        parser.error(str(error))
+    call, cache = parse_call(parser, ClusterCall, argv, alone="Ray starts the ranks here; start this without torchrun")
     quiet_imports()
     # Imported here so that --help and misspelt flags need not wait for torch.
     from launchers.generate.run import run

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
-from helios_cp.config.arguments import flag
+from helios_cp.config.arguments import OneLineParser, flag
 from helios_cp.config.call import Call
 from helios_cp.config.errors import RequestError
-from launchers.cluster.address import check_address
+from helios_cp.config.paths import cache_folder
+from helios_cp.config.ranks import parse_on_rank
+from launchers.cluster.address import address_of, check_address
 from launchers.schedule.limits import check_workers
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -78,3 +83,23 @@ class ClusterCall(Call):
     @property
     def typed_gpus(self) -> str:
         return f"--gpus {' '.join(f'{share:g}' for share in self.gpus or ())}"
+
+
+AnyCall = TypeVar("AnyCall", bound=ClusterCall)
+
+
+def parse_call(
+    parser: OneLineParser, kind: type[AnyCall], argv: Sequence[str] | None, alone: str
+) -> tuple[AnyCall, Path | None]:
+    """The call of a command line, and the folder of the cache; exits with 2 for a bad one.
+
+    `alone` says why the command is no rank of torchrun's.
+    """
+    arguments, ranks = parse_on_rank(parser, argv, os.environ)
+    try:
+        if ranks.size > 1:
+            raise RequestError(f"WORLD_SIZE {ranks.size} in the environment: {alone}")
+        call = kind.of(arguments)
+        return replace(call, address=address_of(call.address, os.environ)), cache_folder(os.environ)
+    except RequestError as error:
+        parser.error(str(error))

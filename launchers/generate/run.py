@@ -29,7 +29,7 @@ from launchers.driver.timeline import draw
 from launchers.generate import checks
 from launchers.generate.automatic_layout import with_best_layout
 from launchers.generate.flags import ClusterCall
-from launchers.schedule.terms import Limits
+from launchers.generate.opening import open_pipeline
 
 POLL = 0.2
 """Seconds between two looks for a stop signal."""
@@ -88,22 +88,7 @@ def _generate(session: Session, call: ClusterCall, device: str, resources: Resou
     videos: list[_Video] = []
     all_written = True
     with ExitStack() as claims, StopSignal().installed() as stop:
-        pipeline = ChunkPipeline(
-            session.model,
-            groups=call.groups,
-            decoders=call.decoders,
-            layout=session.layout,
-            execution=session.execution,
-            dtype=dtype_name(session.dtype),
-            device=device,
-            backend=call.layout.backend,
-            cache=cache,
-            timeout=call.layout.timeout,
-            limits=Limits(undelivered=call.undelivered, active=2 * call.groups),
-            resources=resources,
-            spread=call.spread,
-            patience=call.wait,
-        )
+        pipeline = open_pipeline(call, session, device, resources, cache, active=2 * call.groups)
         with pipeline:
             try:
                 queue: deque[_Video] = deque()

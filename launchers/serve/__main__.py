@@ -6,17 +6,12 @@ python -m launchers.serve --model BestWishYsh/Helios-Distilled --groups 2 --deco
 
 from __future__ import annotations
 
-import os
 import sys
-from dataclasses import replace
 
 from helios_cp.config.arguments import OneLineParser
 from helios_cp.config.console import quiet_imports, unfailing_output
-from helios_cp.config.errors import RequestError
-from helios_cp.config.paths import cache_folder
-from helios_cp.config.ranks import parse_on_rank
 from helios_cp.generate.stopping import handled, stop_at_once
-from launchers.cluster.address import address_of
+from launchers.generate.flags import parse_call
 from launchers.serve.flags import ServeCall
 
 PROGRAM = "launchers.serve"
@@ -43,14 +38,7 @@ def build_parser() -> OneLineParser:
 def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0 after a signal, 1 for a failure, 2 for bad flags."""
     parser = build_parser()
-    arguments, ranks = parse_on_rank(parser, argv, os.environ)
-    try:
-        if ranks.size > 1:
-            raise RequestError(f"WORLD_SIZE {ranks.size} in the environment: start this once, without torchrun")
-        call, cache = ServeCall.of(arguments), cache_folder(os.environ)
-        call = replace(call, address=address_of(call.address, os.environ))
-    except RequestError as error:
-        parser.error(str(error))
+    call, cache = parse_call(parser, ServeCall, argv, alone="start this once, without torchrun")
     quiet_imports()
     # Imported here so that --help and misspelt flags need not wait for torch.
     from launchers.serve.run import run

@@ -13,15 +13,13 @@ from helios_cp.config.errors import CheckpointError, RequestError
 from helios_cp.device.device import dtype_name
 from helios_cp.files.locks import LockedError, locked
 from helios_cp.files.whole_files import check_folder_target
-from helios_cp.generate.check import Session as CheckedCall
 from helios_cp.generate.stopping import Stopped, StopSignal
 from helios_cp.weights.load import resolve
 from launchers.cluster.cluster import ClusterError, connected
 from launchers.driver.pipeline import ChunkPipeline, PipelineError
-from launchers.driver.recipes import Resources
 from launchers.generate import checks
 from launchers.generate.automatic_layout import with_best_layout
-from launchers.schedule.terms import Limits
+from launchers.generate.opening import open_pipeline
 from launchers.serve.access import Access
 from launchers.serve.app import build_app
 from launchers.serve.flags import ServeCall
@@ -70,7 +68,8 @@ def run(parser: OneLineParser, call: ServeCall, cache: Path | None) -> int:
                 stack.enter_context(connected("local", cpus=len(shares), gpus=checks.cards_for(shares)))
             with StopSignal().installed() as stop:
                 try:
-                    with _pipeline(call, checked, device, resources, cache) as pipeline:
+                    active = call.most_sessions + call.groups
+                    with open_pipeline(call, checked, device, resources, cache, active) as pipeline:
                         _serve(server, web, pipeline, stop, url_of(listener))
                 except Stopped:
                     say("stopped; the sessions that were running go on at the next start")
@@ -96,27 +95,6 @@ def _only_server(data: Path) -> ExitStack:
 def _probe(call: ServeCall) -> ServeCall:
     """The call with a prompt, so that all else of it can be checked."""
     return replace(call, request={**call.request, "prompt": (EXAMPLE,)}, output=call.data / "example.mp4")
-
-
-def _pipeline(
-    call: ServeCall, checked: CheckedCall, device: str, resources: Resources, cache: Path | None
-) -> ChunkPipeline:
-    return ChunkPipeline(
-        checked.model,
-        groups=call.groups,
-        decoders=call.decoders,
-        layout=checked.layout,
-        execution=checked.execution,
-        dtype=dtype_name(checked.dtype),
-        device=device,
-        backend=call.layout.backend,
-        cache=cache,
-        timeout=call.layout.timeout,
-        limits=Limits(undelivered=call.undelivered, active=call.most_sessions + call.groups),
-        resources=resources,
-        spread=call.spread,
-        patience=call.wait,
-    )
 
 
 def _serve(server: Server, web: WebServer, pipeline: ChunkPipeline, stop: StopSignal, url: str) -> None:

@@ -28,7 +28,7 @@ from launchers.cluster.cluster import ClusterError, connected, knock
 from launchers.driver.pipeline import PipelineError
 from launchers.driver.recipes import Resources
 from launchers.driver.timeline import Event
-from launchers.generate import checks
+from launchers.generate import checks, opening
 from launchers.generate import run as runner
 from launchers.generate.__main__ import build_parser, main
 from launchers.generate.checks import cards_for, check_cards, check_session, pick_cluster_device, shares_of_workers
@@ -273,7 +273,7 @@ def lost(folder, monkeypatch, capsys):
 
     def run(resources, *flags):
         monkeypatch.setattr(runner, "connected", lambda *_, **__: contextlib.nullcontext())
-        monkeypatch.setattr(runner, "ChunkPipeline", LostPipeline)
+        monkeypatch.setattr(opening, "ChunkPipeline", LostPipeline)
         monkeypatch.setattr(checks.ray, "is_initialized", lambda: True)
         monkeypatch.setattr(checks.ray, "cluster_resources", lambda: resources)
         code = main([*QUICK, "--prompt", "a fox", "--address", CLUSTER, *flags])
