@@ -111,14 +111,14 @@ class Conductor:
     def cancel(self, key: int) -> None:
         self._post_to(key, lambda video: video.task.cancel())
 
-    def change_prompt(self, key: int, prompt: str, transition: int | None) -> Future[int]:
+    def change_prompt(self, key: int, prompt: str, transition: int | None, not_before: int = 0) -> Future[int]:
         answer: Future[int] = Future()
 
         def change() -> None:
             try:
                 if key not in self._videos:
                     raise RequestError(f"prompt {prompt!r}: video {key} has ended; no chunk can show it")
-                answer.set_result(self._videos[key].change_prompt(prompt, transition))
+                answer.set_result(self._videos[key].change_prompt(prompt, transition, not_before))
             except RequestError as error:
                 answer.set_exception(error)
 

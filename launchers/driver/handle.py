@@ -47,7 +47,7 @@ class Maker(Protocol):
 
     def cancel(self, key: int) -> None: ...
 
-    def change_prompt(self, key: int, prompt: str, transition: int | None) -> Future[int]: ...
+    def change_prompt(self, key: int, prompt: str, transition: int | None, not_before: int = 0) -> Future[int]: ...
 
     def allow(self, key: int, chunks: int) -> None: ...
 
@@ -113,15 +113,16 @@ class VideoHandle:
         """Stop after the chunks in hand. The finished ones stay in a playable file."""
         self._maker.cancel(self.key)
 
-    def change_prompt(self, prompt: str, *, transition: int | None = 1) -> Future[int]:
+    def change_prompt(self, prompt: str, *, transition: int | None = 1, not_before: int = 0) -> Future[int]:
         """From the first chunk on that no worker has been handed, show this; returns which that is, once it is taken.
+        It is chunk `not_before` or a later one.
 
         The prompt takes over within `transition` chunks; see `ScheduledPrompt`. A later change for the same chunk
         replaces it, and so do both what a schedule had planned. A run folder keeps it with the chunk. The future raises
         `RequestError` for a prompt or transition that is not allowed, for a batch, and where no chunk is left, and
         `RuntimeError` once the pipeline is closed.
         """
-        return self._maker.change_prompt(self.key, prompt, transition)
+        return self._maker.change_prompt(self.key, prompt, transition, not_before)
 
     def allow(self, chunks: int) -> None:
         """Let a chunk begin only while fewer than `chunks` have; those that have begun are finished."""

@@ -71,9 +71,9 @@ class Video:
         waits_for_reader = self.submission.streams and self.delivered < self.ready
         return waits_for_reader if self.begun == self.chunks or self._is_full else not self._is_allowed(self.begun)
 
-    def change_prompt(self, prompt: str, transition: int | None) -> int:
+    def change_prompt(self, prompt: str, transition: int | None, not_before: int = 0) -> int:
         """Returns the first chunk that shows it. Raises `RequestError`."""
-        chunk = self.begun
+        chunk = max(self.begun, not_before)
         if chunk >= self.chunks:
             raise RequestError(f"prompt {prompt!r}: the last chunk has begun; none can show it")
         self.request = self.request.with_change(chunk, prompt, transition)

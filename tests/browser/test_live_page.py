@@ -170,7 +170,7 @@ def test_a_lost_worker_is_told_and_replaced(open_page, server, screenshot):
     page.choose(fps=12)
     page.type_prompt("a white sailing boat on the sea at sunset")
     page.until(lambda: page.chunk >= 1, "the second chunk is on screen")
-    server.kill_worker("DenoiserRank")
+    server.signal_worker("DenoiserRank", signal.SIGKILL)
     page.until(lambda: "is being replaced" in page.status, "the page says what is happening")
     screenshot(page, "replaced")
     at = page.chunk

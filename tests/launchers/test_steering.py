@@ -81,6 +81,23 @@ def test_a_change_before_the_first_chunk_replaces_the_prompt():
         assert denoised(studio, 1) == [entries(("an owl", 2))]
 
 
+def test_changes_that_were_promised_for_later_chunks_wait_for_them():
+    """As after a start of the server: the chunk in hand is made again, and may show none of them before its time."""
+    with Studio(group={"denoise"}) as studio:
+        handle = studio.submit(5, allowed=0)
+        assert handle.change_prompt("an owl", transition=2, not_before=1).result(PATIENCE) == 1
+        assert handle.change_prompt("a cat", not_before=3).result(PATIENCE) == 3
+        handle.allow(5)
+        assert denoised(studio, 1) == [entries(("a fox", 1), ("an owl", 2, 2), ("a cat", 2, 1))]
+        go_on(studio)
+        denoised(studio, 2)
+        assert handle.change_prompt("a dog", not_before=1).result(PATIENCE) == 2, "chunk 1 has begun"
+        go_on(studio)
+        assert denoised(studio, 3) == [entries(("a fox", 1), ("an owl", 1, 2), ("a dog", 3, 1))]
+        studio.workers["group-0"].release()
+        handle.result(PATIENCE)
+
+
 def test_a_chunk_that_is_made_again_keeps_its_place_in_the_schedule():
     """Its worker dies after a change that was promised for the next chunk."""
     with Studio(group={"denoise"}) as studio:

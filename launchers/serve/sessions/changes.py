@@ -50,11 +50,11 @@ def told_of(changes: Sequence[Change], take: int, chunk: int) -> Told:
     return Told(*(tuple(each.event_id for each in events) for events in (started, current, completed, gone)))
 
 
-def superseded(changes: Sequence[Change], by: Change) -> list[Change]:
-    """The changes, with those that no chunk has shown and `by` replaces marked: the latest wins."""
+def with_change(changes: Sequence[Change], new: Change) -> list[Change]:
+    """The changes and a new one. Those that no chunk has shown, and that it replaces, are marked: the latest wins."""
     return [
-        replace(each, superseded_by=by.event_id)
-        if (each.take, each.chunk, each.superseded_by) == (by.take, by.chunk, None)
+        replace(each, superseded_by=new.event_id)
+        if each.take == new.take and each.chunk >= new.chunk and each.superseded_by is None
         else each
         for each in changes
-    ]
+    ] + [new]

@@ -18,7 +18,7 @@ from launchers.serve.problems import Refusal
 from launchers.serve.sessions import telling
 from launchers.serve.sessions.pacer import Pacer
 from launchers.serve.sessions.recording import Recording, Take
-from launchers.serve.sessions.run import Ended, Made, open_run, planned, submit, wait
+from launchers.serve.sessions.run import Ended, Made, made_before, open_run, submit, wait
 
 
 class Maker:
@@ -79,13 +79,14 @@ class Maker:
         await self.save()
         await self._begin_take()
 
-    async def change(self, prompt: str, transition: int) -> int:
+    async def change(self, prompt: str, transition: int, not_before: int = 0) -> int:
         """The first chunk of the session that shows it. Raises `Refusal`."""
+        first = self._recording.takes[-1].first_chunk
         try:
-            chunk = await asyncio.wrap_future(self._handle.change_prompt(prompt, transition=transition))
+            asked = self._handle.change_prompt(prompt, transition=transition, not_before=not_before - first)
+            return first + await asyncio.wrap_future(asked)
         except RequestError as error:  # the last chunk has begun
             raise Refusal("limit", str(error)) from None
-        return self._recording.takes[-1].first_chunk + chunk
 
     def stop(self) -> None:
         """Finish what has begun."""
@@ -115,6 +116,8 @@ class Maker:
         take, begun = self.take, self._recording.takes[-1]
         path = self._recording.run_folder(take)
         folder = await asyncio.to_thread(open_run, self._checked, self._request_of(begun), path)
+        made, prompts = await asyncio.to_thread(made_before, folder)
+        self._recording.add_unanswered({begun.first_chunk + start: prompt for start, prompt in prompts.items()})
         await self._take_up(folder)
         self._pacer.restart(begun.first_chunk)
         if folder.count() == folder.run.request.num_chunks:
@@ -128,7 +131,9 @@ class Maker:
         elif self._is_stopping:
             self._handle.stop()
         else:
-            await self._change_again(await asyncio.to_thread(planned, folder))
+            # A chunk that was in hand when the server was killed is made again, and shows none that came meanwhile.
+            for each in self._recording.changes_from(begun.first_chunk + made):
+                await self.change(each.prompt, each.transition, each.chunk)
             self._pacer.steer(self._handle)
 
     def _request_of(self, take: Take) -> Request:
@@ -145,16 +150,6 @@ class Maker:
             await self._show(Made(self.take, index, segment, {}))
         if folder.count():
             self._pacer.skip()
-
-    async def _change_again(self, planned: Mapping[int, str]) -> None:
-        """Changes that were accepted, and that no chunk on disk was made of before the server was killed."""
-        first, count = self._recording.takes[-1].first_chunk, len(self._store.chunks)
-        for number, each in enumerate(self._recording.changes):
-            is_open = each.take == self.take and each.superseded_by is None and each.chunk >= count
-            if is_open and planned.get(each.chunk - first) != each.prompt:
-                chunk = await self.change(each.prompt, each.transition)
-                self._recording.changes[number] = replace(each, chunk=chunk)
-        await self.save()
 
     async def _publish(self) -> None:
         """Show chunk after chunk, and the end."""

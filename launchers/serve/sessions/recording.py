@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from helios_cp.config.request import Request
+from helios_cp.config.request import Request, ScheduledPrompt
 from helios_cp.files.whole_files import write_json
-from launchers.serve.sessions.changes import Change
+from launchers.serve.sessions.changes import Change, with_change
 
 FORMAT = 1
 FILE = "session.json"
@@ -77,6 +77,23 @@ class Recording:
             return cls(folder=folder, **values)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{folder / FILE}: this is no recording of a session: {error}") from None
+
+    def changes_from(self, chunk: int) -> list[Change]:
+        """Those of the newest take that hold from a chunk or a later one on."""
+        take = len(self.takes) - 1
+        return [each for each in self.changes if each.take == take and not each.superseded_by and each.chunk >= chunk]
+
+    def add_unanswered(self, shown: Mapping[int, ScheduledPrompt]) -> None:
+        """Take up changes that chunks on disk were made of, though the server was killed before it had recorded and
+        answered them. `shown` has the prompts of the newest take so far, each by the chunk from which on it holds."""
+        begun = self.takes[-1]
+        known = {(begun.first_chunk, begun.prompt)}
+        known |= {(each.chunk, each.prompt) for each in self.changes_from(begun.first_chunk)}
+        for chunk, entry in shown.items():
+            if (chunk, entry.prompt) not in known:
+                take, transition = len(self.takes) - 1, entry.transition or 1
+                new = Change(f"unanswered-{chunk}", entry.prompt, transition, take, chunk)
+                self.changes = with_change(self.changes, new)
 
     def prompt_at(self, take: int, chunk: int) -> str:
         """The newest prompt in a chunk of a take; in a transition the older ones are mixed with it."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
-from helios_cp.config.request import Request
+from helios_cp.config.request import Request, ScheduledPrompt
 from helios_cp.device.device import dtype_name
 from helios_cp.generate.check import Session as CheckedCall
 from helios_cp.generate.check import check_same_run
@@ -89,13 +89,18 @@ def submit(
     return handle
 
 
-def planned(folder: RunFolder) -> dict[int, str]:
-    """The prompts that the chunks on disk were made of, and those denoised but not finished, by their first chunk."""
-    ahead = denoised_chunks.load(folder, folder.count())
-    request = folder.current(folder.run.request)
-    schedule = ahead[-1].schedule if ahead and ahead[-1].schedule else request.prompt_schedule
+def made_before(folder: RunFolder) -> tuple[int, dict[int, ScheduledPrompt]]:
+    """How many chunks are on disk, those denoised but not finished among them; and the prompts that they were made of,
+    each by the first chunk that it holds in."""
+    finished = folder.count()
+    ahead = denoised_chunks.load(folder, finished)
+    schedule = folder.current(folder.run.request).prompt_schedule
+    if ahead and ahead[-1].schedule:
+        schedule = ahead[-1].schedule
+    chunks = finished + len(ahead)
     starts = [0, *accumulate(entry.chunks for entry in schedule)]
-    return {start: entry.prompt for start, entry in zip(starts, schedule, strict=False)}
+    prompts = zip(starts, schedule, strict=False)
+    return chunks, {start: prompt for start, prompt in prompts if start < chunks}
 
 
 def wait(handle: VideoHandle, seconds: float) -> None:

@@ -18,7 +18,7 @@ from launchers.serve.media.store import MediaStore
 from launchers.serve.metrics import Metrics
 from launchers.serve.problems import Refusal
 from launchers.serve.sessions import telling
-from launchers.serve.sessions.changes import Change, superseded
+from launchers.serve.sessions.changes import Change, with_change
 from launchers.serve.sessions.maker import Maker
 from launchers.serve.sessions.pacer import Pacer
 from launchers.serve.sessions.recording import Recording, Take
@@ -127,7 +127,7 @@ class Session:
             change = Change(
                 event_id, prompt, transition, self._maker.take, await self._maker.change(prompt, transition)
             )
-            self.recording.changes = [*superseded(self.recording.changes, change), change]
+            self.recording.changes = with_change(self.recording.changes, change)
             await self._maker.save()
             return change
 

@@ -56,8 +56,8 @@ class RunningServer:
         self.process.stdout.close()
         return code
 
-    def kill_worker(self, name: str) -> None:
-        """SIGKILL to the actors of a class, such as DenoiserRank."""
+    def signal_worker(self, name: str, by: signal.Signals) -> None:
+        """To the actors of a class, such as DenoiserRank."""
         for folder in Path("/proc").glob("[0-9]*"):
             try:
                 is_ours = os.getsid(int(folder.name)) == self.process.pid
@@ -65,4 +65,4 @@ class RunningServer:
             except (ProcessLookupError, FileNotFoundError):
                 continue
             if is_ours and title.startswith(f"ray::{name}"):
-                os.kill(int(folder.name), signal.SIGKILL)
+                os.kill(int(folder.name), by)

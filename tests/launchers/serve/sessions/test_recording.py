@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from helios_cp.config.execution import Adapter
-from helios_cp.config.request import Request
+from helios_cp.config.request import Request, ScheduledPrompt
 from helios_cp.generate.schedule_file import read_schedule_file
 from launchers.serve.access import digest
 from launchers.serve.sessions import telling
-from launchers.serve.sessions.changes import Change, superseded, told_of
+from launchers.serve.sessions.changes import Change, told_of, with_change
 from launchers.serve.sessions.recording import Recording, Take
 from launchers.serve.sessions.sessions import view_token
 
@@ -96,11 +96,32 @@ def test_a_change_cuts_the_transition_of_the_last_one_short():
 
 def test_the_latest_change_of_a_chunk_wins_and_the_others_are_named():
     changes = [change("a", 2), change("b", 3)]
-    latest = change("c", 3)
-    changes = [*superseded(changes, latest), latest]
+    changes = with_change(changes, change("c", 3))
     assert [each.superseded_by for each in changes] == [None, "c", None]
     assert told_of(changes, 0, 3).started == ("c",)
     assert told_of(changes, 0, 3).superseded == ("b",)
+
+
+def test_a_change_replaces_those_of_later_chunks_too():
+    """After a start of the server, changes may wait for chunks that were begun before and are made again."""
+    changes = with_change([change("a", 2), change("b", 4), change("c", 5)], change("d", 4))
+    assert [each.superseded_by for each in changes] == [None, "d", "d", None]
+    assert with_change([change("a", 9)], change("b", 12, take=1))[0].superseded_by is None
+
+
+def test_a_change_that_was_made_and_never_answered_is_taken_up(tmp_path):
+    """The server was killed after the pipeline had taken it: `shown` is what the chunks on disk were made of."""
+    made = recording(tmp_path, change("a", 2), change("b", 4), takes=[Take(0, 7, "a fox", 1), Take(1, 7, "a dog")])
+    made.changes = [change("a", 2, take=1), change("b", 5, take=1)]
+    shown = {1: ScheduledPrompt("a dog", 1), 2: ScheduledPrompt("prompt of a", 2, 1), 4: ScheduledPrompt("a cat", 9, 3)}
+    for _ in range(2):  # the second kill finds it again
+        made.add_unanswered(shown)
+        assert [(each.prompt, each.transition, each.chunk) for each in made.changes_from(1)] == [
+            ("prompt of a", 1, 2),
+            ("a cat", 3, 4),
+        ]
+    assert made.changes[1].superseded_by == made.changes[2].event_id
+    assert made.schedule(1, 4)["prompt_schedule"][-1] == {"prompt": "a cat", "chunks": 1, "transition": 3}
 
 
 def test_events_of_another_take_are_not_told():
