@@ -119,6 +119,7 @@ class Videos:
         for record in sorted(records, key=lambda each: each.created_at):
             self._records[record.id] = record
             if record.is_finished:
+                self._set_expiry(record)
                 shutil.rmtree(record.run, ignore_errors=True)
 
     def opened(self, pipeline: ChunkPipeline) -> None:
@@ -163,8 +164,7 @@ class Videos:
             del self._making[record.id]
             self._admit()
         record.completed_at = time.time()
-        if self._call.keep is not None:
-            record.expires_at = record.completed_at + 3600 * self._call.keep
+        self._set_expiry(record)
         if record.id in self._records:
             await asyncio.to_thread(record.save)
             await asyncio.to_thread(shutil.rmtree, record.run, ignore_errors=True)
@@ -211,11 +211,21 @@ class Videos:
             await asyncio.wait([self._making[record.id]])
         await asyncio.to_thread(shutil.rmtree, record.folder, ignore_errors=True)
 
+    def _set_expiry(self, record: Record) -> None:
+        """By the server's own flag of now, also for videos of an earlier server."""
+        keep = self._call.keep
+        ended = record.completed_at or record.created_at
+        record.expires_at = None if keep is None else ended + 3600 * keep
+
+    async def delete_expired(self, now: float) -> None:
+        """Those that have been finished for longer than videos are kept; `now` in seconds since 1970."""
+        for record in self:
+            if record.expires_at is not None and record.expires_at < now:
+                await self.delete(record)
+
     async def _look_after(self) -> None:
         while True:
-            for record in self:
-                if record.expires_at is not None and record.expires_at < time.time():
-                    await self.delete(record)
+            await self.delete_expired(time.time())
             await asyncio.sleep(LOOK_SECONDS)
 
     def _spawn(self, coroutine: Coroutine[None, None, None]) -> None:

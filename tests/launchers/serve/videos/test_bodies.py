@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 
@@ -17,6 +18,7 @@ from launchers.serve.loras import Loras
 from launchers.serve.run import _probe
 from launchers.serve.server import Server
 from launchers.serve.videos.fields import Fields
+from launchers.serve.videos.record import STATUSES, Record
 from tests.launchers.serve.conftest import call_of, client_of
 from tests.launchers.serve.uploads.files import BAD_FILES, clip, data_url, picture
 
@@ -355,6 +357,30 @@ def test_another_start_takes_up_what_is_there(client, server, checked):
     assert [each.told() for each in again.videos] == [each.told() for each in server.videos]
     assert not (server.videos.folder / "video_dead").exists()
     assert broken.exists()  # nobody knows what it is, so nobody deletes it
+
+
+@pytest.mark.parametrize("keep", [24.0, None])
+def test_old_videos_go_and_others_stay(tmp_path, checked, keep):
+    """Also those that an earlier server has finished."""
+    hour, now = 3600.0, 1e9
+    ages = {"old": 25, "failed": 25, "new": 23, "queued": None, "in_progress": None}
+    for name, age in ages.items():
+        folder = tmp_path / "data" / "videos" / f"video_{name}"
+        record = Record(folder.name, folder, checked.jobs[0].request, "model", now - 99 * hour)
+        record.status = name if name in STATUSES else "completed"
+        record.completed_at = None if age is None else now - age * hour
+        record.save()
+    server = Server(call_of(tmp_path, model=checked.model, keep=keep), checked)
+    server.restore()
+
+    async def clean_up() -> None:
+        await server.videos.delete_expired(now)
+        await _settled(server)
+
+    asyncio.run(clean_up())
+    left = {f"video_{name}" for name in ages if keep is None or name not in ("old", "failed")}
+    assert {each.id for each in server.videos} == left == {each.name for each in server.videos.folder.iterdir()}
+    assert server.videos.find("video_new").told()["expires_at"] == (None if keep is None else int(now + hour))
 
 
 JSON = st.recursive(
