@@ -35,6 +35,8 @@ def answer(path: str, refusal: Refusal) -> JSONResponse:
     headers = {} if retry is None else {"Retry-After": str(math.ceil(retry))}
     if problem.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
+    if problem.status == 408:  # the rest of its request may still come
+        headers["Connection"] = "close"
     return JSONResponse(_body(path, refusal), problem.status, headers)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import secrets
 import time
@@ -25,22 +26,29 @@ UNCOUNTED = ("/health", "/ready", "/metrics")
 SEGMENTS = (".m3u8", ".m4s", ".mp4")
 """Nor are the files of HLS counted: a proxy fetches them once for all its viewers, from one address."""
 
+BODY_SECONDS = 30.0
+LEAST_RATE = 16 * 1024
+"""A body may take so many seconds, and one more for so many bytes of it: a client that sends byte by byte holds a
+connection no longer than that."""
+
 
 @dataclass(frozen=True)
 class Gate:
-    """An ASGI application around another, the outermost of all. `most_bytes` bounds the body of a request."""
+    """An ASGI application around another, the outermost of all. `most_bytes` and `body_seconds` bound the body of a
+    request."""
 
     app: ASGIApp
     access: Access
     rates: Rates
     log: Log
     most_bytes: int
+    body_seconds: float = BODY_SECONDS
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
-        way = _Way(scope, receive, send, self.most_bytes)
+        way = _Way(scope, receive, send, self.most_bytes, self.body_seconds)
         begin, fault = time.perf_counter(), None
         try:
             self._check(scope, way.headers)
@@ -89,25 +97,40 @@ class Gate:
 class _Way:
     """One request on its way: counts what comes in, and puts headers on what goes out."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, most_bytes: int) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, most_bytes: int, body_seconds: float) -> None:
         self.scope = scope
         self.headers = Headers(scope=scope)
         self.status: int | None = None
         self._receive, self._send, self._most_bytes = receive, send, most_bytes
+        self._body_seconds = body_seconds
+        self._begin: float | None = None
         self._bytes = 0
+        self._is_whole = False
         self._is_accepted = self._is_closed = False
 
     async def receive(self) -> Message:
-        """Raises `Refusal` for a body that is too large, as it says itself or as it comes."""
-        length = self.headers.get("content-length", "")
-        if self.scope["type"] == "http" and length.isdecimal() and int(length) > self._most_bytes:
-            raise self._too_large()
+        """Raises `Refusal` for a body that is too large, as it says itself or as it comes, and one that is too slow."""
+        if self.scope["type"] == "http" and not self._is_whole:
+            return await self._receive_body()
         message = await self._receive()
         self._is_closed = self._is_closed or message["type"] == "websocket.disconnect"
-        if message["type"] == "http.request":
-            self._bytes += len(message.get("body", b""))
-            if self._bytes > self._most_bytes:
-                raise self._too_large()
+        return message
+
+    async def _receive_body(self) -> Message:
+        length = self.headers.get("content-length", "")
+        if length.isdecimal() and int(length) > self._most_bytes:
+            raise self._too_large()
+        now = asyncio.get_running_loop().time()
+        self._begin = now if self._begin is None else self._begin
+        try:
+            async with asyncio.timeout_at(self._begin + self._body_seconds + self._bytes / LEAST_RATE):
+                message = await self._receive()
+        except TimeoutError:
+            raise Refusal("too_slow", f"only {self._bytes} bytes of the request came in time; send it faster") from None
+        self._bytes += len(message.get("body", b""))
+        self._is_whole = not message.get("more_body", False)
+        if self._bytes > self._most_bytes:
+            raise self._too_large()
         return message
 
     async def send(self, message: Message) -> None:

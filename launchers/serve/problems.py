@@ -27,6 +27,7 @@ PROBLEMS = {
     "forbidden": Problem(403, "permission_error", 1008),
     "not_found": Problem(404, INVALID, 1008),
     "method_not_allowed": Problem(405, INVALID, 1008),
+    "too_slow": Problem(408, INVALID, 1008),
     "not_started": Problem(409, INVALID, 1008),
     "already_started": Problem(409, INVALID, 1008),
     "event_id_conflict": Problem(409, INVALID, 1008),

@@ -9,7 +9,7 @@ from collections.abc import Coroutine
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from helios_cp.config.errors import RequestError
 
@@ -49,7 +49,7 @@ def url_of(listener: socket.socket) -> str:
 class WebServer:
     """Serves an application; a context manager. `loop` is its event loop."""
 
-    def __init__(self, app: FastAPI, listener: socket.socket, message_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, listener: socket.socket, message_bytes: int) -> None:
         config = uvicorn.Config(
             app,
             log_config=None,

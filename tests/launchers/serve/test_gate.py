@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import logging
+import socket
 import time
 from types import SimpleNamespace
 
 import pytest
-from fastapi import Request, WebSocket
+from fastapi import FastAPI, Request, WebSocket
 from fastapi.responses import PlainTextResponse
 from starlette.testclient import WebSocketDenialResponse, WebSocketDisconnect
 
 from helios_cp.config.errors import RequestError
 from helios_cp.config.request import Request as VideoRequest
-from launchers.serve import gate
+from launchers.serve import answers, gate
 from launchers.serve.access import Access
+from launchers.serve.gate import LEAST_RATE, Gate, _Way
 from launchers.serve.limits import MOST_CALLERS, Limits, Rates
 from launchers.serve.logs import Log, json_lines
 from launchers.serve.problems import PROBLEMS, Refusal
 from launchers.serve.server import Server
+from launchers.serve.web import WebServer, listen
+from tests.launchers.conftest import PATIENCE
 from tests.launchers.serve.conftest import WS, call_of, client_of
 
 SECRET = "a-secret-that-is-in-no-log"
@@ -135,6 +140,39 @@ def test_a_body_that_is_too_large(client):
         found = client.post("/count", content=content)
         assert found.status_code == 413
         assert found.json()["code"] == "too_large"
+
+
+@pytest.mark.parametrize("length", ["Content-Length: 9", "Transfer-Encoding: chunked"])
+def test_a_body_that_never_ends(tmp_path, lines, length):
+    """By a real socket: the client sends a byte and no more, is told so, and holds its connection no longer."""
+    app = FastAPI()
+    routes(app), answers.install(app)
+    outer = Gate(app, Access(), Rates(10), Log(), 5000, body_seconds=0.1)
+    with listen("127.0.0.1", 0) as listener, WebServer(outer, listener, 5000):
+        for sent in (b"", b"1\r\nx\r\n" if "chunked" in length else b"x"):
+            with socket.create_connection(listener.getsockname(), PATIENCE) as client:
+                client.sendall(f"POST /count HTTP/1.1\r\nHost: localhost\r\n{length}\r\n\r\n".encode() + sent)
+                answer = b"".join(iter(lambda: client.recv(65536), b""))
+            head, _, body = answer.partition(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 408 ") and b"connection: close" in head.lower()
+            assert json.loads(body)["code"] == "too_slow"
+    assert "server.fault" not in lines.getvalue()
+
+
+def test_a_body_may_take_longer_the_larger_it_is():
+    parts = [bytes(60 * LEAST_RATE), b"x"]
+
+    async def receive():
+        body = parts.pop(0)
+        if not parts:
+            await asyncio.sleep(0.01)  # of the minute that the first part has won
+        return {"type": "http.request", "body": body, "more_body": bool(parts)}
+
+    async def read() -> int:
+        way = _Way({"type": "http", "headers": []}, receive, None, 2**30, body_seconds=0.0)
+        return sum([len((await way.receive())["body"]) for _ in range(2)])
+
+    assert asyncio.run(read()) == 60 * LEAST_RATE + 1
 
 
 def test_requests_a_minute(tmp_path, key_file, monkeypatch):
