@@ -48,13 +48,11 @@ from helios_cp.config.request import Request
 from helios_cp.config.sampling_plan import SamplingPlan
 from helios_cp.device.device import pick_device, pick_dtype
 from helios_cp.files.whole_files import check_file_target, check_folder_target
-from helios_cp.model.vae.config import VaeConfig
 from helios_cp.pipeline.environment import prepare
 from helios_cp.pipeline.parallelize import ParallelPipeline, load_parallel
 from helios_cp.pipeline.start import Inputs
 from helios_cp.pipeline.world import World, device_of_rank, pick_backend
 from helios_cp.plan.choose import choose_layout
-from helios_cp.plan.configs import part_configs
 from helios_cp.plan.predict import Workload
 from helios_cp.weights.check import check_execution, with_stored_quantization
 from helios_cp.weights.load import resolve
@@ -246,7 +244,7 @@ def run(job: Job, mesh: Mesh) -> dict[str, Any]:
             results["repairs of diffusers"] = stack.enter_context(repaired(peer))
         for name, request in job.requests.items():
             inputs = full_size.random_inputs(job.checkpoint, request, job.dtype)
-            workload = Workload.of(job.checkpoint, request, job.dtype, vae_config(job))
+            workload = Workload.of(job.checkpoint, request, job.dtype)
             subject = Subject(request, chunk_flops(workload, request, job.checkpoint), rates, job.layout)
             measured = take_turns(videos(job, name, request, inputs, pipelines, peer, folder), job.chunks, job.warmup)
             if peer is not None and job.dtype == torch.float32:
@@ -302,10 +300,6 @@ def exact_programs(job: Job, pipelines: dict[str, ParallelPipeline]) -> list[str
     """Those whose latents are diffusers' to rounding: all that neither quantise nor skip nor adapt."""
     is_exact = dataclasses.replace(job.execution, quantize=None, block_cache=None, lora=()) == job.execution
     return [name for name in pipelines if name == EAGER or is_exact]
-
-
-def vae_config(job: Job) -> VaeConfig:
-    return full_size.size_of(job.checkpoint).vae if job.is_random else part_configs(job.checkpoint)[0]
 
 
 if __name__ == "__main__":

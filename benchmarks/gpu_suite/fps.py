@@ -87,7 +87,7 @@ def _measure_setting(
     request = scope.request(setting, frames_for(scope.chunks, warmup))
     checkpoint = scope.checkpoint
     inputs = full_size.random_inputs(checkpoint, request, scope.torch_dtype)
-    workload = Workload.of(checkpoint, request, scope.torch_dtype, full_size.size_of(checkpoint).vae)
+    workload = Workload.of(checkpoint, request, scope.torch_dtype)
     subject = Subject(request, chunk_flops(workload, request, checkpoint), rates, Layout())
     plan = SamplingPlan.of(request, checkpoint)
 

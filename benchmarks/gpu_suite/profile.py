@@ -20,7 +20,6 @@ from benchmarks.calibrate.__main__ import about, to_hardware, write_profile
 from benchmarks.calibrate.rates import Measurement, Settings, measure
 from benchmarks.gpu_suite.runner import Record
 from benchmarks.gpu_suite.scope import Scope
-from benchmarks.models.full_size import size_of
 from helios_cp.config.layout import Layout
 from helios_cp.plan.hardware import MEASUREMENTS, Hardware
 from helios_cp.plan.machines import detect_hardware
@@ -127,8 +126,7 @@ def fit_profile(scope: Scope, record: Record, measured: Mapping[Degrees, Share])
 
 def share_workload(scope: Scope) -> Workload:
     """That of which `benchmarks.gpu_suite.one_rank_share` times the parts."""
-    checkpoint = scope.checkpoint
-    return Workload.of(checkpoint, scope.request("distilled-111"), scope.torch_dtype, size_of(checkpoint).vae)
+    return Workload.of(scope.checkpoint, scope.request("distilled-111"), scope.torch_dtype)
 
 
 def compare(workload: Workload, hardware: Hardware, measured: Mapping[Degrees, Share]) -> list[Comparison]:

@@ -83,7 +83,8 @@ def named_checkpoint(name: str) -> BuiltInCheckpoint:
     if name not in NAMES:
         raise RequestError(f"--random-weights {name}: allowed are {', '.join(NAMES)}")
     size, variant = NAMES[name]
-    return BuiltInCheckpoint(Path(name), variant, variant == "mid", SIZES[size].transformer, random_weights=True)
+    transformer, vae = SIZES[size].transformer, SIZES[size].vae
+    return BuiltInCheckpoint(Path(name), variant, variant == "mid", transformer, random_weights=True, vae=vae)
 
 
 def size_of(checkpoint: BuiltInCheckpoint) -> Size:
@@ -139,7 +140,7 @@ class RandomParts(Loader):
         return None, None
 
     def vae(self, checkpoint: BuiltInCheckpoint, home: torch.device) -> Autoencoder:
-        return random_vae(size_of(checkpoint).vae, home, self.device)
+        return random_vae(checkpoint.vae, home, self.device)
 
     def scheduler(self, checkpoint: BuiltInCheckpoint):
         return random_scheduler(checkpoint.variant)

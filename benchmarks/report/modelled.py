@@ -9,9 +9,8 @@ from pathlib import Path
 
 import torch
 
-from helios_cp.config.layout import smallest_tokens
 from helios_cp.config.request import Request
-from helios_cp.plan.configs import BuiltInCheckpoint, part_configs
+from helios_cp.plan.configs import BuiltInCheckpoint
 from helios_cp.plan.hardware import MEASUREMENTS, Hardware, read_profile
 from helios_cp.plan.machines import PROFILES
 from helios_cp.plan.predict import Prediction, Workload
@@ -69,9 +68,8 @@ def calibrated_lines(folder: Path, steps: Sequence[tuple[int, ...]] = STEPS, gpu
 def _line(hardware: Hardware, steps: tuple[int, ...], gpus: Sequence[int]) -> Line:
     checkpoint = BuiltInCheckpoint.named("14b")
     request = Request(prompt=("any",), pyramid_num_inference_steps_list=steps).resolve(checkpoint)
-    workload = Workload.of(checkpoint, request, torch.bfloat16, *part_configs(checkpoint))
-    smallest = smallest_tokens(request, checkpoint)
-    plans = {count: make_plan(workload, hardware, count, smallest).fitting for count in gpus}
+    workload = Workload.of(checkpoint, request, torch.bfloat16)
+    plans = {count: make_plan([workload], hardware, count).fitting for count in gpus}
     return Line(hardware.name, steps, {count: plan[0] for count, plan in plans.items() if plan})
 
 

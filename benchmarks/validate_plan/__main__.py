@@ -43,7 +43,6 @@ from helios_cp.config.paths import user_path
 from helios_cp.device.device import dtype_name
 from helios_cp.files.whole_files import check_file_target
 from helios_cp.model.vae.config import VaeConfig
-from helios_cp.plan.configs import part_configs
 from helios_cp.plan.hardware import Hardware
 from helios_cp.plan.machines import find_hardware
 from helios_cp.plan.predict import Candidate, predict
@@ -199,7 +198,7 @@ def compare(pool: RankPool, hardware: Hardware, cases: Sequence[Case], chunks: i
             checkpoint = Checkpoint.read(folder)
             asked = make_request(case.size, case.steps, case.model.variant, WARM_UP + chunks)
             request = asked.resolve(checkpoint)
-            workload = Workload.of(checkpoint, request, case.dtype, *part_configs(checkpoint))
+            workload = Workload.of(checkpoint, request, case.dtype)
             timeout = SECONDS_OF_CHUNK * (WARM_UP + chunks + 1)
             for layout in case.layouts:
                 arguments = (str(folder), layout, request, case.dtype)

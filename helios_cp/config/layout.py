@@ -8,6 +8,7 @@ from typing import Any
 
 from helios_cp.config.arguments import flag, flag_name
 from helios_cp.config.checkpoint import Checkpoint
+from helios_cp.config.errors import RequestError
 from helios_cp.config.execution import Execution
 from helios_cp.config.json_types import from_json
 from helios_cp.config.paths import user_path_text
@@ -92,13 +93,14 @@ class Layout:
         return from_json(cls, values)
 
 
-def refusal(given: dict[str, int], world_size: int, **limits: Any) -> str | None:
-    """Why the degrees given cannot be completed, in the words of a layout without `--layout auto`."""
+def complete_degrees(given: dict[str, int], world_size: int, **limits: Any) -> Degrees:
+    """As `fill_degrees`, and checked against the limits of `Degrees.check`. Raises `RequestError` with their flags."""
     try:
-        fill_degrees(given, world_size, **limits).check(world_size, **limits)
+        degrees = fill_degrees(given, world_size, **limits)
+        degrees.check(world_size, **limits)
     except ValueError as error:
-        return f"{flags_of(given)}: {error}"
-    return None
+        raise RequestError(f"{flags_of(given)}: {error}") from None
+    return degrees
 
 
 def fill_degrees(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from helios_cp.config.errors import RequestError
-from helios_cp.config.json_types import check_types
+from helios_cp.config.json_types import from_json
 from helios_cp.plan.forward_cost import PASSES
 
 TERA, GIGA, MICRO = 1e12, 1e9, 1e-6
@@ -156,18 +156,8 @@ def _from_json(values: Any) -> Hardware:
         pairs = values.get(name, {})
         if not isinstance(pairs, dict):
             raise TypeError(f"{name}: an object of {of} is allowed")
-        values[name] = tuple(pairs.items())
-    for name in SHARES:
-        pairs = values.get(name, [])
-        if not isinstance(pairs, list) or not all(isinstance(pair, list) for pair in pairs):
-            raise TypeError(f"{name}: a list of pairs is allowed")
-        values[name] = tuple(map(tuple, pairs))
-    check_types(Hardware, values)
-    missing = [name for name in ("name", *_required()) if name not in values]
+        values[name] = list(pairs.items())
+    missing = [field.name for field in fields(Hardware) if field.default is MISSING and field.name not in values]
     if missing:
         raise TypeError(f"{', '.join(missing)}: missing; write the file with a calibration")
-    return Hardware(**values)
-
-
-def _required() -> list[str]:
-    return [field.name for field in fields(Hardware) if field.type == "float" and field.default is MISSING]
+    return from_json(Hardware, values)

@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 
 from helios_cp.config.execution import Execution
 from helios_cp.config.layout import PLAIN, Layout
-from helios_cp.plan import vae_cost, weight_cost
-from helios_cp.plan.card_memory import card_memory
 from helios_cp.plan.forward_cost import ForwardCost, Traffic, forward_cost, guidance_traffic
 from helios_cp.plan.hardware import Hardware
+from helios_cp.plan.memory import card_memory, sharded_bytes
 from helios_cp.plan.rank_shares import shares
+from helios_cp.plan.vae_cost import decode_flops_by_channels, decode_traffic
 from helios_cp.plan.workload import Workload
 from parallel.mesh import Degrees, axis_groups
 from parallel.segments import split
@@ -33,10 +33,6 @@ class Candidate:
 
     layout: Layout
     decoders: int = 0
-
-    @property
-    def ranks(self) -> int:
-        return self.layout.degrees.world + self.decoders
 
     @property
     def vae(self) -> str:
@@ -97,7 +93,7 @@ def predict(workload: Workload, candidate: Candidate, hardware: Hardware, execut
             seconds["messages"] += stage.forwards * message_seconds(exchanged, degrees, "cfg", hardware)
             sent += stage.forwards * exchanged.sent_bytes
     if shard:
-        gathered = weight_cost.sharded_bytes(workload.config, workload.dtype, degrees.world).received
+        gathered = sharded_bytes(workload.config, workload.dtype, degrees.world).received
         sent += sum(stage.forwards for stage in workload.stages) * own_branches * gathered
     denoise = sum(seconds.values())
     decode, decode_sent = _decode(workload, degrees, hardware)
@@ -114,7 +110,7 @@ def predict(workload: Workload, candidate: Candidate, hardware: Hardware, execut
         interval,
         denoise + decode,
         workload.batch * workload.frames / interval,
-        memory(workload, candidate, execution),
+        card_memory(workload, execution, candidate.layout, has_decoders=candidate.decoders > 0).parts,
         sent,
         stages,
     )
@@ -161,7 +157,7 @@ def forward_seconds(
         steps = message_seconds(cost.traffic["ring"], degrees, "ring", hardware)
         waits += steps - min(hardware.overlap * steps, attention * (degrees.ring - 1) / degrees.ring)
     if shard and degrees.world > 1:
-        received = weight_cost.sharded_bytes(workload.config, workload.dtype, degrees.world).received
+        received = sharded_bytes(workload.config, workload.dtype, degrees.world).received
         gathers = Traffic(workload.config.num_layers, received)
         arriving = message_seconds(gathers, degrees, "world", hardware)
         waits += arriving - min(hardware.overlap * arriving, computing)
@@ -197,41 +193,16 @@ def _share_on_other_nodes(degrees: Degrees, axis: str, ranks_per_node: int) -> f
 
 
 def _decode(workload: Workload, degrees: Degrees, hardware: Hardware) -> tuple[float, float]:
-    """Seconds of decoding a chunk and bytes that a rank sends for it.
-
-    A split VAE has as many launches as a whole one, rows to fetch and to join, and a frame's keys and values to make
-    again. What a whole decoding launches is in its rate already.
-    """
+    """Seconds of decoding a chunk and bytes that a rank sends for it. Ranks that share a VAE have some rows each."""
     rows, columns = workload.latent_size
-    own, videos = max(split(rows, degrees.vae)), workload.batch
-    flops = vae_cost.decode_flops_by_channels(workload.vae, workload.latent_frames, rows, columns)
-    whole = videos * sum(each / hardware.vae_rate(channels) for channels, each in flops.items())
+    own = max(split(rows, degrees.vae))
+    flops = decode_flops_by_channels(workload.vae, workload.latent_frames, rows, columns)
+    whole = workload.batch * sum(each / hardware.vae_rate(channels) for channels, each in flops.items())
     if degrees.vae == 1:
         return whole, 0.0
-    share = own / rows
-    extra = vae_cost.split_extra(workload.vae, workload.latent_frames, rows, own, columns, degrees.vae)
-    computing = whole * share + videos * extra.bytes / hardware.pass_bandwidth("copy")
-    computing += videos * extra.flops / hardware.vae_rate(max(flops))
-    if hardware.launches_overlap:
-        computing = max(computing, extra.kernels * hardware.kernel_seconds)
-    else:
-        launched = vae_cost.decode_kernels(workload.vae, workload.latent_frames)
-        computing += (extra.kernels - share * launched) * hardware.kernel_seconds
-    traffic = Traffic(*vae_cost.decode_traffic(workload.vae, workload.latent_frames, own, columns, degrees.vae))
-    traffic *= videos
-    return computing + message_seconds(traffic, degrees, "vae", hardware), traffic.sent_bytes
-
-
-def memory(workload: Workload, candidate: Candidate, execution: Execution = PLAIN) -> dict[str, float]:
-    """Bytes by what they are, on the rank that holds most when it holds most: see `helios_cp.plan.card_memory`."""
-    found = card_memory(
-        workload,
-        execution,
-        candidate.layout.degrees,
-        shard=candidate.layout.shard_weights,
-        has_decoders=candidate.decoders > 0,
-    )
-    return dict(found.phases[found.largest])
+    traffic = Traffic(*decode_traffic(workload.vae, workload.latent_frames, own, columns, degrees.vae))
+    traffic *= workload.batch
+    return whole * own / rows + message_seconds(traffic, degrees, "vae", hardware), traffic.sent_bytes
 
 
 def limit_fps(frames: int, transformer_flops: float, vae_flops: float, rate: float, vae_rate: float) -> float:

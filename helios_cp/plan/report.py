@@ -6,22 +6,21 @@ import textwrap
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from helios_cp.config.request import Request
-from helios_cp.plan.forward_cost import forward_cost, repeated_flops
+from helios_cp.plan.flags import PlanCall
+from helios_cp.plan.forward_cost import ForwardCost, forward_cost, repeated_flops
 from helios_cp.plan.hardware import Hardware
+from helios_cp.plan.memory import transformer_parameters
 from helios_cp.plan.predict import Candidate, Prediction, StageCost, limit_fps
 from helios_cp.plan.rank_shares import whole
-from helios_cp.plan.weight_cost import parameters
+from helios_cp.plan.search import Plan
 from helios_cp.plan.workload import Workload
 from parallel.mesh import Degrees
-
-if TYPE_CHECKING:
-    from helios_cp.plan.search import Plan
 
 WIDTH = 118
 AXES = "cfg x ring x uly"
@@ -31,35 +30,38 @@ AXES = "cfg x ring x uly"
 class Subject:
     """What a plan is of."""
 
-    model: str
+    call: PlanCall
     request: Request
     workload: Workload
     hardware: Hardware
-    ranks: int
-    nodes: int
 
 
 def stage_counts(workload: Workload) -> list[dict[str, Any]]:
     """Of each stage, tokens and what one forward on one rank costs; `diffusers_flops` are those of its forward."""
     found = []
     for stage in workload.stages:
-        itemsize = workload.dtype.itemsize
         alone = whole(workload.config, stage.lengths)
-        cost = forward_cost(workload.config, alone, Degrees(), workload.text_tokens, itemsize)
+        cost = forward_cost(workload.config, alone, Degrees(), workload.text_tokens, workload.dtype.itemsize)
         found.append(
             {
                 "tokens": alone.tokens,
                 "history_tokens": alone.history,
                 "noisy_tokens": alone.noisy,
                 "forwards_per_chunk": stage.forwards * workload.branches,
-                "flops": cost.flops,
                 "diffusers_flops": repeated_flops(workload.config, stage.lengths, workload.text_tokens),
-                "elementwise_bytes": cost.elementwise_bytes,
-                "matrix_bytes": cost.matrix_bytes(itemsize),
-                "kernels": cost.kernels,
+                **_cost_counts(cost, workload.dtype.itemsize),
             }
         )
     return found
+
+
+def _cost_counts(cost: ForwardCost, itemsize: int) -> dict[str, int]:
+    return {
+        "flops": cost.flops,
+        "elementwise_bytes": cost.elementwise_bytes,
+        "matrix_bytes": cost.matrix_bytes(itemsize),
+        "kernels": cost.kernels,
+    }
 
 
 def limits(workload: Workload, hardware: Hardware) -> dict[str, float]:
@@ -76,20 +78,20 @@ def limits(workload: Workload, hardware: Hardware) -> dict[str, float]:
 
 def to_json(plan: Plan, subject: Subject) -> dict[str, Any]:
     """Plain JSON values; FLOPs, bytes and calls are counts, seconds and FPS are modelled."""
-    workload, request = subject.workload, subject.request
+    workload, request, call = subject.workload, subject.request, subject.call
     return {
         "note": "seconds, FPS and memory are modelled, not measured, of eager PyTorch: nothing compiled or quantised",
-        "model": subject.model,
+        "model": call.model,
         "height": request.height,
         "width": request.width,
         "num_frames": request.num_frames,
         "chunks": request.num_chunks,
-        "ranks": subject.ranks,
-        "nodes": subject.nodes,
-        "dtype": str(workload.dtype).removeprefix("torch."),
+        "ranks": call.ranks,
+        "nodes": call.nodes,
+        "dtype": call.dtype,
         "hardware": subject.hardware.to_json(),
         "config": asdict(workload.config),
-        "parameters": parameters(workload.config),
+        "parameters": transformer_parameters(workload.config),
         "vae_decode_flops": workload.decode_flops,
         "stages": stage_counts(workload),
         "limits": limits(workload, subject.hardware),
@@ -109,7 +111,7 @@ def _layout(candidate: Candidate) -> dict[str, Any]:
 def _prediction(prediction: Prediction, subject: Subject) -> dict[str, Any]:
     return {
         **_layout(prediction.candidate),
-        "command": command(prediction.candidate, subject),
+        "command": command(prediction.candidate, subject.call),
         "modelled_fps": prediction.fps,
         "modelled_latency_seconds": prediction.latency,
         "modelled_interval_seconds": prediction.interval,
@@ -124,13 +126,9 @@ def _prediction(prediction: Prediction, subject: Subject) -> dict[str, Any]:
 
 
 def _stage(stage: StageCost, itemsize: int) -> dict[str, Any]:
-    cost = stage.cost
     return {
-        "flops": cost.flops,
-        "elementwise_bytes": cost.elementwise_bytes,
-        "matrix_bytes": cost.matrix_bytes(itemsize),
-        "kernels": cost.kernels,
-        "traffic": {axis: asdict(traffic) for axis, traffic in cost.traffic.items()},
+        **_cost_counts(stage.cost, itemsize),
+        "traffic": {axis: asdict(traffic) for axis, traffic in stage.cost.traffic.items()},
         "modelled_seconds": dict(stage.seconds),
     }
 
@@ -142,7 +140,7 @@ def video_seconds(prediction: Prediction, subject: Subject) -> float:
     return first + prediction.latency + (subject.request.num_chunks - 1) * prediction.interval
 
 
-def command(candidate: Candidate, subject: Subject) -> str:
+def command(candidate: Candidate, call: PlanCall) -> str:
     """What to type for this layout; `--model` and `--prompt` are left to the user."""
     layout = candidate.layout
     degrees = layout.degrees
@@ -154,15 +152,15 @@ def command(candidate: Candidate, subject: Subject) -> str:
         return " ".join(["python -m launchers.generate --address auto", *words])
     if degrees.world > 1:
         words.append(f"--vae-parallel {degrees.vae}")
-    if subject.ranks == 1:
+    if call.ranks == 1:
         return " ".join(["python -m helios_cp.generate", *words])
-    nodes = f"--nnodes {subject.nodes} " if subject.nodes > 1 else ""
-    per_node = subject.ranks // subject.nodes
-    return " ".join([f"torchrun {nodes}--nproc_per_node {per_node} -m helios_cp.generate", *words])
+    nodes = f"--nnodes {call.nodes} " if call.nodes > 1 else ""
+    return " ".join([f"torchrun {nodes}--nproc_per_node {call.gpus} -m helios_cp.generate", *words])
 
 
-def print_tables(plan: Plan, subject: Subject, top: int) -> None:
-    """The `top` fastest layouts, what to type for the best, and as many reasons why others are impossible."""
+def print_tables(plan: Plan, subject: Subject) -> None:
+    """The `--top` fastest layouts, what to type for the best, and as many reasons why others are impossible."""
+    top = subject.call.top
     console = Console(soft_wrap=False, highlight=False)
     if not console.is_terminal:
         console = Console(width=WIDTH, highlight=False)
@@ -170,15 +168,15 @@ def print_tables(plan: Plan, subject: Subject, top: int) -> None:
     def say(line: str) -> None:
         console.print("\n".join(textwrap.wrap(line, console.width, break_on_hyphens=False)), soft_wrap=True)
 
-    console.print(_counts(subject))
+    console.print(_count_table(subject))
     if plan.fitting:
-        console.print(_plans(plan, subject, top))
+        console.print(_plan_table(plan, subject))
         if len(plan.fitting) > top:
             say(f"{len(plan.fitting) - top} slower ones are left out; --top {len(plan.fitting)} prints all.")
         for line in _advice(plan, subject):
             say(line)
     if plan.refused:
-        console.print(_impossible(plan, top))
+        console.print(_refusal_table(plan, top))
     ours, theirs = limits(subject.workload, subject.hardware).values()
     say(
         f"One rank at the data sheet's rates, which nothing exceeds: {ours:.3g} FPS ({theirs:.3g} with diffusers' "
@@ -190,11 +188,11 @@ def _advice(plan: Plan, subject: Subject) -> Iterator[str]:
     """What to type for the fastest layout, for the fastest without decoders, and how long the video takes."""
     best = plan.fitting[0]
     alone = next((each for each in plan.fitting if not each.candidate.decoders), None)
-    yield f"Best: {command(best.candidate, subject)}"
+    yield f"Best: {command(best.candidate, subject.call)}"
     if best.candidate.decoders:
         yield "  Rows with decoders need launchers.generate, which runs on Ray."
         if alone is not None:
-            yield f"Best with torchrun, {alone.fps:.4g} FPS: {command(alone.candidate, subject)}"
+            yield f"Best with torchrun, {alone.fps:.4g} FPS: {command(alone.candidate, subject.call)}"
     request = subject.request
     yield (
         f"{request.num_chunks} chunks of {request.frames_per_chunk} frames take {video_seconds(best, subject):.3g} s, "
@@ -202,11 +200,10 @@ def _advice(plan: Plan, subject: Subject) -> Iterator[str]:
     )
 
 
-def _counts(subject: Subject) -> Table:
-    workload, request = subject.workload, subject.request
-    dtype = str(workload.dtype).removeprefix("torch.")
+def _count_table(subject: Subject) -> Table:
+    workload, request, call = subject.workload, subject.request, subject.call
     table = Table(
-        title=f"{subject.model}, {parameters(workload.config) / 1e9:.3f} B parameters, {dtype}, "
+        title=f"{call.model}, {transformer_parameters(workload.config) / 1e9:.3f} B parameters, {call.dtype}, "
         f"{request.height}x{request.width}, {request.frames_per_chunk} frames a chunk; counted"
     )
     names = ("stage", "tokens", "noisy", "forwards", "TFLOP", "GB elementwise", "GB matrix", "kernels")
@@ -226,16 +223,16 @@ def _counts(subject: Subject) -> Table:
     return table
 
 
-def _plans(plan: Plan, subject: Subject, top: int) -> Table:
+def _plan_table(plan: Plan, subject: Subject) -> Table:
+    call = subject.call
     table = Table(
-        title=f"{subject.ranks} rank(s) on {subject.nodes} node(s) of {subject.hardware.name}, eager; all times are "
-        "modelled"
+        title=f"{call.ranks} rank(s) on {call.nodes} node(s) of {subject.hardware.name}, eager; all times are modelled"
     )
     for name in (AXES, "ffn-tp", "shard", "VAE"):
         table.add_column(name)
     for name in ("FPS", "latency s", "GB a rank", "GB sent a chunk", "most time"):
         table.add_column(name, justify="right")
-    for each in plan.fitting[:top]:
+    for each in plan.fitting[: call.top]:
         total = sum(each.seconds.values())
         table.add_row(
             *_cells(each.candidate),
@@ -248,7 +245,7 @@ def _plans(plan: Plan, subject: Subject, top: int) -> Table:
     return table
 
 
-def _impossible(plan: Plan, top: int) -> Table:
+def _refusal_table(plan: Plan, top: int) -> Table:
     """One line a reason and kind of layout, with how many share it; `top` of them."""
     alike = defaultdict(list)
     for each in plan.refused:
@@ -264,15 +261,10 @@ def _impossible(plan: Plan, top: int) -> Table:
 
 
 def _cells(candidate: Candidate) -> tuple[str, str, str, str]:
-    layout = candidate.layout
-    shard = "yes" if layout.shard_weights else "-"
-    return _axes(candidate), _degree(layout.degrees.ffn_tp), shard, candidate.vae
-
-
-def _axes(candidate: Candidate) -> str:
     degrees = candidate.layout.degrees
-    return f"{degrees.cfg} x {degrees.ring} x {degrees.ulysses}"
-
-
-def _degree(degree: int) -> str:
-    return "-" if degree == 1 else str(degree)
+    return (
+        f"{degrees.cfg} x {degrees.ring} x {degrees.ulysses}",
+        "-" if degrees.ffn_tp == 1 else str(degrees.ffn_tp),
+        "yes" if candidate.layout.shard_weights else "-",
+        candidate.vae,
+    )

@@ -9,11 +9,10 @@ from dataclasses import replace
 import torch
 
 from helios_cp.config.checkpoint import Checkpoint
-from helios_cp.config.layout import smallest_tokens
 from helios_cp.config.paths import cache_folder
 from helios_cp.config.request import Request
-from helios_cp.plan import report as plan_report
-from helios_cp.plan.configs import BUILT_IN, BuiltInCheckpoint, part_configs
+from helios_cp.plan import report
+from helios_cp.plan.configs import BUILT_IN, BuiltInCheckpoint
 from helios_cp.plan.flags import PlanCall
 from helios_cp.plan.machines import find_hardware
 from helios_cp.plan.search import make_plan
@@ -25,14 +24,13 @@ def run(call: PlanCall) -> int:
     hardware = replace(find_hardware(call.hardware), gpus_per_node=call.gpus)
     checkpoint = find_checkpoint(call.model)
     request = Request(prompt=("any",), **call.request).resolve(checkpoint)
-    dtype = getattr(torch, call.dtype)
-    workload = Workload.of(checkpoint, request, dtype, *part_configs(checkpoint))
-    plan = make_plan(workload, hardware, call.ranks, smallest_tokens(request, checkpoint))
-    subject = plan_report.Subject(call.model, request, workload, hardware, call.ranks, call.nodes)
+    workload = Workload.of(checkpoint, request, getattr(torch, call.dtype))
+    plan = make_plan([workload], hardware, call.ranks)
+    subject = report.Subject(call, request, workload, hardware)
     if call.json:
-        print(json.dumps(plan_report.to_json(plan, subject), indent=2))
+        print(json.dumps(report.to_json(plan, subject), indent=2))
     else:
-        plan_report.print_tables(plan, subject, call.top)
+        report.print_tables(plan, subject)
     return 0 if plan.fitting else 1
 
 

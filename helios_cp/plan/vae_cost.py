@@ -1,9 +1,7 @@
-"""FLOPs, weights, memory and messages of the VAE (`helios_cp.model.vae`), from its config alone; memory is modelled.
+"""FLOPs, memory and messages of the VAE's decoder (`helios_cp.model.vae`), from its config alone; memory is modelled.
 
 Each level of the decoder doubles rows and columns. A level that doubles frames too leaves the first frame single. All
-latent frames of a chunk are taken to pass a layer together. Where ranks share the VAE by rows, a rank does more than
-its share of the whole: it exchanges rows before every convolution, makes keys and values of the attention for the whole
-frame, and launches as many kernels for its rows as one rank does for all of them.
+latent frames of a chunk are taken to pass a layer together.
 """
 
 from __future__ import annotations
@@ -11,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from helios_cp.model.vae.config import VaeConfig
@@ -20,7 +18,6 @@ from helios_cp.model.vae.memory import group_bytes
 FP32 = 4
 TAPS = 27  # of a 3×3×3 kernel
 FOLDED_TAPS = 4  # for each pixel of a folded upsampling, whose 3×3 kernel would have 9
-NORM_SILU = 2  # kernels before a convolution
 
 
 @dataclass(frozen=True)
@@ -91,42 +88,6 @@ def decode_flops_by_channels(config: VaeConfig, latent_frames: int, rows: int, c
 
 
 @functools.lru_cache(maxsize=256)
-def parameters(config: VaeConfig) -> int:
-    """Of encoder and decoder together."""
-    return decoder_parameters(config) + _encoder_parameters(config)
-
-
-def decoder_parameters(config: VaeConfig) -> int:
-    """Of the decoder and the convolution before it."""
-    layers = list(decoder_layers(config, 1))
-    weights = sum((layer.inputs * layer.weights + 1) * layer.outputs for layer in layers)
-    return weights + _norms(config, layers)
-
-
-def _norms(config: VaeConfig, layers: Sequence[Convolution]) -> int:
-    """A scale a channel before each 3×3×3 convolution but the first, and before attention."""
-    inside = sum(layer.inputs for layer in layers[2:] if layer.weights == TAPS)
-    return inside + config.decoder_dim * config.dim_mult[-1]
-
-
-def _encoder_parameters(config: VaeConfig) -> int:
-    dims = [config.base_dim * factor for factor in (1, *config.dim_mult)]
-    total = (config.in_channels * 27 + 1) * dims[0]
-    for level, (channels, after) in enumerate(itertools.pairwise(dims)):
-        for _ in range(config.num_res_blocks):
-            total += (channels * 27 + 1) * after + (after * 27 + 1) * after + channels + after
-            total += (channels + 1) * after if channels != after else 0
-            channels = after
-        if level < len(config.dim_mult) - 1:
-            total += (after * 9 + 1) * after
-            total += (after * 3 + 1) * after if config.temperal_downsample[level] else 0
-    top, doubled = dims[-1], 2 * config.z_dim
-    total += 4 * (top * 27 + 1) * top + 4 * top  # two residual blocks
-    total += (top + 1) * 3 * top + (top + 1) * top + top  # attention
-    return total + top + (top * 27 + 1) * doubled + (doubled + 1) * doubled
-
-
-@functools.lru_cache(maxsize=256)
 def decode_bytes(config: VaeConfig, latent_frames: int, rows: int, columns: int, group: int) -> int:
     """Memory that a decoding in groups of `group` latent frames holds at most besides the weights, in fp32: a model.
 
@@ -137,66 +98,6 @@ def decode_bytes(config: VaeConfig, latent_frames: int, rows: int, columns: int,
     pixels = 3 * rows * columns * config.spatial**2 * layers[-1].frames
     joined = pixels if group < latent_frames else 0
     return group_bytes(config, group, latent_frames, rows, columns) + FP32 * folded + joined
-
-
-@functools.lru_cache(maxsize=256)
-def decode_kernels(config: VaeConfig, latent_frames: int) -> int:
-    """Kernels of an unsplit decoding in eager PyTorch."""
-    total = 3  # latents laid out, the post-quant convolution, the bound of the pixels
-    sums = 2 + config.levels * (config.num_res_blocks + 1) + 1  # of residual blocks, and of attention
-    for layer in itertools.islice(decoder_layers(config, latent_frames), 1, None):
-        if not layer.frames:
-            continue
-        total += 1
-        if layer.weights == TAPS:
-            total += NORM_SILU + (layer.frames > 1)  # the past of zeros
-        elif layer.weights == 3:
-            total += 4  # zeros before the frames, pairs of frames in their places
-        elif layer.weights == 1 and layer.outputs == 3 * layer.inputs:
-            total += 2  # norm and attention
-    return total - 1 + sums  # latents are copied, and not normed
-
-
-@dataclass(frozen=True)
-class SplitExtra:
-    """On a rank between two others. `bytes` of copies and `flops` beyond its share of the whole; `kernels` in all."""
-
-    flops: int
-    bytes: int
-    kernels: int
-
-
-@functools.lru_cache(maxsize=256)
-def split_extra(
-    config: VaeConfig, latent_frames: int, rows: int, own_rows: int, columns: int, ranks: int
-) -> SplitExtra:
-    """For the whole of a chunk, of whose `rows` of latents this rank has `own_rows`."""
-    neighbours = min(ranks - 1, 2)
-    copied, kernels = 0, decode_kernels(config, latent_frames)
-    layers = list(decoder_layers(config, latent_frames))
-    for layer in layers:
-        if layer.weights not in (TAPS, 9):
-            continue
-        before = layer.level - (layer.weights == 9)  # rows are fetched before rows and columns are doubled
-        row, height = layer.inputs * 2**before * columns, 2**before * own_rows
-        copied += layer.frames * row * _border_passes(neighbours, layer.frames)
-        kernels += 2 if layer.frames == 1 else 2 + neighbours
-        if layer.weights == 9:
-            copied += 2 * layer.frames * row * height  # into memory with room for the borders
-            kernels += 1
-        elif layer.frames > 1:
-            copied += 2 * row * min(layer.frames - 1, 2)  # the borders of the past are zeros too
-    top = config.decoder_dim * config.dim_mult[-1]
-    others = (rows - own_rows) * columns
-    copied += latent_frames * top * 2 * rows * columns  # the frame joined
-    copied += _norms(config, layers) * (rows - own_rows) // rows  # scales, which every rank reads
-    kernels += 2  # it, and its keys and values apart from the queries
-    return SplitExtra(latent_frames * 2 * others * top * 2 * top, FP32 * copied, kernels)
-
-
-def _border_passes(neighbours: int, frames: int) -> int:
-    """Of a row over memory: put in place from a neighbour, zeros where there is none; those of many frames packed."""
-    return 2 * neighbours * (1 if frames == 1 else 2) + (2 - neighbours)
 
 
 @functools.lru_cache(maxsize=256)

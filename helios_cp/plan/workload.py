@@ -12,7 +12,7 @@ from helios_cp.config.request import Request
 from helios_cp.config.sampling_plan import SamplingPlan
 from helios_cp.model.vae.config import VaeConfig
 from helios_cp.plan import vae_cost
-from helios_cp.plan.weight_cost import TextEncoderConfig
+from helios_cp.plan.configs import TextEncoderConfig, part_configs
 
 
 @dataclass(frozen=True)
@@ -41,27 +41,24 @@ class Workload:
     latent_frames: int
     latent_size: tuple[int, int]
     frames: int
-    batch: int = 1
+    batch: int
 
     @classmethod
-    def of(
-        cls,
-        checkpoint: Checkpoint,
-        request: Request,
-        dtype: torch.dtype,
-        vae: VaeConfig | None = None,
-        text_encoder: TextEncoderConfig | None = None,
-    ) -> Workload:
-        """Of a resolved request; steps that CFG-Zero* zeroes need no forward."""
+    def of(cls, checkpoint: Checkpoint, request: Request, dtype: torch.dtype) -> Workload:
+        """Of a resolved request; steps that CFG-Zero* zeroes need no forward.
+
+        Raises `RequestError` where the configs of the checkpoint's parts cannot be read.
+        """
         plan = SamplingPlan.of(request, checkpoint)
+        vae, text_encoder = part_configs(checkpoint)
         lengths = segment_lengths(request, checkpoint)
         forwards = [
             sum(not plan.is_zeroed(stage, step) for step in range(steps)) for stage, steps in enumerate(plan.steps)
         ]
         return cls(
             config=checkpoint.transformer,
-            vae=vae or VaeConfig(),
-            text_encoder=text_encoder or TextEncoderConfig(),
+            vae=vae,
+            text_encoder=text_encoder,
             stages=tuple(PyramidStage(tuple(each), count) for each, count in zip(lengths, forwards, strict=True)),
             is_guided=plan.is_guided,
             dtype=dtype,

@@ -28,8 +28,8 @@ from helios_cp.config.layout import Layout
 from helios_cp.config.sampling_plan import SamplingPlan
 from helios_cp.pipeline import pipeline as pipeline_module
 from helios_cp.pipeline.world import Ranks
+from helios_cp.plan.memory import transformer_parameters
 from helios_cp.plan.predict import Workload
-from helios_cp.plan.weight_cost import parameters
 from parallel.mesh import Degrees, Mesh
 
 CPU = torch.device("cpu")
@@ -69,7 +69,7 @@ def start_videos(name: str, folder: Path, chunks: int = 2):
 
 
 def test_full_size_is_that_of_the_planner():
-    assert parameters(full_size.SIZES["14b"].transformer) == 14_312_427_584
+    assert transformer_parameters(full_size.SIZES["14b"].transformer) == 14_312_427_584
     assert full_size.named_checkpoint("14b-mid").is_cfg_zero_star
     assert full_size.named_checkpoint("14b-base").variant == "base"
 
@@ -176,7 +176,7 @@ class CountedCalls:
 def test_flops_of_a_chunk_are_those_of_torchs_counter(name, tmp_path, monkeypatch):
     ours, peer, videos = start_videos(name, tmp_path)
     request = light_request(name, 2)
-    workload = Workload.of(ours.checkpoint, request, torch.float32, full_size.size_of(ours.checkpoint).vae)
+    workload = Workload.of(ours.checkpoint, request, torch.float32)
     flops = chunk_flops(workload, request, ours.checkpoint)
     with repaired(peer):
         running = {each: start() for each, start in videos.items()}

@@ -25,7 +25,7 @@ from benchmarks.validate_plan.errors import (
 )
 from benchmarks.validate_plan.ranks import WARM_UP, ChunkTimes, Model, make_request, time_chunks
 from helios_cp.config.checkpoint import Checkpoint, TransformerConfig
-from helios_cp.config.layout import Layout, segment_lengths, smallest_tokens
+from helios_cp.config.layout import Layout, segment_lengths
 from helios_cp.plan.configs import part_configs
 from helios_cp.plan.machines import CPU
 from helios_cp.plan.predict import Candidate, predict
@@ -61,7 +61,7 @@ def tiny_case(monkeypatch):
 def comparison(folder, measured: float, modelled: float | None = None) -> Comparison:
     checkpoint = Checkpoint.read(folder)
     request = make_request((64, 64), (1, 1, 1), "distilled", 2).resolve(checkpoint)
-    workload = Workload.of(checkpoint, request, torch.float32, *part_configs(checkpoint))
+    workload = Workload.of(checkpoint, request, torch.float32)
     prediction = predict(workload, Candidate(Layout()), CPU)
     prediction = dataclasses.replace(prediction, interval=modelled or prediction.interval)
     return Comparison("tiny", Layout(), prediction, ChunkTimes((measured,), ({"decode": measured / 2},)))
@@ -124,7 +124,7 @@ def test_the_model_is_the_one_that_was_meant(folder):
     assert dataclasses.replace(checkpoint.transformer, rope_theta=TINY.transformer.rope_theta) == TINY.transformer
     assert part_configs(checkpoint)[0] == TINY.vae
     request = make_request((64, 128), (1, 2, 1), "distilled", 4).resolve(checkpoint)
-    workload = Workload.of(checkpoint, request, torch.float32, *part_configs(checkpoint))
+    workload = Workload.of(checkpoint, request, torch.float32)
     assert [stage.lengths for stage in workload.stages] == segment_lengths(request, checkpoint)
     assert [stage.forwards for stage in workload.stages] == [1, 2, 1] and request.num_chunks == 4
 
@@ -161,13 +161,13 @@ def test_every_case_is_a_layout_that_the_engine_takes(folder):
             Checkpoint.read(folder), variant=case.model.variant, transformer=case.model.transformer
         )
         request = make_request(case.size, case.steps, case.model.variant, 2).resolve(checkpoint)
-        workload = Workload.of(checkpoint, request, case.dtype, case.model.vae, part_configs(checkpoint)[1])
+        workload = dataclasses.replace(Workload.of(checkpoint, request, case.dtype), vae=case.model.vae)
         for layout in case.layouts:
             names.add(layout_name(layout))
             degrees = layout.degrees
             assert degrees.world <= RANKS
             given = {**vars(degrees), "shard_weights": layout.shard_weights, "decoders": 0}
-            plan = make_plan(workload, CPU, degrees.world, smallest_tokens(request, checkpoint), given)
+            plan = make_plan([workload], CPU, degrees.world, given)
             assert [each.candidate.layout for each in plan.fitting] == [layout], (case.name, layout, plan.refused)
     assert names == {
         "1 rank",

@@ -12,34 +12,28 @@ import torch
 
 from helios_cp.config.execution import Execution
 from helios_cp.config.layout import Layout
-from helios_cp.config.request import Request
 from helios_cp.pipeline.pipeline import Pipeline
-from helios_cp.plan.card_memory import (
+from helios_cp.plan.cards import CARDS, EXACT, Choice, chunk_seconds, main, rows, table
+from helios_cp.plan.configs import part_configs
+from helios_cp.plan.flags import PlanCall
+from helios_cp.plan.machines import GIBI
+from helios_cp.plan.memory import (
     CONTEXT,
     FITTING_SHARE,
     HOST_PROCESS,
     card_memory,
+    decoder_parameters,
     host_bytes,
     text_encoder_bytes,
     transformer_bytes,
 )
-from helios_cp.plan.cards import CARDS, EXACT, GIBIBYTE, Choice, chunk_seconds, main, rows, table
-from helios_cp.plan.configs import BuiltInCheckpoint, part_configs
-from helios_cp.plan.flags import PlanCall
-from helios_cp.plan.predict import Candidate, memory
-from helios_cp.plan.vae_cost import decoder_parameters
-from helios_cp.plan.workload import Workload
 from helios_cp.runtime.device_weights import SLOTS
 from helios_cp.runtime.offload import offload
 from helios_cp.weights.quantize import quantize_blocks
 from parallel.mesh import Degrees
+from tests.plan.workloads import workload as workload_of
 
 BF16 = torch.bfloat16
-
-
-def workload_of(name: str = "14b", **fields) -> Workload:
-    checkpoint = BuiltInCheckpoint.named(name)
-    return Workload.of(checkpoint, Request(prompt=("any",), **fields).resolve(checkpoint), BF16)
 
 
 @pytest.fixture(scope="module")
@@ -77,22 +71,17 @@ def test_a_rank_that_splits_feed_forward_layers_holds_less(workload):
     assert whole.whole - half.whole == lost
 
 
-@pytest.mark.parametrize("degrees", [Degrees(), Degrees(ulysses=2), Degrees(ulysses=2, ffn_tp=2, vae=2)], ids=str)
-@pytest.mark.parametrize("execution", [Execution(), Execution(offload="group"), Execution(quantize="int8")], ids=str)
-def test_the_planner_and_the_table_of_cards_say_the_same(workload, execution, degrees):
-    planned = memory(workload, Candidate(Layout(degrees)), execution)
-    assert sum(planned.values()) == card_memory(workload, execution, degrees).bytes
-
-
 def test_a_chunk_is_decoded_beside_the_next_one_by_a_vae_that_is_whole(workload):
     """And in turn by one that is split, or by a decoder's own card."""
     beside = card_memory(workload).phases["denoise and decode"]
-    apart = card_memory(workload, degrees=Degrees(ulysses=2, vae=2)).phases
+    apart = card_memory(workload, layout=Layout(Degrees(ulysses=2, vae=2))).phases
     assert set(apart) == {"denoise", "decode"}
     alone = card_memory(workload, has_decoders=True)
     assert beside["working"] == sum(parts["working"] for parts in alone.phases.values())
     assert "VAE" not in alone.phases["denoise"] and "transformer" not in alone.phases["decode"]
-    assert card_memory(workload, degrees=Degrees(ulysses=2), shard=True).bytes < card_memory(workload).bytes
+    assert (
+        card_memory(workload, layout=Layout(Degrees(ulysses=2), shard_weights=True)).bytes < card_memory(workload).bytes
+    )
 
 
 def test_the_goal_of_7_gb(workload):
@@ -121,7 +110,7 @@ def found():
 def test_every_card_has_an_exact_row_that_fits(found, workload):
     assert {row.gigabytes for row in found} == set(CARDS)
     for row in found:
-        assert row.bytes <= FITTING_SHARE * GIBIBYTE * row.gigabytes
+        assert row.bytes <= FITTING_SHARE * GIBI * row.gigabytes
     exact = {row.gigabytes: row.choice for row in found if row.choice in EXACT}
     assert exact[8].flags == exact[24].flags == "--offload group"
     assert exact[40].flags == "--offload model"
@@ -142,7 +131,7 @@ def test_fps_are_bounds_or_of_a_profile(found):
 def test_offloading_costs_time(workload):
     times = [chunk_seconds(workload, choice, "h100") for choice in (EXACT[0], EXACT[2], EXACT[3])]
     assert times == sorted(times)
-    assert times[0] == chunk_seconds(workload, Choice(Execution(offload="model"), stays=True), "h100")
+    assert times[0] == chunk_seconds(workload, Choice(Execution(offload="model"), transformer_stays=True), "h100")
 
 
 def test_markdown(capsys):

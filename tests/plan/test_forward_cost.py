@@ -22,10 +22,11 @@ from helios_cp.config.checkpoint import TransformerConfig
 from helios_cp.model.transformer import HeliosTransformer
 from helios_cp.pipeline.parallelize import ShardedSequence
 from helios_cp.plan import forward_cost as cost
-from helios_cp.plan import weight_cost
+from helios_cp.plan.configs import TextEncoderConfig
 from helios_cp.plan.forward_cost import PASSES, Product, Traffic, forward_cost, guidance_traffic
+from helios_cp.plan.memory import activation_bytes, sharded_bytes, transformer_bytes
 from helios_cp.plan.rank_shares import shares, whole
-from helios_cp.plan.weight_cost import TextEncoderConfig
+from helios_cp.runtime.host_weights import packed_bytes
 from helios_cp.weights.placement import narrow_feed_forward
 from helios_cp.weights.sharded import predicted_bytes
 from parallel.collectives import Meter
@@ -171,7 +172,7 @@ def test_guidance_sends_a_velocity():
 def test_weights_as_the_engine_shards_them(ranks):
     config = dataclasses.replace(FULL, num_layers=5, attention_head_dim=16, rope_dim=(8, 4, 4), ffn_dim=700)
     for dtype in (torch.bfloat16, torch.float32):
-        assert weight_cost.sharded_bytes(config, dtype, ranks) == predicted_bytes(config, dtype, ranks)
+        assert sharded_bytes(config, dtype, ranks) == predicted_bytes(config, dtype, ranks)
 
 
 def test_weights_of_a_split_feed_forward():
@@ -180,8 +181,8 @@ def test_weights_of_a_split_feed_forward():
         model = HeliosTransformer(config)
     with silent_mesh(Degrees(ulysses=5, ffn_tp=5), 0) as (mesh, _):
         narrow_feed_forward(model, mesh.ffn_tp)
-    held = sum(parameter.nbytes for parameter in model.cast(torch.bfloat16).parameters())
-    assert weight_cost.transformer_bytes(config, torch.bfloat16, 5, 5, False).resident == held
+    held = packed_bytes(model.cast(torch.bfloat16).parameters())
+    assert transformer_bytes(config, torch.bfloat16, None, 5).whole == held
 
 
 @pytest.mark.parametrize("degrees", LAYOUTS, ids=str)
@@ -206,7 +207,7 @@ def test_memory_of_a_forward(degrees, dtype, monkeypatch):
         with LiveMemory() as memory:
             run_ours(model, inputs, text, history)
     own = shares(config, LENGTHS[2], degrees)[0]
-    assert 0.7 < memory.peak_bytes / weight_cost.activation_bytes(config, own, degrees, dtype) < 1.02
+    assert 0.7 < memory.peak_bytes / activation_bytes(config, own, degrees, dtype) < 1.02
 
 
 def test_text_encoder_has_the_parameters_of_transformers():

@@ -56,7 +56,7 @@ def test_other_shares_of_full_rates():
 
 def test_slower_rates_are_predicted():
     """Each share slows down its own part of a chunk, in proportion, and no other."""
-    work = workload(dtype=torch.float32)[0]
+    work = workload(dtype=torch.float32)
     before = predict(work, Candidate(Layout()), CPU)
     for change, part in (
         ({"matmul_fp32_shares": ((1, 0.5),)}, "products"),
@@ -71,7 +71,7 @@ def test_slower_rates_are_predicted():
 
 @pytest.mark.parametrize("layout", [Layout(Degrees(ring=2)), Layout(Degrees(ulysses=2), shard_weights=True)], ids=str)
 def test_messages_pass_beside_computing_as_far_as_the_hardware_can(layout):
-    work = workload()[0]
+    work = workload()
     hidden, half, none = (
         predict(work, Candidate(layout), dataclasses.replace(H100, overlap=overlap)).seconds["messages"]
         for overlap in (1.0, 0.5, 0.0)
@@ -157,8 +157,8 @@ def test_ranks_a_node_are_those_of_the_job(monkeypatch, ranks_of_node, expected)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert detect_hardware("cuda", ranks_of_node).gpus_per_node == expected
-    within = predict(workload()[0], Candidate(Layout(Degrees(ulysses=8))), detect_hardware("cuda", 8)).interval
-    apart = predict(workload()[0], Candidate(Layout(Degrees(ulysses=8))), detect_hardware("cuda")).interval
+    within = predict(workload(), Candidate(Layout(Degrees(ulysses=8))), detect_hardware("cuda", 8)).interval
+    apart = predict(workload(), Candidate(Layout(Degrees(ulysses=8))), detect_hardware("cuda")).interval
     assert within < apart
 
 

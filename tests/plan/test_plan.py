@@ -16,23 +16,21 @@ import torch
 
 from helios_cp.config.checkpoint import Checkpoint, TransformerConfig
 from helios_cp.config.errors import RequestError
-from helios_cp.config.layout import AskedLayout, Layout, segment_lengths, smallest_tokens
+from helios_cp.config.layout import AskedLayout, Layout, segment_lengths
 from helios_cp.config.request import Request
-from helios_cp.plan import vae_cost, weight_cost
+from helios_cp.model.vae.config import VaeConfig
+from helios_cp.plan import memory
 from helios_cp.plan.__main__ import main
-from helios_cp.plan.card_memory import FITTING_SHARE
 from helios_cp.plan.choose import choose_layout
-from helios_cp.plan.configs import part_configs
+from helios_cp.plan.configs import TextEncoderConfig
+from helios_cp.plan.flags import PlanCall
 from helios_cp.plan.forward_cost import Traffic, forward_cost, repeated_flops
 from helios_cp.plan.machines import CPU, H100, PROFILES, RTX4090
 from helios_cp.plan.predict import Candidate, limit_fps, message_seconds, predict
 from helios_cp.plan.rank_shares import shares
-from helios_cp.plan.report import Subject, command, stage_counts
+from helios_cp.plan.report import command, stage_counts
 from helios_cp.plan.search import make_plan
-from helios_cp.plan.vae_cost import VaeConfig
-from helios_cp.plan.weight_cost import TextEncoderConfig
 from helios_cp.plan.workload import Workload
-from helios_cp.weights.sharded import predicted_bytes
 from parallel.mesh import Degrees
 from tests.plan.workloads import workload
 
@@ -45,21 +43,21 @@ TEXT_TOKENS = 512
 
 
 def test_figures_of_the_cost_model():
-    stages = stage_counts(workload()[0])
-    assert weight_cost.parameters(FULL) == 14_312_427_584
+    stages = stage_counts(workload())
+    assert memory.transformer_parameters(FULL) == 14_312_427_584
     assert [stage["tokens"] for stage in stages] == [2940, 4560, 11040]
     assert [round(stage["diffusers_flops"] / 1e12, 1) for stage in stages] == [69.7, 119.1, 359.6]
     assert [round(stage["flops"] / 1e12, 1) for stage in stages] == [66.5, 115.7, 355.9]
-    assert round(workload()[0].decode_flops / 1e12, 1) == 66.1  # 69.3 of diffusers, less what is folded
+    assert round(workload().decode_flops / 1e12, 1) == 66.1  # 69.3 of diffusers, less what is folded
     assert round(TextEncoderConfig().parameters / 1e9, 2) == 5.68
-    assert round(4 * vae_cost.parameters(VaeConfig()) / 1e6) == 508
+    assert round(4 * sum(memory.vae_parameters(VaeConfig()).values()) / 1e6) == 508
 
 
 @pytest.mark.parametrize(("ranks", "ffn_tp", "sharded"), [(2, 23.0, 14.6), (4, 20.1, 7.5), (8, 18.7, 4.0)])
 def test_weights_of_a_rank(ranks, ffn_tp, sharded):
     """The cost model takes all parameters for bf16; those kept in fp32 add less than 0.1 GB."""
-    split = weight_cost.transformer_bytes(FULL, torch.bfloat16, ranks, ranks, False).resident
-    shard = weight_cost.transformer_bytes(FULL, torch.bfloat16, ranks, 1, True).resident
+    split = memory.transformer_bytes(FULL, torch.bfloat16, None, ranks).whole
+    shard = memory.sharded_bytes(FULL, torch.bfloat16, ranks).resident
     assert ffn_tp - 0.05 < split / 1e9 < ffn_tp + 0.15 and sharded - 0.05 < shard / 1e9 < sharded + 0.15
 
 
@@ -92,7 +90,7 @@ def test_bytes_sent_at_stage_3(degrees, megabytes):
 @pytest.mark.parametrize(("steps", "h100", "h200"), [((1, 1, 1), 48.0, 38.3), ((2, 2, 2), 26.6, 21.2)])
 def test_limits_of_one_gpu(steps, h100, h200):
     """The VAE runs on the tensor cores in TF32, at half the rate of bf16; an H200 reaches 790 TFLOP/s."""
-    work = workload()[0]
+    work = workload()
     flops = sum(n * repeated_flops(FULL, stage.lengths, 512) for n, stage in zip(steps, work.stages, strict=True))
     peak = limit_fps(33, flops, work.decode_flops, H100.peak_flops, H100.peak_vae_flops)
     reached = limit_fps(33, flops, work.decode_flops, 790e12, 395e12)
@@ -101,7 +99,7 @@ def test_limits_of_one_gpu(steps, h100, h200):
 
 def test_predictions_stay_below_the_limits():
     for name in ("h100", "h200", "a100-80"):
-        hardware, work = PROFILES[name], workload(pyramid_num_inference_steps_list=(1, 1, 1))[0]
+        hardware, work = PROFILES[name], workload(pyramid_num_inference_steps_list=(1, 1, 1))
         flops = sum(stage["flops"] for stage in stage_counts(work))
         bound = limit_fps(33, flops, work.decode_flops, hardware.peak_flops, hardware.peak_vae_flops)
         assert 0.1 * bound < predict(work, Candidate(Layout()), hardware).fps < bound
@@ -112,10 +110,11 @@ def test_predictions_stay_below_the_limits():
 
 def test_plans_of_up_to_64_ranks_are_made_quickly(monkeypatch):
     """In calls of Python functions, which a busy machine does not change; and with no model of many blocks."""
-    work, smallest = workload("14b-base", height=1440, width=2560)
-    monkeypatch.setattr(weight_cost, "predicted_bytes", lambda config, *rest: _shallow(config, *rest))
+    work = workload("14b-base", height=1440, width=2560)
+    for name in ("predicted_bytes", "empty_model"):
+        monkeypatch.setattr(memory, name, shallow(getattr(memory, name)))
     for ranks in (1, 7, 48, 64):
-        plan, calls = _with_calls(lambda ranks=ranks: make_plan(work, H100, ranks, smallest))
+        plan, calls = _with_calls(lambda ranks=ranks: make_plan([work], H100, ranks))
         assert plan.fitting or ranks == 1
         assert len(plan.fitting) + len(plan.refused) < 1000
         assert calls < 1_000_000, "a million take a second or so"
@@ -142,18 +141,23 @@ def _with_calls(run):
         sys.setprofile(None)
 
 
-def _shallow(config, *rest):
-    assert config.num_layers <= 2
-    return predicted_bytes(config, *rest)
+def shallow(build):
+    """As `build`, of models of a block or two."""
+
+    def checked(config, *rest):
+        assert config.num_layers <= 2
+        return build(config, *rest)
+
+    return checked
 
 
 def test_every_plan_is_accepted_by_the_engine_and_no_other_is(presets):
     """Against what `choose_layout` says to the same flags."""
     checkpoint = Checkpoint.read(presets["random-mid"])
     request = Request(prompt=("a",), height=64, width=64).resolve(checkpoint)
-    work = Workload.of(checkpoint, request, torch.float32, *part_configs(checkpoint))
+    work = Workload.of(checkpoint, request, torch.float32)
     for ranks in (1, 2, 6, 10):
-        plan = make_plan(work, CPU, ranks, smallest_tokens(request, checkpoint), {"decoders": 0})
+        plan = make_plan([work], CPU, ranks, {"decoders": 0})
         for candidate, is_possible in [
             *((each.candidate, True) for each in plan.fitting),
             *((each.candidate, False) for each in plan.refused),
@@ -176,18 +180,18 @@ def test_every_plan_is_accepted_by_the_engine_and_no_other_is(presets):
 
 
 def test_what_does_not_fit_is_marked():
-    plan = make_plan(workload()[0], RTX4090, 4, 540)
+    plan = make_plan([workload()], RTX4090, 4)
     layouts = [each.candidate.layout for each in plan.fitting]
     assert layouts and all(each.shard_weights or each.degrees.ffn_tp > 1 for each in layouts)
     reasons = {each.candidate: each.reason for each in plan.refused}
     replicated = next(reason for each, reason in reasons.items() if each == Candidate(Layout(Degrees(ulysses=4))))
     assert replicated.startswith("memory: ") and "of 24.5 GB" in replicated and "transformer" in replicated
-    assert all(each.memory_bytes <= FITTING_SHARE * RTX4090.memory_bytes for each in plan.fitting)
+    assert all(each.memory_bytes <= memory.FITTING_SHARE * RTX4090.memory_bytes for each in plan.fitting)
     assert any("no guidance" in reason for reason in reasons.values())
 
 
 def test_plans_are_sorted_and_told_apart_by_what_they_cost():
-    plan = make_plan(*workload()[:1], H100, 8, 540)
+    plan = make_plan([workload()], H100, 8)
     speeds = [each.fps for each in plan.fitting]
     assert speeds == sorted(speeds, reverse=True)
     of = {each.candidate: each for each in plan.fitting}
@@ -198,7 +202,7 @@ def test_plans_are_sorted_and_told_apart_by_what_they_cost():
     assert (
         split.sent_bytes > ulysses.sent_bytes and split.fps < ulysses.fps and split.memory_bytes < ulysses.memory_bytes
     )
-    pair = make_plan(workload()[0], H100, 2, 540).fitting
+    pair = make_plan([workload()], H100, 2).fitting
     equal = [each for each in pair if each.fps == pair[0].fps]  # gathers of weights hide behind the forward
     assert [each.candidate.layout.shard_weights for each in equal] == [False, True]  # what sends less comes first
     decoders = of[Candidate(Layout(Degrees(ulysses=4)), 4)]
@@ -206,7 +210,7 @@ def test_plans_are_sorted_and_told_apart_by_what_they_cost():
 
 
 def test_zeroed_steps_and_both_branches_are_counted():
-    base, mid = workload("14b-base")[0], workload("14b-mid")[0]
+    base, mid = workload("14b-base"), workload("14b-mid")
     assert [stage.forwards for stage in base.stages] == [50] and base.branches == 2
     assert [stage.forwards for stage in mid.stages] == [18, 20, 20]  # CFG-Zero* leaves out two
 
@@ -225,17 +229,17 @@ def test_messages_between_nodes_take_the_network():
 
 def test_a_batch_needs_more_memory_and_time():
     """Eight prompts do not fit on a card that one fits on."""
-    one, eight = (workload(prompt=("a",) * count)[0] for count in (1, 8))
+    one, eight = (workload(prompt=("a",) * count) for count in (1, 8))
     before, after = (predict(each, Candidate(Layout()), H100) for each in (one, eight))
-    assert after.memory_bytes > FITTING_SHARE * H100.memory_bytes > before.memory_bytes
+    assert after.memory_bytes > memory.FITTING_SHARE * H100.memory_bytes > before.memory_bytes
     assert after.memory["working"] == 8 * before.memory["working"]
     assert 6 * before.interval < after.interval < 8 * before.interval
-    assert make_plan(eight, H100, 1, 540).fitting == ()
+    assert make_plan([eight], H100, 1).fitting == ()
 
 
 def test_a_request_without_guidance_leaves_half_of_the_ranks_idle():
     layout = Candidate(Layout(Degrees(cfg=2)))
-    assert predict(workload()[0], layout, H100).seconds["products"] > 0
+    assert predict(workload(), layout, H100).seconds["products"] > 0
 
 
 # Command line
@@ -316,7 +320,7 @@ def test_what_to_type_for_a_layout(candidate, ranks, nodes, typed):
     from helios_cp.generate.__main__ import build_parser
     from launchers.generate.__main__ import build_parser as build_cluster_parser
 
-    assert command(candidate, Subject("14b", None, None, H100, ranks, nodes)) == typed
+    assert command(candidate, PlanCall(gpus=ranks // nodes, nodes=nodes)) == typed
     flags = typed.partition("generate")[2].split()
     arguments = (build_cluster_parser() if candidate.decoders else build_parser()).parse_args(flags)
     names = {"cfg_parallel": "cfg", "ring": "ring", "ulysses": "ulysses", "ffn_tp": "ffn_tp", "vae_parallel": "vae"}

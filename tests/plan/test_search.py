@@ -15,11 +15,11 @@ from helios_cp.config.errors import RequestError
 from helios_cp.config.execution import Execution
 from helios_cp.config.layout import AskedLayout, Layout
 from helios_cp.config.request import Request
-from helios_cp.plan.choose import choose_layout, planning_hardware
+from helios_cp.plan.choose import best_prediction, choose_layout, planning_hardware
 from helios_cp.plan.configs import BuiltInCheckpoint
 from helios_cp.plan.hardware import Hardware
 from helios_cp.plan.machines import H100, RTX4090
-from helios_cp.plan.search import best_prediction, candidates, choose
+from helios_cp.plan.search import make_plan
 from parallel.mesh import Degrees
 from tests.plan.workloads import workload
 
@@ -83,7 +83,8 @@ BF16 = torch.bfloat16
 def chosen(ranks: int, hardware: Hardware, given=None, execution=Execution(), **fields) -> Layout:
     checkpoint = BuiltInCheckpoint.named("14b")
     requests = [Request(**{"prompt": ("a",), **fields}).resolve(checkpoint)]
-    return choose(checkpoint, requests, BF16, ranks, "cuda", given, execution, hardware)
+    best = best_prediction(checkpoint, requests, BF16, ranks, hardware, given, execution=execution)
+    return best.candidate.layout
 
 
 def test_layout_auto_fits_in_memory():
@@ -154,13 +155,10 @@ def test_hardware_given_is_planned_for(presets, tmp_path):
 
 def test_a_quantised_feed_forward_is_split_where_its_groups_allow():
     """13824 features over 8 ranks are 1728, whole groups of int4; over 32 they are 432, which are not."""
-    work = workload()[0]
-    tried = {
-        kind: {
-            each.layout.degrees.ffn_tp for each in candidates(work, 32, 48, {"decoders": 0}, Execution(quantize=kind))
-        }
-        for kind in (None, "int4")
-    }
+    tried = {}
+    for kind in (None, "int4"):
+        plan = make_plan([workload("14b-mid")], H100, 32, {"decoders": 0}, Execution(quantize=kind))
+        tried[kind] = {each.candidate.layout.degrees.ffn_tp for each in plan.fitting}
     assert tried == {None: {1, 2, 4, 8, 16, 32}, "int4": {1, 2, 4, 8, 16}}
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from helios_cp.config.layout import smallest_tokens
 from helios_cp.config.request import Request
 from helios_cp.plan.configs import BuiltInCheckpoint
 from helios_cp.plan.workload import Workload
 
 
-def workload(name: str = "14b", dtype: torch.dtype = torch.bfloat16, **fields) -> tuple[Workload, int]:
-    """Of a built-in model and the fields of a request; and the noisy tokens of its smallest stage."""
+def workload(name: str = "14b", dtype: torch.dtype = torch.bfloat16, **fields) -> Workload:
+    """Of a built-in model and the fields of a request."""
     checkpoint = BuiltInCheckpoint.named(name)
     request = Request(**{"prompt": ("a fox",), **fields}).resolve(checkpoint)
-    return Workload.of(checkpoint, request, dtype), smallest_tokens(request, checkpoint)
+    return Workload.of(checkpoint, request, dtype)
