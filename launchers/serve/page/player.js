@@ -30,6 +30,7 @@ export class Player {
   #end = 0; // Where the newest fragment ends, in seconds.
   #behind = BEHIND;
   #begun = false;
+  #isFull = false; // With a single fragment.
   #ending = false;
 
   /**
@@ -42,7 +43,7 @@ export class Player {
     this.#video = video;
     this.#report = report;
     video.disableRemotePlayback = true; // Without it a managed source never opens.
-    for (const event of ["timeupdate", "waiting", "stalled"]) video.addEventListener(event, () => this.#turn());
+    for (const event of ["timeupdate", "waiting", "stalled", "ended"]) video.addEventListener(event, () => this.#turn());
     video.addEventListener("error", () => this.#break(video.error?.message || "the video cannot be decoded"));
     // Nothing here pauses the video; a browser does, as for a call or by a key of the keyboard.
     video.addEventListener("pause", () => report.blocked(Boolean(this.#source) && !video.ended && !document.hidden));
@@ -96,7 +97,7 @@ export class Player {
     this.#queue = [];
     this.#starts = [];
     this.#end = 0;
-    this.#begun = this.#ending = false;
+    this.#begun = this.#isFull = this.#ending = false;
     if (this.#video.src) URL.revokeObjectURL(this.#video.src);
     this.#video.removeAttribute("src");
     this.#video.load();
@@ -139,6 +140,10 @@ export class Player {
     const source = this.#source;
     const buffer = this.#buffer;
     if (!buffer || buffer.updating || source.readyState === "closed") return;
+    if (this.#isFull) {
+      if (this.#video.ended) this.#replace();
+      return;
+    }
     this.#settle();
     if (source.streaming === false || this.#trim()) return;
     if (this.#queue.length) this.#next();
@@ -155,8 +160,18 @@ export class Player {
       if (error.name !== "QuotaExceededError") return this.#break(error.message);
       // Full: less is kept from now on. Where nothing can go yet, playing makes room, and `timeupdate` comes back here.
       this.#behind /= 2;
-      this.#trim();
+      if (this.#trim() || this.#starts.length !== 1) return;
+      // There is room for a single fragment. A browser plays it to its end only if nothing is to come.
+      this.#isFull = true;
+      this.#source.endOfStream();
     }
+  }
+
+  // The only fragment that the browser has room for is played: the next one takes its place.
+  #replace() {
+    this.#isFull = this.#begun = false;
+    this.#starts = [];
+    this.#buffer.remove(0, Infinity);
   }
 
   // Whole fragments alone are removed, because a removal reaches on to the next key frame.
@@ -176,6 +191,7 @@ export class Player {
     if (!this.#begun) {
       this.#begun = true;
       if (ranges.start(0) > this.time) this.#video.currentTime = ranges.start(0);
+      this.play();
       return;
     }
     if (this.#video.seeking || this.#video.readyState > HTMLMediaElement.HAVE_CURRENT_DATA) return;
