@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.browser.live_page import LivePage
+from tests.launchers.conftest import write_adapter
 from tests.launchers.serve.running import RunningServer
 
 SIZE = ("--height", "64", "--width", "128")
@@ -44,7 +45,11 @@ def server(tmp_path_factory, chromium) -> Iterator[RunningServer]:
     """On a port that a second start has too, because pages come back to it."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    with RunningServer(tmp_path_factory.mktemp("live"), "tiny-distilled", *SIZE, port=port) as server:
+    folder = tmp_path_factory.mktemp("live")
+    (folder / "loras").mkdir()
+    write_adapter(folder / "loras" / "ink.safetensors", width=128)
+    flags = [*SIZE, "--lora-folder", str(folder / "loras")]
+    with RunningServer(folder, "tiny-distilled", *flags, port=port) as server:
         yield server
 
 

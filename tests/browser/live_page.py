@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import re
 import time
 from typing import Any
@@ -25,6 +27,15 @@ COUNT_STALLS = """() => {
   const video = document.getElementById("video");
   window.stalls = 0;
   video.addEventListener("waiting", () => window.stalls++);
+}"""
+
+
+BRING = """([event, name, content, kind]) => {
+  const data = new DataTransfer();
+  data.items.add(new File([Uint8Array.from(atob(content), (letter) => letter.charCodeAt(0))], name, { type: kind }));
+  const also = { bubbles: true, cancelable: true };
+  if (event === "paste") document.body.dispatchEvent(new ClipboardEvent(event, { ...also, clipboardData: data }));
+  else document.body.dispatchEvent(new DragEvent(event, { ...also, dataTransfer: data }));
 }"""
 
 
@@ -77,7 +88,17 @@ class LivePage:
         """Red, green, blue and alpha of the picture on screen, made small."""
         return self.page.evaluate(PIXELS)
 
+    def schedule(self) -> dict[str, Any]:
+        """The file that makes the video again."""
+        with self.page.expect_download() as download:
+            self.page.click("#save-schedule")
+        return json.loads(download.value.path().read_text())
+
     # What the user does
+
+    def bring(self, event: str, name: str, content: bytes, kind: str) -> None:
+        """A file that is dropped on the page, or pasted."""
+        self.page.evaluate(BRING, [event, name, base64.b64encode(content).decode(), kind])
 
     def choose(self, **settings: str) -> None:
         for name, value in settings.items():

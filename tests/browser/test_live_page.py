@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import statistics
 
 import av
 import pytest
 from PIL import Image
+
+from tests.launchers.serve.uploads.files import clip
 
 pytestmark = [pytest.mark.browser, pytest.mark.ray, pytest.mark.slow]
 
@@ -41,7 +42,7 @@ def test_a_video_plays_while_it_is_made_and_is_steered(open_page, screenshot):
     screenshot(page, "received")
     shown = int(page.until_change(r"On screen from chunk (\d+), \d+\.\d s after it was sent")[1])
     assert shown == promised <= page.chunk
-    assert page.page.locator(".change canvas.is-drawn").count() == 2
+    assert page.page.locator(".change img:visible").count() == 2
     screenshot(page, "live")
 
     page.page.click("#share")
@@ -93,10 +94,7 @@ def test_pause_step_resume_start_over_and_save(open_page, screenshot, tmp_path):
     with av.open(str(tmp_path / "video.mp4")) as video:
         frames = sum(1 for _ in video.decode(video=0))
     assert frames % CHUNK == 0 and frames >= (paused + 4) * CHUNK
-    with page.page.expect_download() as download:
-        page.page.click("#save-schedule")
-    schedule = json.loads(download.value.path().read_text())
-    assert schedule["prompt_schedule"][0]["prompt"] == "a blue car driving to the left through a desert"
+    assert page.schedule()["prompt_schedule"][0]["prompt"] == "a blue car driving to the left through a desert"
     page.page.click("#new")
     assert page.state == "idle" and page.page.is_visible("#settings")
 
@@ -124,6 +122,7 @@ def test_a_phone_and_the_keyboard_are_enough(open_page, screenshot):
     assert page.page.evaluate("document.activeElement.id") == "prompt"
     page.page.reload()
     page.until(lambda: page.state == "paused", "a reload comes back to the session")
+    assert page.page.is_visible(".change img"), "with the pictures of its prompts"
     page.press("p")
     page.until(lambda: page.state == "running", "and steers it")
 
@@ -199,16 +198,45 @@ def test_control_without_a_name_is_seen(browser):
     page.close()
 
 
-def test_a_video_starts_from_a_picture(open_page, tmp_path):
+def test_a_video_starts_from_a_picture_or_clip_with_a_lora(open_page, tmp_path):
     page = open_page()
     page.until(lambda: page.page.text_content("#badge-text") == "Ready", "the server is ready")
-    Image.new("RGB", (128, 64), (210, 30, 30)).save(tmp_path / "red.png")
-    page.page.set_input_files("#file", tmp_path / "red.png")
+    red = tmp_path / "red.png"
+    Image.new("RGB", (128, 64), (210, 30, 30)).save(red)
+    page.bring("dragenter", "red.png", red.read_bytes(), "image/png")
+    assert page.page.is_visible(".drop-hint"), "the page says that it takes the file"
+    page.bring("drop", "red.png", red.read_bytes(), "image/png")
     assert page.page.is_visible("#file-image") and page.page.text_content("#file-name") == "red.png"
+    assert page.page.is_hidden(".drop-hint")
+    page.bring("drop", "notes.txt", b"a fox", "text/plain")
+    assert "notes.txt is neither a picture nor a clip" in page.page.text_content("#alert-text")
+    page.page.click("#alert-close")
+    page.page.set_input_files("#file", {"name": "clip.mp4", "mimeType": "video/mp4", "buffer": clip(width=128)})
+    assert page.page.is_visible("#file-video") and page.page.is_hidden("#file-image"), "the last one counts"
+    page.page.click("#file-remove")
+    assert page.page.is_hidden("#file-chosen")
+    page.bring("paste", "pasted.png", red.read_bytes(), "image/png")
+    page.page.select_option("#settings [name=lora]", "ink")
     page.type_prompt("a red balloon over a green meadow")
     page.until(lambda: page.time > 0, "the video plays")
-    red, green = page.pixels()[0::4], page.pixels()[1::4]
-    assert statistics.mean(red) > statistics.mean(green), "the picture is where it starts"
+    first_red, first_green = page.pixels()[0::4], page.pixels()[1::4]
+    assert statistics.mean(first_red) > statistics.mean(first_green), "the picture is where it starts"
+    made = page.schedule()
+    assert (made["image"], made["video"]) == ("start.png", None)
+    assert made["lora"] == [{"path": "ink.safetensors", "weight": 1.0}]
+
+    page.stop_if_running()
+    page.page.click("#new")
+    page.page.set_input_files("#file", {"name": "clip.mp4", "mimeType": "video/mp4", "buffer": clip(width=128)})
+    page.page.select_option("#settings [name=lora]", "")
+    page.type_prompt("a yellow ball bouncing on the snow at night")
+    page.until(lambda: page.time > 0, "the video plays")
+    made = page.schedule()
+    assert (made["image"], made["video"], made["lora"]) == (None, "start.mp4", None)
+    moving = "document.getAnimations().length"
+    assert page.page.evaluate(moving) > 0
+    page.page.emulate_media(reduced_motion="reduce")
+    assert page.page.evaluate(moving) == 0, "nothing moves but the video for those who want no motion"
 
 
 def test_a_link_that_is_wrong_says_so(open_page, server):

@@ -9,6 +9,7 @@ export class History {
   #template;
   #actions;
   #rows = new Map(); // Change -> its row.
+  #canvas = document.createElement("canvas");
 
   /**
    * @param {{reuse: (prompt: string) => void, announce: (text: string) => void}} actions with a prompt that was picked;
@@ -37,14 +38,15 @@ export class History {
     }
   }
 
-  /** Keeps the picture on screen as that of a prompt. */
+  /** Keeps the picture on screen as that of a prompt. It is in the change, so that a reload has it too. */
   picture(change, video) {
-    const canvas = this.#rows.get(change)?.querySelector("canvas");
-    if (!canvas || !video.videoWidth) return;
+    if (!video.videoWidth) return;
+    const canvas = this.#canvas;
     canvas.width = WIDTH;
     canvas.height = Math.round((WIDTH * video.videoHeight) / video.videoWidth);
     canvas.getContext("2d").drawImage(video, 0, 0, canvas.width, canvas.height);
-    canvas.classList.add("is-drawn");
+    change.picture = canvas.toDataURL("image/jpeg", 0.7); // Some 4 kB.
+    this.#draw(change);
   }
 
   #add(change) {
@@ -53,7 +55,15 @@ export class History {
     row.querySelector("button").addEventListener("click", () => this.#actions.reuse(change.prompt));
     this.#list.prepend(row);
     this.#rows.set(change, row);
+    this.#draw(change);
     return row;
+  }
+
+  #draw(change) {
+    const image = this.#rows.get(change)?.querySelector("img");
+    if (!image || !change.picture) return;
+    image.src = change.picture;
+    image.hidden = false;
   }
 }
 

@@ -279,9 +279,10 @@ export class Session {
   };
 
   #change(change) {
-    // {id, prompt, transition, state, chunk, whole, isMade, due, sent, took, isReset, isSeen}, where `state` is sent,
-    // received (a first prompt, whose chunk is not known yet), coming, shown, replaced or refused; `whole`: the chunk
-    // that ends its transition, until that is on screen; `isMade`: a chunk here shows it; `isSeen`: another user gave it.
+    // {id, prompt, transition, state, chunk, whole, isMade, due, sent, took, isReset, isSeen, picture}, where `state` is
+    // sent, received (a first prompt, whose chunk is not known yet), coming, shown, replaced or refused; `whole`: the
+    // chunk that ends its transition, until that is on screen; `isMade`: a chunk here shows it; `isSeen`: another user
+    // gave it; `picture`: its thumbnail, as a data URL.
     this.changes.push({ sent: Date.now(), ...change });
     this.#tell();
   }
