@@ -1,6 +1,6 @@
 """The live server on this machine: from prompt to picture, what it adds to a chunk, and how many may watch.
 
-python -m benchmarks.live [--changes 30] [--viewers 1 10 50 100 200]
+python -m benchmarks.live [--changes 30] [--viewers 1 10 50 100 200] [--queued 20]
 
 The server is a process of its own; clients, and a player that plays in real time, are in this one. What the server adds
 is measured twice: as the seconds from a chunk's being handed to the server until its last byte is with the client, and
@@ -52,10 +52,13 @@ def measure_added(chunks: int, turns: int) -> dict[str, Any]:
     }
 
 
-async def measure_live(changes: int, counts: list[int]) -> dict[str, Any]:
+async def measure_live(changes: int, counts: list[int], queued: int, chunks: int) -> dict[str, Any]:
     with RunningServer(FLAGS) as server:
-        shown = await measures.prompt_to_picture(server, SESSION, changes)
-        return {"prompt_to_picture": shown, "viewers": await measures.viewers(server, SESSION, counts)}
+        return {
+            "prompt_to_picture": await measures.prompt_to_picture(server, SESSION, changes),
+            "viewers": await measures.viewers(server, SESSION, counts),
+            "load": await measures.load(server, SESSION, max(counts), queued, chunks),
+        }
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -63,15 +66,16 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m benchmarks.live", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--changes", type=int, default=30, help="changes of prompt")
-    parser.add_argument("--chunks", type=int, default=40, help="of a session that nobody paces")
+    parser.add_argument("--chunks", type=int, default=40, help="of a session that nobody paces; and under load")
     parser.add_argument("--turns", type=int, default=3, help="of the server and the pipeline alone")
     parser.add_argument("--viewers", type=int, nargs="+", default=[1, 10, 50, 100, 200], metavar="N")
+    parser.add_argument("--queued", type=int, default=20, help="sessions that wait beside the most viewers")
     parser.add_argument("--output", type=user_path, default=RESULTS, metavar="DIR")
     arguments = parser.parse_args(argv)
     os.environ["OMP_NUM_THREADS"] = "1"
     arguments.output.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {"model": MODEL, "session": SESSION, "load_before": os.getloadavg()[0]}
-    results |= asyncio.run(measure_live(arguments.changes, arguments.viewers))
+    results |= asyncio.run(measure_live(arguments.changes, arguments.viewers, arguments.queued, arguments.chunks))
     results["added"] = measure_added(arguments.chunks, arguments.turns)
     results["load_after"] = os.getloadavg()[0]
     path = write_result("live", results, arguments.output)
@@ -101,6 +105,12 @@ def _tell(results: dict[str, Any]) -> None:
             f"{row['viewers']} viewers: a chunk comes after {1000 * row['late']['p50']:.0f} ms (p95 "
             f"{1000 * row['late']['p95']:.0f}), {row['memory_a_viewer'] / 1000:.0f} kB each"
         )
+    load = results["load"]
+    print(
+        f"{load['viewers']} viewers and {load['queued']} waiting sessions: at most {load['most_behind']} chunk(s) "
+        f"behind; {load['memory_begin'] / 1e6:.1f} MB of the server, {load['memory_end'] / 1e6:.1f} MB after "
+        f"{load['chunks']} chunks"
+    )
 
 
 if __name__ == "__main__":

@@ -126,8 +126,21 @@ async def controlling(url: str, hurries: bool = False, **session: Any) -> AsyncI
             await running
 
 
-async def watch(url: str, start: dict[str, Any], arrivals: list[Arrival]) -> None:
-    """A viewer of a session, who keeps no media. Ends with the session, or when it is cancelled."""
+@asynccontextmanager
+async def watchers(url: str, start: dict[str, Any], count: int) -> AsyncIterator[list[list[Arrival]]]:
+    """So many viewers of a session; what has come to each of them."""
+    arrivals: list[list[Arrival]] = [[] for _ in range(count)]
+    tasks = [asyncio.create_task(_watch(url, start, each)) for each in arrivals]
+    try:
+        yield arrivals
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _watch(url: str, start: dict[str, Any], arrivals: list[Arrival]) -> None:
+    """A viewer, who keeps no media. Ends with the session, or when it is cancelled."""
     place = f"{url.replace('http', 'ws', 1)}/v1/sessions/{start['session_id']}/watch"
     headers = {"Authorization": f"Bearer {start['view_token']}"}
     async with connect(place, max_size=None, additional_headers=headers) as socket:

@@ -1,17 +1,20 @@
-"""The three measurements: prompt to picture, what the server adds to a chunk, viewers."""
+"""The measurements: prompt to picture, what the server adds to a chunk, viewers, load."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import statistics
 import tempfile
 import time
+import urllib.request
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
-from benchmarks.live.clients import Arrival, Controller, controlling, seconds_to_decode, watch
+from benchmarks.live.clients import Arrival, Controller, controlling, seconds_to_decode, watchers
 from benchmarks.live.running import RunningServer
 from helios_cp.config.request import Request
 from helios_cp.generate.run_folder import Run, RunFolder
@@ -99,20 +102,20 @@ def alone(pipeline: ChunkPipeline, request: Request) -> float:
 async def viewers(server: RunningServer, session: dict[str, Any], counts: Sequence[int]) -> list[dict[str, Any]]:
     """For each number of viewers: how late chunks come to them, and the memory that they take of the server."""
     found = []
-    async with controlling(server.url, **session) as controller:
+    async with AsyncExitStack() as stack:
+        controller = await stack.enter_async_context(controlling(server.url, **session))
         await controller.until(lambda: len(controller.arrivals) > WARM_UP)
         before = private_bytes(server.process.pid)
-        watching: list[tuple[asyncio.Task[None], list[Arrival]]] = []
+        watching: list[list[Arrival]] = []
         for count in counts:
-            while len(watching) < count:
-                arrivals: list[Arrival] = []
-                watching.append((asyncio.create_task(watch(server.url, controller.start, arrivals)), arrivals))
+            more = count - len(watching)
+            watching += await stack.enter_async_context(watchers(server.url, controller.start, more))
             await _next_chunks(controller, 2)
-            for _, arrivals in watching:
+            for arrivals in watching:
                 arrivals.clear()
             await _next_chunks(controller, VIEWED_CHUNKS)
-            late = [each.seconds_after_ready for _, arrivals in watching for each in arrivals]
-            missing = sum(max(0, VIEWED_CHUNKS - 1 - len(arrivals)) for _, arrivals in watching)
+            late = [each.seconds_after_ready for arrivals in watching for each in arrivals]
+            missing = sum(max(0, VIEWED_CHUNKS - 1 - len(arrivals)) for arrivals in watching)
             found.append(
                 {
                     "viewers": count,
@@ -121,10 +124,38 @@ async def viewers(server: RunningServer, session: dict[str, Any], counts: Sequen
                     "memory_a_viewer": max(0, private_bytes(server.process.pid) - before) / count,
                 }
             )
-        for task, _ in watching:
-            task.cancel()
-        await asyncio.gather(*(task for task, _ in watching), return_exceptions=True)
     return found
+
+
+async def load(server: RunningServer, session: dict[str, Any], count: int, queued: int, chunks: int) -> dict[str, Any]:
+    """`count` viewers of a session, and `queued` sessions that wait for its place, for so many chunks.
+
+    `most_behind`: chunks by which a viewer was behind the controller when a chunk came to that. `memory_begin` and
+    `memory_end` are bytes of the server, once all are there and after the last chunk.
+    """
+    async with AsyncExitStack() as stack:
+        controller = await stack.enter_async_context(controlling(server.url, **session))
+        await controller.until(lambda: controller.arrivals)
+        for _ in range(queued):
+            await stack.enter_async_context(controlling(server.url, **session))
+        watching = await stack.enter_async_context(watchers(server.url, controller.start, count))
+        await controller.until(lambda: all(watching))
+        await _next_chunks(controller, WARM_UP)
+        begin, behind = private_bytes(server.process.pid), 0
+        for _ in range(chunks):
+            await _next_chunks(controller, 1)
+            newest = controller.arrivals[-1].metadata["chunk"]
+            behind = max(behind, *(newest - arrivals[-1].metadata["chunk"] for arrivals in watching))
+        with urllib.request.urlopen(f"{server.url}/v1/sessions") as answer:
+            states = [each["state"] for each in json.load(answer)["data"]]
+        return {
+            "viewers": count,
+            "queued": states.count("queued"),
+            "chunks": chunks,
+            "most_behind": behind,
+            "memory_begin": begin,
+            "memory_end": private_bytes(server.process.pid),
+        }
 
 
 async def _next_chunks(controller: Controller, count: int) -> None:

@@ -239,6 +239,14 @@ def live_section(result: Result) -> str:
         ]
         for row in result.results["viewers"]
     ]
+    if load := result.results.get("load"):
+        rows.append(
+            [
+                f"{load['viewers']} viewers and {load['queued']} sessions that wait, for {load['chunks']} chunks",
+                f"at most {load['most_behind']} behind",
+                f"the server's memory: {load['memory_begin'] / 1e6:.1f} MB, then {load['memory_end'] / 1e6:.1f} MB",
+            ]
+        )
     media, change = shown["chunk_seconds_of_media"], 1e3 * added["difference"]
     text = f"Measured on {result.where}. A chunk is {media:.2f} s of media, and is made while the one before plays. "
     text += f"Beside the pipeline alone, in turns, the server changes the seconds a chunk by {change:+.1f} ms.\n\n"

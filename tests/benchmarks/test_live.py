@@ -30,8 +30,8 @@ def test_a_chunk_is_late_from_when_it_was_ready():
 
 @pytest.mark.ray
 def test_a_run(tmp_path, capsys):
-    flags = ["--changes", "2", "--chunks", "8", "--turns", "1", "--viewers", "1", "3", "--output", str(tmp_path)]
-    assert main(flags) == 0
+    flags = ["--changes", "2", "--chunks", "8", "--turns", "1", "--viewers", "1", "3"]
+    assert main([*flags, "--queued", "2", "--output", str(tmp_path)]) == 0
     told = capsys.readouterr().out
     assert "from a prompt to the screen: p50 " in told and "3 viewers: a chunk comes after " in told
     results = json.loads((tmp_path / "live.json").read_text())["results"]
@@ -41,6 +41,12 @@ def test_a_run(tmp_path, capsys):
     assert shown["to_bytes"]["p50"] <= shown["to_screen"]["p50"]
     assert [row["viewers"] for row in results["viewers"]] == [1, 3]
     assert all(row["late"]["count"] and not row["chunks_missing"] for row in results["viewers"])
+    load = results["load"]
+    assert (load["viewers"], load["queued"], load["chunks"]) == (3, 2, 8)
+    assert load["most_behind"] >= 0 and load["memory_begin"] > 0 and load["memory_end"] > 0
     assert results["added"]["from_ready_to_received"]["p50"] > 0
     found, problems = read_results(tmp_path)
-    assert not problems and "from a prompt to its receipt" in live_section(found["live"])
+    section = live_section(found["live"])
+    assert (
+        not problems and "from a prompt to its receipt" in section and "3 viewers and 2 sessions that wait" in section
+    )
