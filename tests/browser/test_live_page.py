@@ -9,6 +9,13 @@ import av
 import pytest
 from PIL import Image
 
+from launchers.generate import checks
+from launchers.serve.app import build_app
+from launchers.serve.run import _probe
+from launchers.serve.server import Server
+from launchers.serve.web import WebServer, listen, url_of
+from tests.browser.live_page import LivePage
+from tests.launchers.serve.conftest import call_of
 from tests.launchers.serve.uploads.files import clip
 
 pytestmark = [pytest.mark.browser, pytest.mark.ray, pytest.mark.slow]
@@ -36,11 +43,12 @@ def test_a_video_plays_while_it_is_made_and_is_steered(open_page, screenshot):
     assert statistics.pstdev(first[0::4]) > 4 and first != page.pixels(), "a picture, and it moves"
     assert 0 < page.figure("played") < 2 * SLOW["fps"] and page.figure("made") > 0 and page.figure("lead") > 0
 
+    page.page.select_option("#transition", "2")
     page.type_prompt("a yellow ball bouncing on the snow at night")
     promised = int(page.until_change(r"Received\. Applies from chunk (\d+)")[1])
     assert promised > page.chunk
     screenshot(page, "received")
-    shown = int(page.until_change(r"On screen from chunk (\d+), \d+\.\d s after it was sent")[1])
+    shown = int(page.until_change(r"On screen from chunk (\d+), \d+\.\d s after it was sent, over 2 chunks$")[1])
     assert shown == promised <= page.chunk
     assert page.page.locator(".change img:visible").count() == 2
     screenshot(page, "live")
@@ -217,6 +225,7 @@ def test_a_video_starts_from_a_picture_or_clip_with_a_lora(open_page, tmp_path):
     assert page.page.is_hidden("#file-chosen")
     page.bring("paste", "pasted.png", red.read_bytes(), "image/png")
     page.page.select_option("#settings [name=lora]", "ink")
+    page.choose(seed=7, fps=12, pyramid_num_inference_steps_list="1 1 1")
     page.type_prompt("a red balloon over a green meadow")
     page.until(lambda: page.time > 0, "the video plays")
     first_red, first_green = page.pixels()[0::4], page.pixels()[1::4]
@@ -224,6 +233,7 @@ def test_a_video_starts_from_a_picture_or_clip_with_a_lora(open_page, tmp_path):
     made = page.schedule()
     assert (made["image"], made["video"]) == ("start.png", None)
     assert made["lora"] == [{"path": "ink.safetensors", "weight": 1.0}]
+    assert (made["seed"], made["fps"], made["pyramid_num_inference_steps_list"]) == ([7], 12, [1, 1, 1])
 
     page.stop_if_running()
     page.page.click("#new")
@@ -237,6 +247,22 @@ def test_a_video_starts_from_a_picture_or_clip_with_a_lora(open_page, tmp_path):
     assert page.page.evaluate(moving) > 0
     page.page.emulate_media(reduced_motion="reduce")
     assert page.page.evaluate(moving) == 0, "nothing moves but the video for those who want no motion"
+
+
+def test_the_page_says_that_weights_load(browser, tmp_path, presets):
+    """By a server whose workers never come; a session may be asked for already, and waits."""
+    call = call_of(tmp_path, model=str(presets["random-distilled"]), device="cpu")
+    server = Server(call, checks.check_session(_probe(call), None, 1, "cpu"))
+    with listen("127.0.0.1", 0) as listener, WebServer(build_app(server), listener, call.message_bytes):
+        page = LivePage(browser.new_page(), url_of(listener))
+        page.goto()
+        page.until(lambda: page.status == "Loading weights…", "the page says what it waits for")
+        assert page.page.text_content("#badge-text") == "Loading"
+        page.type_prompt("a fox")
+        page.until(lambda: page.state == "queued" and page.status == "Loading weights…", "the session waits for them")
+        page.stop_if_running()
+        assert page.status == "Stopped." and not page.faults
+        page.page.close()
 
 
 def test_a_link_that_is_wrong_says_so(open_page, server):
