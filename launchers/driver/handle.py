@@ -71,12 +71,13 @@ class VideoHandle:
         streams: bool,
         keep_latents: bool,
         on_chunk: Callable[[VideoChunk], None] | None,
+        on_end: Callable[[BaseException | None], None] | None = None,
     ) -> None:
         self.key = key
         self.streams = streams
         self._maker = maker
         self._latents: list[np.ndarray] | None = [] if keep_latents else None
-        self._on_chunk = on_chunk
+        self._on_chunk, self._on_end = on_chunk, on_end
         self._chunks: deque[VideoChunk] = deque()
         self._changed = threading.Condition()
         self._reader: int | None = None
@@ -183,14 +184,19 @@ class VideoHandle:
         with self._changed:
             self._result = VideoResult(chunks, output, latents)
             self._changed.notify_all()
+        if self._on_end is not None:
+            self._on_end(None)
 
     def end(self, error: BaseException) -> None:
         with self._changed:
-            if not self.is_done:
-                self._chunks.clear()
-                self._latents = None
-                self._error = error
-                self._changed.notify_all()
+            if self.is_done:
+                return
+            self._chunks.clear()
+            self._latents = None
+            self._error = error
+            self._changed.notify_all()
+        if self._on_end is not None:
+            self._on_end(error)
 
 
 def _left(deadline: float | None) -> float | None:

@@ -109,6 +109,7 @@ class ChunkPipeline:
         decode: bool = True,
         keep_latents: bool = False,
         on_chunk: Callable[[VideoChunk], None] | None = None,
+        on_end: Callable[[BaseException | None], None] | None = None,
         allowed: int | None = None,
     ) -> VideoHandle:
         """Queue a video.
@@ -117,8 +118,9 @@ class ChunkPipeline:
         stands. `latents`: a file for the latents of all chunks. `stream`: the handle gives the chunks, by default where
         there is no output; then the pipeline runs ahead of whoever takes them by `Limits.undelivered` chunks at most.
         `decode=False` makes latents only. `on_chunk` is called from the pipeline's thread, once the chunk is on
-        disk where there is an output; what it raises ends the video. `allowed`: see `VideoHandle.allow`; `None` for a
-        video that need not wait. Raises `RequestError` before anything is queued.
+        disk where there is an output; what it raises ends the video. `on_end` is called from there after the last
+        chunk, with the error where one ended the video. `allowed`: see `VideoHandle.allow`; `None` for a video that
+        need not wait. Raises `RequestError` before anything is queued.
         """
         submission = Submission.of(request, self.checkpoint, output, folder, latents, stream, decode, allowed)
         handle = VideoHandle(
@@ -127,6 +129,7 @@ class ChunkPipeline:
             streams=submission.streams,
             keep_latents=keep_latents,
             on_chunk=on_chunk,
+            on_end=on_end,
         )
         self._conductor.add(handle, submission)
         return handle

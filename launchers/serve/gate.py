@@ -48,20 +48,20 @@ class Gate:
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
-        way = _Way(scope, receive, send, self.most_bytes, self.body_seconds)
+        exchange = _Exchange(scope, receive, send, self.most_bytes, self.body_seconds)
         begin, fault = time.perf_counter(), None
         try:
-            self._check(scope, way.headers)
-            await self.app(scope, way.receive, way.send)
+            self._check(scope, exchange.headers)
+            await self.app(scope, exchange.receive, exchange.send)
         except Refusal as refusal:
-            await way.refuse(refusal)
+            await exchange.refuse(refusal)
         except (ClientDisconnect, WebSocketDisconnect):
             pass
         except Exception as error:
             fault = secrets.token_hex(8)
             self.log.fault("server.fault", error, id=fault, path=scope["path"])
-            await way.refuse(problems.failure(fault))
-        self._tell(scope, way, time.perf_counter() - begin, fault)
+            await exchange.refuse(problems.failure(fault))
+        self._tell(scope, exchange, time.perf_counter() - begin, fault)
 
     def _check(self, scope: Scope, headers: Headers) -> None:
         """Raises `Refusal`."""
@@ -78,24 +78,24 @@ class Gate:
             return access.digest(key)
         return (scope.get("client") or ("",))[0]
 
-    def _tell(self, scope: Scope, way: _Way, seconds: float, fault: str | None) -> None:
+    def _tell(self, scope: Scope, exchange: _Exchange, seconds: float, fault: str | None) -> None:
         """The path alone: what follows a question mark may be a token."""
         method = scope.get("method", "WEBSOCKET")
-        is_quiet = method in access.SAFE_METHODS and (way.status or 0) < 400
+        is_quiet = method in access.SAFE_METHODS and (exchange.status or 0) < 400
         self.log.event(
             "request",
             level=logging.DEBUG if is_quiet else logging.INFO,
             method=method,
             path=scope["path"],
-            status=way.status,
+            status=exchange.status,
             seconds=round(seconds, 4),
             client=(scope.get("client") or (None,))[0],
             fault=fault,
         )
 
 
-class _Way:
-    """One request on its way: counts what comes in, and puts headers on what goes out."""
+class _Exchange:
+    """One request and its answer, or a WebSocket: counts what comes in, and puts headers on what goes out."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, most_bytes: int, body_seconds: float) -> None:
         self.scope = scope

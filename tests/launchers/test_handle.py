@@ -86,3 +86,16 @@ def test_result_inside_the_loop_takes_the_rest():
     assert next(chunks).index == 0
     maker.used += 1  # as leaving the loop would say
     assert maker.handle.result(PATIENCE).chunks == 6
+
+
+@pytest.mark.parametrize("error", [None, OSError("no space left")])
+def test_the_end_is_told_once(error):
+    told = []
+    handle = VideoHandle(None, 0, streams=False, keep_latents=False, on_chunk=None, on_end=told.append)
+    if error is None:
+        handle.finish(1, ())
+    else:
+        handle.end(error)
+    assert handle.is_done
+    handle.end(RuntimeError("the pipeline is closed"))
+    assert told == [error]

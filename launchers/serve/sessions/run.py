@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Callable
 from concurrent.futures import CancelledError
 from contextlib import suppress
@@ -16,7 +15,7 @@ from helios_cp.device.device import dtype_name
 from helios_cp.generate.check import Session as CheckedCall
 from helios_cp.generate.check import check_same_run
 from helios_cp.generate.run_folder import Run, RunFolder
-from launchers.driver.handle import VideoChunk, VideoHandle
+from launchers.driver.handle import VideoHandle
 from launchers.driver.pipeline import ChunkPipeline
 from launchers.messages.messages import Span
 from launchers.workers import denoised_chunks
@@ -66,27 +65,20 @@ def submit(
 
     `tell` is called in the event loop. Raises `RequestError`.
     """
+    return pipeline.submit(
+        folder.run.request,
+        folder=folder,
+        output=[video_of(folder.path)],
+        on_chunk=lambda chunk: soon(loop, tell, Made(take, chunk.index, chunk.segments[0], chunk.spans)),
+        on_end=lambda error: soon(loop, tell, Ended(take, error)),
+        allowed=0,
+    )
 
-    def pass_on(news: Made | Ended) -> None:
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(tell, news)
 
-    def on_chunk(chunk: VideoChunk) -> None:
-        pass_on(Made(take, chunk.index, chunk.segments[0], chunk.spans))
-
-    output = [video_of(folder.path)]
-    handle = pipeline.submit(folder.run.request, folder=folder, output=output, on_chunk=on_chunk, allowed=0)
-
-    def see_through() -> None:
-        error: BaseException | None = None
-        try:
-            handle.result()
-        except (Exception, CancelledError) as reason:
-            error = reason
-        pass_on(Ended(take, error))
-
-    threading.Thread(target=see_through, name=f"end of video {handle.key}", daemon=True).start()
-    return handle
+def soon(loop: asyncio.AbstractEventLoop, call: Callable[..., object], *arguments: object) -> None:
+    """Have an event loop make a call, from another thread; a closed one makes none."""
+    with suppress(RuntimeError):
+        loop.call_soon_threadsafe(call, *arguments)
 
 
 def made_before(folder: RunFolder) -> tuple[int, dict[int, ScheduledPrompt]]:

@@ -6,11 +6,11 @@ import asyncio
 import os
 import secrets
 import shutil
-import threading
 import time
 from collections.abc import Coroutine, Iterator
 from concurrent.futures import CancelledError
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from helios_cp.config.errors import RequestError
@@ -23,7 +23,7 @@ from launchers.serve.loras import Loras
 from launchers.serve.metrics import Metrics
 from launchers.serve.problems import Refusal
 from launchers.serve.sessions.asked import request_of
-from launchers.serve.sessions.run import open_run
+from launchers.serve.sessions.run import open_run, soon
 from launchers.serve.uploads.kinds import PICTURE
 from launchers.serve.uploads.uploads import Uploads
 from launchers.serve.videos.fields import Body
@@ -180,17 +180,21 @@ class Videos:
             await asyncio.to_thread(folder.join, [record.file])
             return
         loop = asyncio.get_running_loop()
-
-        def on_chunk(chunk: VideoChunk) -> None:
-            loop.call_soon_threadsafe(self._chunk, record, chunk)
-
+        ended: asyncio.Queue[BaseException | None] = asyncio.Queue()
         handle = await asyncio.to_thread(
-            self._pipeline.submit, record.request, folder=folder, output=[record.file], on_chunk=on_chunk
+            self._pipeline.submit,
+            record.request,
+            folder=folder,
+            output=[record.file],
+            on_chunk=partial(soon, loop, self._chunk, record),
+            on_end=partial(soon, loop, ended.put_nowait),
         )
         self._handles[record.id] = handle
         if record.id not in self._records:  # deleted meanwhile
             handle.cancel()
-        await _end_of(handle)
+        error = await ended.get()
+        if error is not None:
+            raise error
 
     def _chunk(self, record: Record, chunk: VideoChunk) -> None:
         record.chunks = chunk.index + 1
@@ -232,22 +236,3 @@ class Videos:
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-async def _end_of(handle: VideoHandle) -> None:
-    """Wait in a thread of its own for the end of a video. Raises what `VideoHandle.result` raises."""
-    loop, ended = asyncio.get_running_loop(), asyncio.Event()
-    errors: list[BaseException] = []
-
-    def wait() -> None:
-        try:
-            handle.result()
-        except (Exception, CancelledError) as error:
-            errors.append(error)
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(ended.set)
-
-    threading.Thread(target=wait, name=f"end of video {handle.key}", daemon=True).start()
-    await ended.wait()
-    if errors:
-        raise errors[0]

@@ -19,7 +19,7 @@ from helios_cp.config.errors import RequestError
 from helios_cp.config.request import Request as VideoRequest
 from launchers.serve import answers, gate
 from launchers.serve.access import Access
-from launchers.serve.gate import LEAST_RATE, Gate, _Way
+from launchers.serve.gate import LEAST_RATE, Gate, _Exchange
 from launchers.serve.limits import MOST_CALLERS, Limits, Rates
 from launchers.serve.logs import Log, json_lines
 from launchers.serve.problems import PROBLEMS, Refusal
@@ -169,8 +169,8 @@ def test_a_body_may_take_longer_the_larger_it_is():
         return {"type": "http.request", "body": body, "more_body": bool(parts)}
 
     async def read() -> int:
-        way = _Way({"type": "http", "headers": []}, receive, None, 2**30, body_seconds=0.0)
-        return sum([len((await way.receive())["body"]) for _ in range(2)])
+        exchange = _Exchange({"type": "http", "headers": []}, receive, None, 2**30, body_seconds=0.0)
+        return sum([len((await exchange.receive())["body"]) for _ in range(2)])
 
     assert asyncio.run(read()) == 60 * LEAST_RATE + 1
 
