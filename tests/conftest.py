@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from helios_cp.weights.presets import RANDOM, preset_folder
-from tests.order import longest_first
+from tests.order import file_scheduling, longest_first
 
 # A home of this run's own, so that nothing that the programs and their libraries keep there is the user's, or left to
 # them. Packages that the user has installed there are still found.
@@ -44,6 +44,11 @@ if importlib.util.find_spec("hypothesis"):  # a machine with a GPU may lack it, 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     longest_first(items)
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_make_scheduler(config: pytest.Config, log):
+    return file_scheduling(config, log) if config.getoption("dist") == "loadfile" else None
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
 """Which files of tests take long: they run first, so that none is left alone at the end, and are `slow`.
 
 Most of them start programs, ranks or clusters and wait for them. `make test` gives whole files to its workers, because
-tests of a file share what they have made.
+tests of a file share what they have made; files that share a server go to one worker.
 """
 
 from __future__ import annotations
@@ -54,6 +54,12 @@ LONGEST_FIRST = (
     "tiny/test_train.py",
 )
 
+ONE_SERVER = (
+    "launchers/serve/test_observed.py",
+    "launchers/serve/test_nginx.py",
+    "launchers/serve/videos/test_openai.py",
+)
+
 
 def longest_first(items: list[pytest.Item], files: Sequence[str] = LONGEST_FIRST) -> None:
     """Sort the tests by their files, and mark those of the files that take long."""
@@ -62,3 +68,15 @@ def longest_first(items: list[pytest.Item], files: Sequence[str] = LONGEST_FIRST
         if str(item.path) in places:
             item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: places.get(str(item.path), len(files)))
+
+
+def file_scheduling(config: pytest.Config, log):
+    """xdist's scheduler of whole files, for which those of `ONE_SERVER` are one."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class FileScheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "one server" if file.endswith(ONE_SERVER) else file
+
+    return FileScheduling(config, log)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.order import LONGEST_FIRST, TESTS
+from tests.order import LONGEST_FIRST, ONE_SERVER, TESTS
 
 ROOT = Path(__file__).parents[1]
 
@@ -180,5 +180,5 @@ def test_a_folder_named_parallel_where_a_user_calls_is_left_alone(tmp_path, file
     assert done.stdout.strip() == str(ROOT / "parallel" / "mesh.py"), done.stderr
 
 
-def test_tests_that_run_first_are_there():
-    assert [name for name in LONGEST_FIRST if not (TESTS / name).is_file()] == []
+def test_tests_in_an_order_of_their_own_are_there():
+    assert [name for name in (*LONGEST_FIRST, *ONE_SERVER) if not (TESTS / name).is_file()] == []
