@@ -30,9 +30,11 @@ UNHURRIED = {
     "RAY_agent_register_timeout_ms": str(1000 * PATIENCE),
     "RAY_DASHBOARD_STARTUP_TIMEOUT_S": str(PATIENCE),
     "RAY_memory_monitor_refresh_ms": "0",
+    "RAY_worker_niceness": "0",
 }
 """For Ray's environment: a busy machine may take its time to start a process, and Ray ends none for the memory that all
-programs on it take together."""
+programs on it take together. Its workers, which are of low priority as it comes, get as much of the cores as the other
+tests, because else they would wait for all of these."""
 
 QUICK = ["--height", "64", "--width", "64", "--pyramid-steps", "1", "1", "1"]
 
