@@ -99,7 +99,8 @@ def count_decode(ranks: int, size: tuple[int, int] = SIZE) -> CountTree:
         vae = Autoencoder(VaeConfig()).eval()
     latents = torch.empty(1, vae.config.z_dim, LATENT_FRAMES, *(pixels // VAE_SPATIAL for pixels in size), device=META)
     if ranks == 1:
-        codec = Codec(vae, group=LATENT_FRAMES)
+        codec = Codec(vae)
+        codec.group = LATENT_FRAMES
         return {"rank 0": _count(lambda: codec.decode(latents, "uint8"), {})}
     found = {}
     for rank in sorted({0, 1, ranks - 1}):  # those at an edge of the picture have one neighbour

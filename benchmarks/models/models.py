@@ -12,7 +12,8 @@ from diffusers import HeliosTransformer3DModel
 from torch import Tensor
 
 from helios_cp.config.checkpoint import VAE_SPATIAL, TransformerConfig
-from helios_cp.model.transformer import HeliosTransformer, History, HistoryCondition, TextCondition
+from helios_cp.model.conditions import History, HistoryCondition, TextCondition
+from helios_cp.model.transformer import HeliosTransformer
 
 STAGES = (1, 2, 3)
 TEXT_TOKENS = 512

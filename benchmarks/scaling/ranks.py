@@ -25,7 +25,7 @@ from benchmarks.models.diffusers_parallel import FunctionalCollectives, enable_p
 from benchmarks.models.models import Inputs, build_pair, encode_history, run_ours, run_theirs
 from benchmarks.ranks.groups import pinned, rank_device
 from helios_cp.config.checkpoint import TransformerConfig
-from helios_cp.model.sequence import Sequence, WholeSequence
+from helios_cp.model.sequence import TokenSequence, WholeSequence
 from helios_cp.model.transformer import HeliosTransformer
 from helios_cp.pipeline.parallelize import ShardedSequence
 from parallel.collectives import Meter
@@ -151,7 +151,7 @@ def time_ranks(
     return Times(timings, cpu_seconds, differences, traffic, is_pinned)
 
 
-def sequence_program(model: HeliosTransformer, inputs: Inputs, sequence: Sequence) -> Program:
+def sequence_program(model: HeliosTransformer, inputs: Inputs, sequence: TokenSequence) -> Program:
     """A forward with its tokens spread by `sequence`; text and history are encoded here, once."""
     text = model.encode_text(inputs.text)
     model.sequence = sequence
@@ -175,7 +175,7 @@ def _in_step(program: Program, cpu_seconds: list[float], device: torch.device) -
     return run
 
 
-def _sharded(degrees: Degrees, meter: Meter | None = None) -> Sequence:
+def _sharded(degrees: Degrees, meter: Meter | None = None) -> TokenSequence:
     return ShardedSequence(Mesh.build(degrees, meter=meter)) if degrees.world > 1 else WholeSequence()
 
 

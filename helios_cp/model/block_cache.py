@@ -38,7 +38,7 @@ class Residuals:
 
 class BlockCache:
     """A transformer's body that leaves blocks out. Its forwards come as in `Pipeline`: step by step, and in each step
-    the branches in the same order.
+    the texts of the branches in the same order.
 
     `steps` counts the steps of the chunk so far, and `skipped` has the numbers of those that left blocks out; a step
     without forwards, as CFG-Zero* has, does not count. A batch is one: its samples are skipped together.
@@ -53,22 +53,23 @@ class BlockCache:
         """Forget everything."""
         self.steps = 0
         self.skipped: list[int] = []
-        self._branches: list[object] = []  # keys and values of the prompts, by which branches are told apart
-        self._residuals: dict[int, Residuals] = {}
+        self._first: int | None = None  # the text whose forward comes first in each step
+        self._residuals: dict[int, Residuals] = {}  # by the number of the text
         self._skips = False
 
     def __call__(self, blocks: nn.ModuleList, states: Tensor, inputs: BlockInputs) -> Tensor:
         if len(inputs.keys_values) < 2:
             return inputs.run(blocks, states)
-        branch = self._branch(inputs)
+        if self._first is None:
+            self._first = inputs.text
         before = states[:, inputs.history :].clone()  # blocks write over it
         states = inputs.run(blocks[:1], states)
         after = states[:, inputs.history :]
         first = after - before
-        last = self._residuals.get(branch)
+        last = self._residuals.get(inputs.text)
         if last is not None and last.first.shape != first.shape:
             last = None
-        if branch == 0:
+        if inputs.text == self._first:
             self._skips = last is not None and self._change(first, last.first) < self.threshold
             if self._skips:
                 self.skipped.append(self.steps)
@@ -77,16 +78,8 @@ class BlockCache:
             return after + last.others
         after = after.clone()
         states = inputs.run(blocks[1:], states, first=1)
-        self._residuals[branch] = Residuals(first, states - after)
+        self._residuals[inputs.text] = Residuals(first, states - after)
         return states
-
-    def _branch(self, inputs: BlockInputs) -> int:
-        """The number of this forward in its step."""
-        for number, keys_values in enumerate(self._branches):
-            if keys_values is inputs.keys_values:
-                return number
-        self._branches.append(inputs.keys_values)
-        return len(self._branches) - 1
 
     def _change(self, residual: Tensor, last: Tensor) -> float:
         """mean |residual − last| / mean |last| over all tokens; 0 where both are 0, infinite where `last` alone is."""

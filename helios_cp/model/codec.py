@@ -25,15 +25,17 @@ OUTPUT_TYPES = ("uint8", "float", "latent")
 class Codec:
     """A VAE on this rank. `pipeline.split_codec` has one that is split over ranks.
 
-    `tf32` says whether convolutions in fp32 may run on TF32 tensor cores; `None` leaves torch's setting alone. `group`
-    is how many latent frames go through the VAE together; `None` leaves it to the memory that is free when a size of
-    video comes first.
+    An execution brings it into a dtype and says whether convolutions in fp32 may run on TF32 tensor cores; without one
+    both stay as they are. `group` is how many latent frames go through the VAE together; where it is `None`, that
+    depends on the memory that is free when a size of video comes first.
     """
 
-    def __init__(self, vae: Autoencoder | None, tf32: bool | None = None, group: int | None = None) -> None:
+    def __init__(self, vae: Autoencoder | None, execution: Execution | None = None) -> None:
         self.vae = vae
-        self.tf32 = tf32
-        self.group = group
+        self.tf32 = None if execution is None else execution.tf32
+        self.group = None if execution is None else execution.vae_group
+        if vae is not None and execution is not None:
+            vae.to(getattr(torch, execution.vae_dtype))
         self._chosen: dict[tuple[int, ...], int] = {}
 
     @property

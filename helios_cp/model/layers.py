@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from helios_cp.model.fused import FusedLinear
 from helios_cp.model.rope import rotate_
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -31,82 +30,6 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Attention to keys and values that are all at hand, by PyTorch's fused kernels."""
     out = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
     return out.transpose(1, 2)
-
-
-class FusedLinear(nn.Linear):
-    """Several linear layers over one input as one matrix product.
-
-    In a state dict it appears as the separate layers `names` (siblings of this module, views of the fused weight), so
-    that checkpoints keep the names of diffusers and can be copied into place.
-    """
-
-    def __init__(self, in_features: int, out_features: int, names: tuple[str, ...]) -> None:
-        super().__init__(in_features, out_features * len(names))
-        self.names = names
-
-    def project(self, states: Tensor, first: int, last: int) -> Tensor:
-        """Only the layers `first` to `last` (exclusive)."""
-        width = self.out_features // len(self.names)
-        rows = slice(first * width, last * width)
-        return F.linear(states, self.weight[rows], self.bias[rows])
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        parent = _parent(prefix)
-        for kind, fused in (("weight", self.weight), ("bias", self.bias)):
-            for name, part in zip(self.names, fused.chunk(len(self.names)), strict=True):
-                destination[f"{parent}{name}.{kind}"] = part if keep_vars else part.detach()
-
-    @staticmethod
-    def gather_parts(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-        """Load hook for the module that holds fused layers: joins the separate layers of a state dict."""
-        for child_name, child in module.named_children():
-            if not isinstance(child, FusedLinear):
-                continue
-            for kind in ("weight", "bias"):
-                keys = [f"{prefix}{name}.{kind}" for name in child.names]
-                if all(key in state_dict for key in keys):
-                    state_dict[f"{prefix}{child_name}.{kind}"] = torch.cat([state_dict.pop(key) for key in keys])
-
-
-def _parent(prefix: str) -> str:
-    return prefix[: prefix.rstrip(".").rfind(".") + 1]
-
-
-def stored_names(path: str, module: nn.Module, kind: str) -> list[str]:
-    """The tensors of a checkpoint that make up a module's `weight` or `bias` (or other `kind`), from top to bottom."""
-    if not isinstance(module, FusedLinear):
-        return [f"{path}.{kind}" if path else kind]
-    parent = path.rpartition(".")[0]
-    return [f"{parent}.{name}.{kind}" for name in module.names]
-
-
-class PatchEmbedding(nn.Module):
-    """Linear embedding of non-overlapping patches; weights in the shape of the equal strided Conv3d."""
-
-    def __init__(self, in_channels: int, dim: int, patch_size: tuple[int, int, int]) -> None:
-        super().__init__()
-        self.patch_size = patch_size
-        self.weight = nn.Parameter(torch.empty(dim, in_channels, *patch_size))
-        self.bias = nn.Parameter(torch.empty(dim))
-        bound = 1 / math.sqrt(in_channels * math.prod(patch_size))
-        nn.init.uniform_(self.weight, -bound, bound)
-        nn.init.uniform_(self.bias, -bound, bound)
-
-    def grid(self, latents: Tensor) -> tuple[int, int, int]:
-        """Tokens along frame, row and column of `[B, C, T, h, w]`; what a patch does not fill is left out."""
-        time, rows, columns = (s // p for s, p in zip(latents.shape[-3:], self.patch_size, strict=True))
-        return time, rows, columns
-
-    def patches(self, latents: Tensor) -> Tensor:
-        """`[B, C, T, h, w]` to `[B, S, C·p]`, each row in the order of the weight's axes."""
-        (time, rows, columns), (pt, ph, pw) = self.grid(latents), self.patch_size
-        latents = latents[:, :, : time * pt, : rows * ph, : columns * pw]
-        blocks = latents.unflatten(4, (columns, pw)).unflatten(3, (rows, ph)).unflatten(2, (time, pt))
-        return blocks.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
-
-    def forward(self, patches: Tensor) -> Tensor:
-        """`[B, S, C·p]` to `[B, S, D]`."""
-        return F.linear(patches, self.weight.flatten(1), self.bias)
 
 
 def modulated_norm(states: Tensor, shift: Tensor, scale: Tensor, history: int, eps: float) -> Tensor:

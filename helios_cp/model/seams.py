@@ -47,19 +47,10 @@ def _low(pictures: Tensor) -> Tensor:
     return F.interpolate(small, size=(height, width), mode="bilinear").permute(0, 2, 3, 1)
 
 
-def decode_matched(decode: Decode, latents: Tensor, before: Tensor | None) -> Tensor | None:
-    """A chunk's frames, matched to the chunk before, of which `before` are the latents; `None` for the first chunk."""
-    frames = decode(latents)
-    if before is None:
-        return frames
-    others = decode(before)
-    return frames if frames is None or others is None else match_seam(frames, others[:, -1])
-
-
 class SeamMatcher:
-    """Decodes the chunks of a video in order, to the bits of `decode_matched`, each of them once.
+    """Decodes the chunks of a video in order, each of them once, and matches it to the one before.
 
-    `before` are the latents of the chunk before the first one, if the video goes on from there.
+    `before` are the latents of the chunk before the first one, which is decoded too; `None` for the start of a video.
     """
 
     def __init__(self, decode: Decode, before: Tensor | None) -> None:

@@ -1,6 +1,6 @@
 """Where the tokens of a forward lie: all here, or spread over ranks.
 
-The transformer speaks to a `Sequence` and knows nothing of ranks; `pipeline.parallelize` puts another in its place.
+The transformer calls a `TokenSequence` and knows nothing of ranks. `pipeline.parallelize` gives it one that does.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 from helios_cp.model.layers import FeedForward, TokenOperations, attend
 
 
-class Sequence(Protocol):
+class TokenSequence(Protocol):
     """How the segments of a sequence (history parts, then noisy tokens) are spread.
 
     `before` is the number of tokens in the segments before the one in hand; with it every method can tell which tokens

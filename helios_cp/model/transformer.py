@@ -8,84 +8,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from helios_cp.config.checkpoint import TransformerConfig
-from helios_cp.model.layers import Block, PatchEmbedding, TokenOperations, gelu_tanh, modulated_norm
+from helios_cp.model.conditions import History, HistoryCondition, TextCondition
+from helios_cp.model.embedders import ConditionEmbedder, PatchEmbedding
+from helios_cp.model.layers import Block, TokenOperations, modulated_norm
 from helios_cp.model.rope import RotaryTables, pad_to_multiple
-from helios_cp.model.sequence import Sequence, WholeSequence
+from helios_cp.model.sequence import TokenSequence, WholeSequence
 
 KEPT_IN_FP32 = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3", "history_key_scale")
-
-
-@dataclass(frozen=True)
-class TextCondition:
-    """Cross-attention keys and values `[B, L, H, D]` of a prompt, one pair a block.
-
-    `number` tells texts apart that take turns in every step. `token` is this condition's own, whatever its values.
-    """
-
-    keys_values: tuple[tuple[Tensor, Tensor], ...]
-    number: int = 0
-    token: object = field(default_factory=object, compare=False, repr=False)
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        return [tensor for pair in self.keys_values for tensor in pair]
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> TextCondition:
-        """Another condition, whose tensors are what a function makes of these."""
-        return TextCondition(tuple((function(key), function(value)) for key, value in self.keys_values), self.number)
-
-
-@dataclass(frozen=True)
-class History:
-    """Latent frames that a chunk continues, `[B, C, T, h, w]` each, with the frame indices of the rotary tables.
-
-    `short` begins with the anchor frame, if there is one. `mid` and `long` need `short`, whose grid they share.
-    """
-
-    short: Tensor
-    short_indices: tuple[int, ...]
-    mid: Tensor | None = None
-    mid_indices: tuple[int, ...] = ()
-    long: Tensor | None = None
-    long_indices: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class HistoryCondition:
-    """Embedded history `[B, S, dim]` in the order long · mid · short, and its rotary table `[S, D/2]`.
-
-    `lengths` are the tokens of each part in the whole sequence; S is fewer where the sequence is sharded. `token` as in
-    `TextCondition`.
-    """
-
-    tokens: Tensor
-    rotary: Tensor
-    lengths: tuple[int, ...]
-    token: object = field(default_factory=object, compare=False, repr=False)
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        return [self.tokens, self.rotary]
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> HistoryCondition:
-        """Another condition, whose tensors are what a function makes of these."""
-        return HistoryCondition(function(self.tokens), function(self.rotary), self.lengths)
 
 
 @dataclass(frozen=True)
 class BlockInputs:
     """What the blocks of one forward take beside the residual stream; see `Block.forward`.
 
-    `keys_values` has a pair for each block; `inner` are the operations of all blocks but the last, which takes `last`.
+    `keys_values` has a pair for each block, of the text of number `text`; `inner` are the operations of all blocks but
+    the last, which takes `last`.
     """
 
     modulation: Tensor
@@ -94,6 +39,7 @@ class BlockInputs:
     history: int
     inner: TokenOperations
     last: TokenOperations
+    text: int = 0
 
     def run(self, blocks: Iterable[Block], states: Tensor, first: int = 0) -> Tensor:
         """Call consecutive blocks, of which the first is number `first` of the model.
@@ -125,7 +71,7 @@ class HeliosTransformer(nn.Module):
         self.config = config
         dim = config.dim
         self.rotary = RotaryTables(config.rope_dim, config.rope_theta)
-        self.sequence: Sequence = WholeSequence()
+        self.sequence: TokenSequence = WholeSequence()
         self.body: Body = run_blocks
         self.on_changed_weights: list[Callable[[], None]] = []
         self._zero_timestep: tuple[Tensor, Tensor] | None = None
@@ -251,7 +197,9 @@ class HeliosTransformer(nn.Module):
         states = self.body(
             self.blocks,
             states,
-            BlockInputs(modulation, text.keys_values, torch.view_as_real(rotary), history_tokens, inner, last),
+            BlockInputs(
+                modulation, text.keys_values, torch.view_as_real(rotary), history_tokens, inner, last, text.number
+            ),
         )
         out = self.proj_out(self.norm_out(states, temb))
         return self._unpatchify(self.sequence.gather(out, 1, noisy, before), grid)
@@ -287,39 +235,6 @@ class HeliosTransformer(nn.Module):
         return patches.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
 
-class ConditionEmbedder(nn.Module):
-    """Embeds the timestep into modulation rows, and the text into the width of the model."""
-
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
-        self.freq_dim = config.freq_dim
-        self.time_embedder = TwoLinears(config.freq_dim, config.dim, F.silu)
-        self.time_proj = nn.Linear(config.dim, 6 * config.dim)
-        self.text_embedder = TwoLinears(config.text_dim, config.dim, gelu_tanh)
-
-    def forward(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        """`[R]` to the embedding `[R, dim]` and the six modulation rows `[R, 6, dim]`, both in model dtype.
-
-        The embedding is rounded to model dtype before the projection, as the checkpoints were trained.
-        """
-        frequencies = sinusoids(timestep, self.freq_dim).to(self.time_embedder.linear_1.weight.dtype)
-        temb = self.time_embedder(frequencies).to(self.time_proj.weight.dtype)
-        return temb, self.time_proj(F.silu(temb)).unflatten(-1, (6, -1))
-
-
-class TwoLinears(nn.Module):
-    """Linear, activation, linear."""
-
-    def __init__(self, in_features: int, dim: int, activation) -> None:
-        super().__init__()
-        self.linear_1 = nn.Linear(in_features, dim)
-        self.linear_2 = nn.Linear(dim, dim)
-        self.activation = activation
-
-    def forward(self, states: Tensor) -> Tensor:
-        return self.linear_2(self.activation(self.linear_1(states)))
-
-
 class OutputNorm(nn.Module):
     """LayerNorm of the noisy tokens, modulated by the timestep embedding."""
 
@@ -333,14 +248,6 @@ class OutputNorm(nn.Module):
         rows = (self.scale_shift_table + temb.float().unsqueeze(1)).unsqueeze(1)  # [R, 1, 2, dim]
         shift, scale = rows.expand(-1, 2, -1, -1).unbind(2)
         return modulated_norm(states, shift, 1 + scale, 0, self.eps)
-
-
-def sinusoids(timestep: Tensor, dim: int) -> Tensor:
-    """cos, then sin, of t · 10000^(−2j / dim): `[R, dim]` in fp32 (arXiv:1706.03762, section 3.5)."""
-    half = dim // 2
-    exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=timestep.device) / half
-    angles = timestep[:, None].float() * exponent.exp()
-    return torch.cat([angles.cos(), angles.sin()], -1)
 
 
 def empty_model(config: TransformerConfig, dtype: torch.dtype) -> HeliosTransformer:

@@ -38,7 +38,7 @@ class Decoder:
 
     `decode` turns latents `[B, C, T, h, w]` to frames `[B, T', H, W, 3]` on the device, or to `None` on ranks without
     frames; it is `None` itself where no frames are wanted. It runs on `stream`, or on the current one. Frames are
-    copied to the host, unless `keep_on_device`.
+    copied to the host.
     """
 
     def __init__(
@@ -46,13 +46,10 @@ class Decoder:
         decode: Callable[[Tensor], Tensor | None] | None,
         device: torch.device,
         stream: torch.Stream | None = None,
-        *,
-        keep_on_device: bool = False,
     ) -> None:
         self.decode = decode
         self.device = device
         self.stream = stream
-        self.keep_on_device = keep_on_device
 
     @torch.no_grad()
     def __call__(self, denoised: Denoised) -> Chunk:
@@ -63,7 +60,7 @@ class Decoder:
             if self.decode is not None:
                 with watch.measure("decode"):
                     frames = self.decode(chunk.latents)
-                    if frames is not None and not self.keep_on_device:
+                    if frames is not None:
                         frames = to_host(frames)
             make_mark(self.device).synchronize()
         return replace(chunk, frames=frames, seconds=seconds_of((*denoised.measured, *watch.take())))

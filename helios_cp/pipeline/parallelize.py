@@ -75,10 +75,10 @@ def load_parallel(
     encodes, decodes = mesh.rank == 0 and not denoise_only, 0 in mesh.vae.ranks and not denoise_only
     text_home, text_device = (torch.device("cpu"),) * 2 if shard_weights else (home, device)
     encoder = PromptEncoder(*parts.text_encoder(checkpoint, text_home, dtype), text_device) if encodes else None
-    codec = SplitCodec(parts.vae(checkpoint, home) if decodes else None, mesh.vae)
+    codec = SplitCodec(parts.vae(checkpoint, home) if decodes else None, mesh.vae, execution)
     total = functools.partial(prompt_total, mesh=mesh)
     text_encoder = None if encoder is None else encoder.text_encoder
-    card, block_cache = apply(execution, transformer, codec, text_encoder, device, total)
+    card, block_cache = apply(execution, transformer, codec.vae, text_encoder, device, total)
     return ParallelPipeline(
         checkpoint,
         transformer,

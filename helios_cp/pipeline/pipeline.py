@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import itertools
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -20,23 +19,23 @@ from helios_cp.config.request import Request
 from helios_cp.config.sampling_plan import SamplingPlan
 from helios_cp.device.device import has_streams, make_current
 from helios_cp.device.memory import MemoryMeter
-from helios_cp.device.streams import Pace, to_device
+from helios_cp.device.streams import Pace
 from helios_cp.device.timing import Stopwatch, make_mark
 from helios_cp.model.block_cache import BlockCache
 from helios_cp.model.codec import OUTPUT_TYPES, Codec
 from helios_cp.model.seams import SeamMatcher
 from helios_cp.model.text import PromptEncoder
-from helios_cp.model.transformer import HeliosTransformer, History, TextCondition
+from helios_cp.model.transformer import HeliosTransformer
 from helios_cp.pipeline.chunk import Chunk
 from helios_cp.pipeline.decoding import Decoder, Denoised, with_frames
+from helios_cp.pipeline.denoising import ChunkDenoiser
 from helios_cp.pipeline.prepare import apply
 from helios_cp.pipeline.prompt_mix import first_entry, texts_from
 from helios_cp.pipeline.prompts import Branches, Prompts
 from helios_cp.pipeline.room import Room
 from helios_cp.pipeline.start import Inputs, initial_state, pixels_to_encode
 from helios_cp.runtime.offload import Card
-from helios_cp.sampling.denoise import Step, denoise
-from helios_cp.sampling.noise import normal
+from helios_cp.sampling.denoise import Step
 from helios_cp.sampling.state import ChunkState
 from helios_cp.weights.check import check_execution
 from helios_cp.weights.load import load_scheduler, load_text_encoder, load_vae, resolve
@@ -64,7 +63,6 @@ class Pipeline:
         scheduler,
         branches: Branches | None = None,
         device: torch.device | None = None,
-        decodes_beside: bool | None = None,
         card: Card | None = None,
         block_cache: BlockCache | None = None,
         adapters: AdapterState | None = None,
@@ -76,7 +74,7 @@ class Pipeline:
         self.scheduler = scheduler
         self.branches = branches or Branches()
         self.device = device or transformer.device
-        self.decodes_beside = decodes_beside
+        self.decodes_beside: bool | None = None
         self.card = card
         self.room = Room(MemoryMeter(self.device))
         self._offloaded: dict[Hashable, dict[str, int]] = {}
@@ -105,8 +103,8 @@ class Pipeline:
         home = execution.home(device)
         transformer, adapters = load_adaptable(checkpoint, dtype, device, execution)
         encoder = PromptEncoder(*load_text_encoder(checkpoint, home, dtype), device)
-        codec = Codec(load_vae(checkpoint, home))
-        card, block_cache = apply(execution, transformer, codec, encoder.text_encoder, device)
+        codec = Codec(load_vae(checkpoint, home), execution)
+        card, block_cache = apply(execution, transformer, codec.vae, encoder.text_encoder, device)
         return cls(
             checkpoint,
             transformer,
@@ -137,15 +135,9 @@ class Pipeline:
     def _exchange(self, adapters: tuple[Adapter, ...]) -> None:
         if self.adapters is None and adapters:
             raise RequestError(f"--lora {adapters[0].path}: these weights came from no file, so none can be merged")
-        if self.adapters is None or adapters == self.adapters.current:
-            return
-        moved = {}
-        if self.card is not None:
-            self.card.rest()
-            paths = {module: path for path, module in self.transformer.named_modules()}
-            stored = [(place, tensor) for place, tensor in self.card.stored() if place.module in paths]
-            moved = {f"{paths[place.module]}.{place.name}": tensor for place, tensor in stored}
-        self.adapters.exchange(adapters, moved)
+        if self.adapters is not None and adapters != self.adapters.current:
+            moved = {} if self.card is None else self.card.resting(self.transformer)
+            self.adapters.exchange(adapters, moved)
 
     @torch.no_grad()
     def stream(
@@ -156,14 +148,13 @@ class Pipeline:
         state: ChunkState | None = None,
         output_type: str = "uint8",
         on_step: Callable[[Step], None] | None = None,
-        keep_on_device: bool = False,
     ) -> Iterator[Chunk]:
         """Yield each chunk as soon as it is denoised and decoded; nothing of earlier chunks is kept.
 
-        Frames come to the host, or stay on the device with `keep_on_device`. On an accelerator a chunk is decoded and
-        copied beside the denoising of the next (`pipeline.decoding`), and comes between two steps of that; the first of
-        a size is decoded in turn, to measure whether both fit. Frames then lie in pinned memory, which is used again
-        once they are dropped. `state` goes on from a saved chunk. `on_step` is called after every denoising step.
+        Frames come to the host. An accelerator decodes and copies a chunk beside the denoising of the next
+        (`pipeline.decoding`), and the chunk comes between two steps of that. The first chunk of a size is decoded in
+        turn, to measure whether both fit. Frames of an accelerator lie in pinned memory, which is used again once they
+        are dropped. `state` goes on from a saved chunk. `on_step` is called after every denoising step.
         Raises `RequestError` for a bad request before any work is done.
         """
         if output_type not in OUTPUT_TYPES:
@@ -180,15 +171,13 @@ class Pipeline:
         if state is None:
             with watch.measure("media"):
                 state = self.initial_state(request, inputs)
-        may_be_beside = output_type != "latent" and not keep_on_device and self._decodes_alone
-        before = state.chunk_before(request.num_latent_frames_per_chunk) if request.match_seams else None
-        decode_chunk = (
-            None if output_type == "latent" else functools.partial(self.codec.decode, output_type=output_type)
-        )
-        if request.match_seams and decode_chunk is not None:
-            decode_chunk = SeamMatcher(decode_chunk, before)
-        side = self._side if may_be_beside else None
-        decoder = Decoder(decode_chunk, self.device, side, keep_on_device=keep_on_device)
+        may_be_beside = output_type != "latent" and self._decodes_alone
+        decode_chunk = None
+        if output_type != "latent":
+            decode_chunk = functools.partial(self.codec.decode, output_type=output_type)
+            if request.match_seams:
+                decode_chunk = SeamMatcher(decode_chunk, state.chunk_before(request.num_latent_frames_per_chunk))
+        decoder = Decoder(decode_chunk, self.device, self._side if may_be_beside else None)
         measured = contextlib.nullcontext
         if may_be_beside and self.decodes_beside is None and self.codec.vae is not None:
             measured = functools.partial(self.room.measured, size)
@@ -201,7 +190,7 @@ class Pipeline:
                 self.card.expect(self._offloaded[size])
             return chunk
 
-        events = self._events(request, inputs, prompts, state, watch, measured)
+        events = self._events(self._denoiser(request, inputs, prompts, watch), state, measured)
         yield from with_frames(events, decode, lambda: may_be_beside and self._is_beside(size), on_step)
 
     @torch.no_grad()
@@ -213,12 +202,9 @@ class Pipeline:
         `request` and `inputs` are resolved and merged, `prompts` those of `encode_prompts`.
         """
         self._adapt(request)
-        watch = Stopwatch(self.device)
-        scheduler = copy.deepcopy(self.scheduler)
-        conditions = self._conditions(prompts, state.index)
-        for event in self._denoise(request, inputs, conditions, state, scheduler, watch):
-            if not isinstance(event, Step):
-                latents, following = event
+        denoiser = self._denoiser(request, inputs, prompts, Stopwatch(self.device))
+        denoiser.encode_text(state.index)
+        *_, (latents, following) = denoiser.steps(state)
         return latents.float(), following
 
     def encode_prompts(self, request: Request, inputs: Inputs | None = None, first: int = 0) -> Prompts:
@@ -244,24 +230,30 @@ class Pipeline:
         channels = self.checkpoint.transformer.in_channels
         return initial_state(request, inputs, self.codec, posteriors, hidden, channels, self.device)
 
+    def _denoiser(self, request: Request, inputs: Inputs, prompts: Prompts, watch: Stopwatch) -> ChunkDenoiser:
+        return ChunkDenoiser(
+            self.checkpoint,
+            self.transformer,
+            self.branches,
+            self.block_cache,
+            copy.deepcopy(self.scheduler),
+            self.device,
+            watch,
+            request,
+            inputs,
+            prompts,
+        )
+
     def _events(
-        self,
-        request: Request,
-        inputs: Inputs,
-        prompts: Prompts,
-        state: ChunkState,
-        watch: Stopwatch,
-        measured: Callable[[str], AbstractContextManager],
+        self, denoiser: ChunkDenoiser, state: ChunkState, measured: Callable[[str], AbstractContextManager]
     ) -> Iterator[Step | Denoised]:
         """The steps of each chunk, followed by the chunk without its frames."""
-        scheduler, pace = copy.deepcopy(self.scheduler), Pace(self.device)
+        pace, request = Pace(self.device), denoiser.request
         for index in range(state.index, request.num_chunks):
             self._adapt(request)
-            conditions = None
-            with watch.measure("conditions"):
-                conditions = self._conditions(prompts, index)
+            denoiser.encode_text(index)
             with measured("denoise"):
-                for event in self._denoise(request, inputs, conditions, state, scheduler, watch):
+                for event in denoiser.steps(state):
                     if isinstance(event, Step):
                         pace.step()
                         yield event
@@ -269,13 +261,7 @@ class Pipeline:
                         latents, state = event
             skipped = () if self.block_cache is None else tuple(self.block_cache.skipped)
             chunk = Chunk(index, latents.float(), None, state, {}, skipped)
-            yield Denoised(chunk, watch.take(), make_mark(self.device))
-
-    def _conditions(self, prompts: Prompts, chunk: int) -> list[TextCondition]:
-        """Keys and values of a chunk, one a branch. Nobody holds those of the chunk before while they are made."""
-        if self.block_cache is not None:
-            self.block_cache.start_chunk()
-        return prompts.at(chunk)
+            yield Denoised(chunk, denoiser.watch.take(), make_mark(self.device))
 
     @property
     def peak_bytes(self) -> int:
@@ -302,67 +288,3 @@ class Pipeline:
         stream for that stream alone.
         """
         return torch.Stream(self.device) if has_streams(self.device) else None
-
-    def _denoise(
-        self,
-        request: Request,
-        inputs: Inputs,
-        conditions: list[TextCondition],
-        state: ChunkState,
-        scheduler,
-        watch: Stopwatch,
-    ) -> Iterator[Step | tuple[Tensor, ChunkState]]:
-        plan = SamplingPlan.of(request, self.checkpoint)
-        generators = state.make_generators()
-        noise = self._initial_noise(request, inputs, state, generators)
-        with watch.measure("conditions"):
-            history, frame_indices = split_history(state, request)
-            history = self.transformer.encode_history(history)
-
-        def predict(latents: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor | None]:
-            own = [self.transformer(latents, timestep, text, history, frame_indices) for text in conditions]
-            return self.branches.exchange(own) if plan.is_guided else (own[0], None)
-
-        events = denoise(
-            noise,
-            predict,
-            plan,
-            scheduler,
-            generators,
-            chunk=state.index,
-            dtype=self.transformer.dtype,
-            measure=watch.measure,
-        )
-        for event in events:
-            if isinstance(event, Step):
-                yield event
-            else:
-                yield event, state.after(event, generators, request, anchored=inputs.has_anchor)
-
-    def _initial_noise(
-        self, request: Request, inputs: Inputs, state: ChunkState, generators: list[torch.Generator]
-    ) -> Tensor:
-        frames = request.num_latent_frames_per_chunk
-        if inputs.latents is None:
-            shape = (self.checkpoint.transformer.in_channels, frames, *request.latent_size)
-            return normal(shape, generators, self.device)
-        return to_device(inputs.latents[:, :, state.index * frames :][:, :, :frames].float(), self.device)
-
-
-def split_history(state: ChunkState, request: Request) -> tuple[History, tuple[int, ...]]:
-    """The history of a state with its frame indices, and the indices of the noisy frames.
-
-    Indices are the same for every chunk: anchor · long · mid · short · noisy, counted from 0.
-    """
-    sizes = request.history_frames
-    long, mid, short = state.history.split(sizes, dim=2)
-    anchor = 0 if state.anchor is None else 1
-    bounds = [anchor]
-    for size in (*sizes, request.num_latent_frames_per_chunk):
-        bounds.append(bounds[-1] + size)
-    long_indices, mid_indices, short_indices, noisy_indices = (
-        tuple(range(start, stop)) for start, stop in itertools.pairwise(bounds)
-    )
-    if state.anchor is not None:
-        short, short_indices = torch.cat([state.anchor, short], dim=2), (0, *short_indices)
-    return History(short, short_indices, mid, mid_indices, long, long_indices), noisy_indices

@@ -7,15 +7,15 @@ from torch import nn
 
 from helios_cp.config.execution import Execution
 from helios_cp.model.block_cache import BlockCache, Total, cache_blocks, own_total
-from helios_cp.model.codec import Codec
 from helios_cp.model.transformer import HeliosTransformer
+from helios_cp.model.vae.autoencoder import Autoencoder
 from helios_cp.runtime.offload import Card, offload
 
 
 def apply(
     execution: Execution,
     transformer: HeliosTransformer,
-    codec: Codec,
+    vae: Autoencoder | None,
     text_encoder: nn.Module | None,
     device: torch.device,
     total: Total = own_total,
@@ -25,26 +25,17 @@ def apply(
     That is the card that offloaded weights come to, and the cache of blocks. `total` is for the cache. The transformer
     was loaded adapted and quantised; `execution` is checked already.
     """
-    prepare_codec(codec, execution)
     block_cache = card = None
     if execution.block_cache is not None:
         block_cache = cache_blocks(transformer, execution.block_cache, total)
     if execution.offload != "none":
-        card = offload(execution.offload, device, text_encoder, transformer, codec.vae)
+        card = offload(execution.offload, device, text_encoder, transformer, vae)
     if execution.compile:
         from helios_cp.runtime.compilation import compile_parts  # it loads all of PyTorch's compiler
 
-        compile_parts(transformer, codec.vae, execution.compile_cache)
+        compile_parts(transformer, vae, execution.compile_cache)
     if execution.cuda_graphs:
         from helios_cp.runtime.cuda_graphs import capture_forwards
 
         capture_forwards(transformer, device)
     return card, block_cache
-
-
-def prepare_codec(codec: Codec, execution: Execution) -> None:
-    """Bring a codec's VAE, where it has one, into the dtype, precision and groups of an execution."""
-    codec.tf32 = execution.tf32
-    codec.group = execution.vae_group
-    if codec.vae is not None:
-        codec.vae.to(getattr(torch, execution.vae_dtype))

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from helios_cp.config.request import Request
-from helios_cp.model.transformer import HeliosTransformer, TextCondition
+from helios_cp.model.conditions import TextCondition
+from helios_cp.model.transformer import HeliosTransformer
 from helios_cp.pipeline.prompt_mix import Mix, prompt_mix
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from helios_cp.config.execution import Execution
 from helios_cp.model.codec import Codec, denormalise, posterior_of
 from helios_cp.model.vae.autoencoder import Autoencoder
 from helios_cp.model.vae.posterior import Posterior
@@ -44,8 +45,8 @@ class SplitCodec(Codec):
     Raises `ValueError` for more ranks than rows of latents.
     """
 
-    def __init__(self, vae: Autoencoder | None, group: Group) -> None:
-        super().__init__(vae)
+    def __init__(self, vae: Autoencoder | None, group: Group, execution: Execution | None = None) -> None:
+        super().__init__(vae, execution)
         self.share = group
 
     @property

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from helios_cp.config.errors import RequestError
 from helios_cp.config.request import Request
+from helios_cp.device.streams import to_device
 from helios_cp.files.given import clip_ends, to_image_tensor
 from helios_cp.model.codec import Codec
-from helios_cp.sampling.noise import make_generators
+from helios_cp.sampling.noise import make_generators, normal
 from helios_cp.sampling.state import ChunkState, generator_states
 
 
@@ -119,6 +120,21 @@ def initial_state(
         blank = torch.zeros(1, channels, 1, *request.latent_size)
         anchor = torch.cat([blank if first is None else first for first, _ in starts]).to(device)
     return ChunkState(0, history.to(device), anchor, generator_states(generators))
+
+
+def initial_noise(
+    request: Request,
+    inputs: Inputs,
+    state: ChunkState,
+    generators: Sequence[torch.Generator],
+    channels: int,
+    device: torch.device,
+) -> Tensor:
+    """The noise `[B, C, T, h, w]` in fp32 that the next chunk is denoised from."""
+    frames = request.num_latent_frames_per_chunk
+    if inputs.latents is None:
+        return normal((channels, frames, *request.latent_size), generators, device)
+    return to_device(inputs.latents[:, :, state.index * frames :][:, :, :frames].float(), device)
 
 
 def _from_image(

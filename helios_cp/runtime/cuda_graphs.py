@@ -22,7 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from helios_cp.model.transformer import HeliosTransformer, HistoryCondition, TextCondition
+from helios_cp.model.conditions import HistoryCondition, TextCondition
+from helios_cp.model.transformer import HeliosTransformer
 
 MOST_CAPTURED = 24
 """Kept at a time: four sizes of three stages, guided. What all of them hold is freed for the next."""

@@ -120,6 +120,13 @@ class Card:
             if part.is_here:
                 part.leave()
 
+    def resting(self, model: nn.Module) -> dict[str, Tensor]:
+        """The host memory of a model's parameters, by name, once all is off the device; it can be written to."""
+        self.rest()
+        paths = {module: path for path, module in model.named_modules()}
+        stored = [(place, tensor) for place, tensor in self.stored() if place.module in paths]
+        return {f"{paths[place.module]}.{place.name}": tensor for place, tensor in stored}
+
     def stored(self) -> Iterator[tuple[Place, Tensor]]:
         """Where every parameter and buffer rests on the host. Call `rest` first to write there."""
         for part in self.parts.values():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from helios_cp.config.request import Request
+from helios_cp.model.conditions import History
 
 
 @dataclass(frozen=True)
@@ -76,3 +78,22 @@ class ChunkState:
 def generator_states(generators: list[torch.Generator]) -> Tensor:
     """`[B, n]` bytes."""
     return torch.stack([generator.get_state() for generator in generators])
+
+
+def split_history(state: ChunkState, request: Request) -> tuple[History, tuple[int, ...]]:
+    """The history of a state with its frame indices, and the indices of the noisy frames.
+
+    Indices are the same for every chunk: anchor · long · mid · short · noisy, counted from 0.
+    """
+    sizes = request.history_frames
+    long, mid, short = state.history.split(sizes, dim=2)
+    anchor = 0 if state.anchor is None else 1
+    bounds = [anchor]
+    for size in (*sizes, request.num_latent_frames_per_chunk):
+        bounds.append(bounds[-1] + size)
+    long_indices, mid_indices, short_indices, noisy_indices = (
+        tuple(range(start, stop)) for start, stop in itertools.pairwise(bounds)
+    )
+    if state.anchor is not None:
+        short, short_indices = torch.cat([state.anchor, short], dim=2), (0, *short_indices)
+    return History(short, short_indices, mid, mid_indices, long, long_indices), noisy_indices

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from helios_cp.config.checkpoint import TransformerConfig
+from helios_cp.model.embedders import sinusoids
 from helios_cp.model.layers import MAX_HISTORY_KEY_SCALE
 from helios_cp.model.rope import pad_to_multiple
-from helios_cp.model.transformer import HeliosTransformer, sinusoids
+from helios_cp.model.transformer import HeliosTransformer
 
 CONFIG = {
     "num_attention_heads": 4,

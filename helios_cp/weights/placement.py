@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from helios_cp.files.tensor_files import Slices
-from helios_cp.model.layers import stored_names
+from helios_cp.model.fused import stored_names
 from helios_cp.model.transformer import HeliosTransformer
 from helios_cp.weights.quantize import Components, components, is_quantised
 from parallel.collectives import Group

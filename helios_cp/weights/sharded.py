@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from helios_cp.config.checkpoint import TransformerConfig
-from helios_cp.model.layers import stored_names
+from helios_cp.model.fused import stored_names
 from helios_cp.model.transformer import HeliosTransformer, empty_model
 from helios_cp.weights.placement import Destination, Moved, whole_destinations
 from parallel.collectives import Group

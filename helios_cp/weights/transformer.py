@@ -26,7 +26,7 @@ from helios_cp.files.tensor_files import (
     read,
     stored_tensors,
 )
-from helios_cp.model.layers import stored_names
+from helios_cp.model.fused import stored_names
 from helios_cp.model.transformer import HeliosTransformer, empty_model
 from helios_cp.weights.lora import read_updates, shapes_of
 from helios_cp.weights.placement import Destination, Moved, Placement, Whole

@@ -16,7 +16,7 @@ from helios_cp.config.request import Request
 from helios_cp.device.device import has_streams
 from helios_cp.device.streams import to_host, wait_for
 from helios_cp.files.mp4 import encode_segment
-from helios_cp.model.seams import decode_matched
+from helios_cp.model.seams import SeamMatcher
 from helios_cp.pipeline.start import Inputs, initial_state, pixels_to_encode
 from launchers.messages.arrays import Array, StateArrays
 from launchers.messages.messages import ActorInfo, Clock, Decoded, NextStart
@@ -30,7 +30,6 @@ class Decoder:
     def __init__(self, loading: Loading) -> None:
         from helios_cp.model.codec import Codec
         from helios_cp.pipeline.environment import prepare
-        from helios_cp.pipeline.prepare import prepare_codec
         from helios_cp.runtime.compilation import compile_vae
         from helios_cp.weights.load import load_vae, resolve
 
@@ -38,8 +37,7 @@ class Decoder:
         self.device = loading.torch_device()
         checkpoint = resolve(loading.model, loading.cache, weights=("vae",))
         self.channels = checkpoint.transformer.in_channels
-        self.codec = Codec(load_vae(checkpoint, self.device))
-        prepare_codec(self.codec, loading.execution)
+        self.codec = Codec(load_vae(checkpoint, self.device), loading.execution)
         if loading.execution.compile:
             compile_vae(self.codec.vae)
         self.stream = torch.Stream(self.device) if has_streams(self.device) else contextlib.nullcontext()
@@ -54,8 +52,9 @@ class Decoder:
         """
         clock, chunk = Clock(), latents.tensor()
         others = None if before is None else before.state.state(self.device).chunk_before(chunk.shape[2])
+        decode = SeamMatcher(partial(self.codec.decode, output_type="uint8"), others)
         with self.stream:
-            pixels = to_host(decode_matched(partial(self.codec.decode, output_type="uint8"), chunk, others))
+            pixels = to_host(decode(chunk))
             wait_for(self.device)
         clock.part("decode")
         encoded = ()

@@ -191,7 +191,7 @@ def test_the_prompts_branch_decides_for_both():
         return Blocks([first, last])
 
     prompt, negative = (BlockInputs(None, ((None, None), (None, None)), None, 0, None, None) for _ in range(2))
-    negative = dataclasses.replace(negative, keys_values=tuple([*negative.keys_values]))
+    negative = dataclasses.replace(negative, text=1)
     for own, other in ((1.0, 2.0), (1.1, 9.0), (3.0, 2.0)):
         cache(blocks(own), torch.zeros(1, 2, 1), prompt)
         cache(blocks(other), torch.zeros(1, 2, 1), negative)

@@ -39,7 +39,6 @@ from helios_cp.model.vae.config import VaeConfig
 from helios_cp.model.vae.posterior import Posterior
 from helios_cp.pipeline.parallelize import SplitCodec
 from helios_cp.pipeline.pipeline import Pipeline
-from helios_cp.pipeline.prepare import prepare_codec
 from tests.parallel.reference import world_group
 
 LIMITS = {"bfloat16": (1.15, 15.0), "float16": (0.15, 1.9)}  # mean and largest deviation, in grey levels
@@ -57,9 +56,7 @@ def load(folder: Path) -> AutoencoderKLWan:
 def make_codec(folder: Path, execution: Execution, group=None) -> Codec:
     vae = Autoencoder(VaeConfig.from_dict(load(folder).config)).eval().requires_grad_(False)
     vae.load_state_dict(load(folder).state_dict())
-    codec = Codec(vae) if group is None else SplitCodec(vae, group)
-    prepare_codec(codec, execution)
-    return codec
+    return Codec(vae, execution) if group is None else SplitCodec(vae, group, execution)
 
 
 def make_latents(frames: int = 3) -> torch.Tensor:

@@ -19,7 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from helios_cp.config.checkpoint import TransformerConfig
 from helios_cp.config.errors import RequestError
 from helios_cp.model import layers
-from helios_cp.model.transformer import HeliosTransformer, History
+from helios_cp.model.conditions import History
+from helios_cp.model.transformer import HeliosTransformer
 
 SMALL = {
     "num_attention_heads": 3,

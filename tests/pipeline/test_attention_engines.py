@@ -108,7 +108,7 @@ def test_engines_that_cannot_run_here_are_refused(presets, flags, said):
 @torch.no_grad()
 def run_forward(rank: int, folder: str, degrees: Degrees, attention: str) -> torch.Tensor:
     """Batch 2, with 4 + 4 + 32 history tokens and 144 noisy ones."""
-    from helios_cp.model.transformer import History
+    from helios_cp.model.conditions import History
     from helios_cp.pipeline.parallelize import load_parallel
 
     transformer = load_parallel(folder, Mesh.build(degrees), dtype=torch.float32, attention=attention).transformer

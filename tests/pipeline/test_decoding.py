@@ -203,17 +203,16 @@ def test_closing_early_decodes_nothing_more_and_leaves_no_thread():
     assert not any(thread.name.startswith("decoder") for thread in threading.enumerate())
 
 
-@pytest.mark.parametrize("keep_on_device", [False, True])
-def test_frames_are_copied_without_a_stop_unless_they_stay(monkeypatch, keep_on_device):
+def test_frames_are_copied_without_a_stop(monkeypatch):
     """Through `to_host`, which takes pinned memory. All of the chunk is there when it comes."""
     log = []
     mark = SimpleNamespace(synchronize=lambda: log.append("wait"))
     monkeypatch.setattr("helios_cp.pipeline.decoding.to_host", lambda frames: log.append("copy") or frames + 1)
     monkeypatch.setattr("helios_cp.pipeline.decoding.make_mark", lambda device: mark)
-    decoder = Decoder(lambda latents: log.append("decode") or latents * 10, CPU, keep_on_device=keep_on_device)
+    decoder = Decoder(lambda latents: log.append("decode") or latents * 10, CPU)
     chunk = decoder(Denoised(make_chunk(0), (), Mark()))
-    assert log == (["decode", "wait"] if keep_on_device else ["decode", "copy", "wait"])
-    assert chunk.frames[0] == (10 if keep_on_device else 11)
+    assert log == ["decode", "copy", "wait"]
+    assert chunk.frames[0] == 11
 
 
 class Stream:
@@ -331,10 +330,9 @@ def decoded(distilled, monkeypatch) -> Callable[..., list[str]]:
 
 
 def test_what_is_decoded_in_turn(distilled, decoded, monkeypatch):
-    """Frames that stay on the device, a VAE that is shared with other ranks, and one whose weights are offloaded."""
+    """A VAE that is shared with other ranks, and one whose weights are offloaded."""
     monkeypatch.setattr(distilled, "decodes_beside", True)
     assert decoded() == ["beside"] * 3
-    assert decoded(keep_on_device=True) == ["in turn"] * 3
     assert decoded(output_type="latent") == []
     with monkeypatch.context() as patch:
         patch.setattr(distilled, "card", SimpleNamespace(expect=lambda _: None, measured=dict))

@@ -96,7 +96,7 @@ def run_broken_forwards(rank: int, folder: str, degrees: Degrees) -> list[torch.
 @torch.no_grad()
 def run_forwards(rank: int, folder: str, degrees: Degrees) -> list[torch.Tensor]:
     """One forward at each of several sizes, with batch 2 and every history part."""
-    from helios_cp.model.transformer import History
+    from helios_cp.model.conditions import History
 
     transformer = build(folder, degrees).transformer
     generator = torch.Generator().manual_seed(0)
@@ -220,7 +220,7 @@ def test_whole_videos_with_ranks_that_share_one_card(pool, folders, alone, astro
 
 
 def count_collectives(rank: int, folder: str, degrees: Degrees) -> dict:
-    from helios_cp.model.transformer import History
+    from helios_cp.model.conditions import History
     from parallel.collectives import Meter
 
     meter = Meter()

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from helios_cp.model.transformer import HeliosTransformer, History
+from helios_cp.model.conditions import History
+from helios_cp.model.transformer import HeliosTransformer
 from helios_cp.pipeline.parallelize import ShardedSequence, placement_of
 from helios_cp.weights.load import resolve
 from helios_cp.weights.transformer import load_transformer

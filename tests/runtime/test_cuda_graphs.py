@@ -28,7 +28,8 @@ from helios_cp.config.refusals import Setting, check_setting
 from helios_cp.config.request import Request
 from helios_cp.generate.__main__ import build_parser
 from helios_cp.generate.check import check
-from helios_cp.model.transformer import HeliosTransformer, History, TextCondition
+from helios_cp.model.conditions import History, TextCondition
+from helios_cp.model.transformer import HeliosTransformer
 from helios_cp.pipeline.environment import prepare
 from helios_cp.pipeline.parallelize import load_parallel
 from helios_cp.pipeline.pipeline import Pipeline

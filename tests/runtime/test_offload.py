@@ -21,7 +21,7 @@ from benchmarks.ranks.pool import shared_pool
 from helios_cp.config.execution import Execution
 from helios_cp.config.request import Request, ScheduledPrompt
 from helios_cp.generate.__main__ import main
-from helios_cp.model.transformer import History
+from helios_cp.model.conditions import History
 from helios_cp.pipeline.pipeline import Pipeline
 from helios_cp.pipeline.start import Inputs
 from helios_cp.runtime import device_weights

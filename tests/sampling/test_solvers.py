@@ -16,12 +16,11 @@ from helios_cp.config.checkpoint import Checkpoint
 from helios_cp.config.request import Request
 from helios_cp.config.sampling_plan import SamplingPlan
 from helios_cp.model.transformer import HeliosTransformer
-from helios_cp.pipeline.pipeline import split_history
 from helios_cp.sampling import denoise as sampling
 from helios_cp.sampling.denoise import Step, denoise, set_timesteps
 from helios_cp.sampling.noise import make_generators
 from helios_cp.sampling.solvers import DmdSolver, SchedulerSteps, UniPcSolver, make_solver
-from helios_cp.sampling.state import ChunkState
+from helios_cp.sampling.state import ChunkState, split_history
 from helios_cp.weights.load import load_scheduler
 from tests.pipeline.crossings import META, Crossings
 

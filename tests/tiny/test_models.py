@@ -12,7 +12,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from transformers import ByT5Tokenizer
 
-from helios_cp.model.transformer import History
+from helios_cp.model.conditions import History
 from helios_cp.tiny import decoder, forward, text, vae
 from helios_cp.tiny.forward import Past, embed_text, velocity
 from helios_cp.tiny.loop import Learner, Rates

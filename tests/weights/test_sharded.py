@@ -67,7 +67,7 @@ def load(folder: str, degrees: Degrees, dtype: torch.dtype = torch.float32, shar
 
 
 def inputs_of_a_forward(transformer) -> tuple:
-    from helios_cp.model.transformer import History
+    from helios_cp.model.conditions import History
 
     generator = torch.Generator().manual_seed(0)
     latents, short = (torch.randn(1, 16, frames, 8, 8, generator=generator) for frames in (9, 2))
@@ -136,7 +136,7 @@ def test_both_branches_encode_text_in_step(pool, folders, astronaut):
 
 @torch.no_grad()
 def run_in_any_order(rank: int, folder: str, degrees: Degrees, sharded: bool) -> list[torch.Tensor]:
-    from helios_cp.model.transformer import History
+    from helios_cp.model.conditions import History
 
     transformer = load(folder, degrees, torch.bfloat16, sharded)
     generator = torch.Generator().manual_seed(0)
