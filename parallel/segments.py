@@ -88,10 +88,6 @@ class SegmentPlan:
         sizes = self.sizes(rank)
         return tuple(slice(begin, begin + size) for begin, size in zip(offsets(sizes), sizes, strict=True))
 
-    def indices(self, rank: int) -> tuple[int, ...]:
-        """The place in the whole sequence of each local token of a rank."""
-        return tuple(index for part in self.slices(rank) for index in range(part.start, part.stop))
-
     def shard(self, tensor: torch.Tensor, dim: int, rank: int) -> torch.Tensor:
         """A rank's local tokens out of the whole sequence along `dim`; a view where there is one segment."""
         self._check(tensor, dim, self.total)

@@ -17,25 +17,19 @@ from parallel.collectives import Group
 from parallel.segments import offsets, split
 
 
-def shard_sizes(hidden: int, ranks: int, multiple: int = 1) -> tuple[int, ...]:
+def shard_sizes(hidden: int, ranks: int) -> tuple[int, ...]:
     """Hidden features of each rank, uneven where they do not divide.
 
-    Sizes are multiples of `multiple` as matrix units like them, but for the last rank, which takes what is left over.
     Raises `ValueError` when a rank would have none.
     """
-    sizes = [size * multiple for size in split(hidden // multiple, ranks)]
-    sizes[-1] += hidden % multiple
-    if min(sizes) == 0:
-        raise ValueError(
-            f"{hidden} hidden features in multiples of {multiple} over {ranks} ranks: at most {hidden // multiple} "
-            "ranks are allowed"
-        )
-    return tuple(sizes)
+    if ranks > hidden:
+        raise ValueError(f"{hidden} hidden features over {ranks} ranks: at most {hidden} ranks are allowed")
+    return split(hidden, ranks)
 
 
-def shard_slice(hidden: int, ranks: int, rank: int, multiple: int = 1) -> slice:
+def shard_slice(hidden: int, ranks: int, rank: int) -> slice:
     """The hidden features of one rank: rows of the first weight and of its bias, columns of the second weight."""
-    sizes = shard_sizes(hidden, ranks, multiple)
+    sizes = shard_sizes(hidden, ranks)
     start = offsets(sizes)[rank]
     return slice(start, start + sizes[rank])
 

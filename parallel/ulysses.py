@@ -8,7 +8,7 @@ Ulysses, arXiv 2309.14509). Heads and tokens may both be uneven.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby, pairwise
+from itertools import groupby
 
 import torch
 
@@ -91,31 +91,28 @@ def _pack_heads(tensors: Sequence[torch.Tensor], heads: Sequence[int]) -> torch.
     Ranks of equal head count are written by one strided copy a tensor, so that a tensor takes two copies at most.
     Compiled, the message is one expression of what the tensors are computed from.
     """
+    runs = [_heads_of_run(tensors, *run) for run in _runs(heads)]
     if torch.compiler.is_compiling():
-        return torch.cat([_pack_equal(tensors, heads, run) for run in _runs(heads)])
+        return torch.cat([torch.cat([part.flatten(1) for part in parts], dim=1).flatten() for parts in runs])
     packed = tensors[0].new_empty(sum(tensor.numel() for tensor in tensors))
-    written = head = 0
-    for count, run in groupby(heads):
-        ranks = len(list(run))
-        sizes = [tensor[:, :, :count].numel() for tensor in tensors]
-        rows = packed[written : written + ranks * sum(sizes)].view(ranks, sum(sizes))
-        for tensor, row in zip(tensors, rows.split(sizes, dim=1), strict=True):
-            part = tensor[:, :, head : head + ranks * count].unflatten(2, (ranks, count)).movedim(2, 0)
+    for run, parts in zip(packed.split([sum(part.numel() for part in parts) for parts in runs]), runs, strict=True):
+        rows = run.view(len(parts[0]), -1)
+        for part, row in zip(parts, rows.split([part[0].numel() for part in parts], dim=1), strict=True):
             row.unflatten(1, part.shape[1:]).copy_(part)
-        written += ranks * sum(sizes)
-        head += ranks * count
     return packed
 
 
-def _runs(heads: Sequence[int]) -> list[slice]:
-    """Consecutive ranks of equal head count."""
-    bounds = [rank for rank, count in enumerate(heads) if rank == 0 or count != heads[rank - 1]]
-    return [slice(*bound) for bound in pairwise([*bounds, len(heads)])]
+def _runs(heads: Sequence[int]) -> list[tuple[int, int, int]]:
+    """For consecutive ranks of equal head count: their first head, how many ranks they are, and heads of each."""
+    found, first = [], 0
+    for count, ranks in groupby(heads):
+        size = len(list(ranks))
+        found.append((first, size, count))
+        first += size * count
+    return found
 
 
-def _pack_equal(tensors: Sequence[torch.Tensor], heads: Sequence[int], ranks: slice) -> torch.Tensor:
-    """The messages to consecutive ranks that have as many heads each."""
-    first, count = sum(heads[: ranks.start]), heads[ranks.start]
-    own = slice(first, first + count * (ranks.stop - ranks.start))
-    parts = [tensor[:, :, own].unflatten(2, (-1, count)).movedim(2, 0).flatten(1) for tensor in tensors]
-    return torch.cat(parts, dim=1).flatten()
+def _heads_of_run(tensors: Sequence[torch.Tensor], first: int, ranks: int, count: int) -> list[torch.Tensor]:
+    """Views `[ranks, B, S, heads, D]` of each tensor."""
+    own = slice(first, first + ranks * count)
+    return [tensor[:, :, own].unflatten(2, (ranks, count)).movedim(2, 0) for tensor in tensors]

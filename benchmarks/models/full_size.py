@@ -39,7 +39,7 @@ from helios_cp.pipeline.start import Inputs
 from helios_cp.plan.configs import BuiltInCheckpoint
 from helios_cp.weights import presets
 from helios_cp.weights.loader import Loader
-from helios_cp.weights.placement import Placement, Whole
+from helios_cp.weights.placement import Placement, Replicated
 from helios_cp.weights.quantize import quantize_blocks
 from parallel.mesh import Mesh
 
@@ -151,7 +151,7 @@ def random_transformer(
     dtype: torch.dtype,
     home: torch.device,
     device: torch.device,
-    placement: Placement = Whole(),
+    placement: Placement = Replicated(),
 ) -> HeliosTransformer:
     """Weights lie on `home`, and are drawn on `device`. The rest is as for `weights.transformer.load_transformer`."""
     model = empty_model(config, dtype)

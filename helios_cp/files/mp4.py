@@ -32,6 +32,7 @@ ENCODER_THREADS = 4
 
 ENCODER_OPTIONS = {
     "preset": "medium",
+    "crf": "18",  # x264's constant rate factor, from 0 (lossless but for the colour conversion) to 51
     "flags": "+bitexact+cgop",
     # Without B-frames decoding order is display order: segments are joined by adding one offset to all timestamps.
     "bf": "0",
@@ -54,11 +55,10 @@ def frame_rate(fps: float | Fraction) -> Fraction:
     return Fraction(fps).limit_denominator(1001)
 
 
-def encode_segment(frames: torch.Tensor, fps: float | Fraction, *, crf: int = 18) -> bytes:
+def encode_segment(frames: torch.Tensor, fps: float | Fraction) -> bytes:
     """Encode a chunk as an MP4 that starts with an IDR frame and refers to no other chunk.
 
     frames: uint8 RGB `[T, H, W, 3]`, with even H and W, on any device.
-    crf: x264's constant rate factor, from 0 (lossless but for the colour conversion) to 51; 18 looks like the source.
 
     The stream is H.264 in yuv420p, BT.709 in TV range, and tagged so. The same input gives the same bytes. Raises
     `ValueError` for other frames.
@@ -71,8 +71,7 @@ def encode_segment(frames: torch.Tensor, fps: float | Fraction, *, crf: int = 18
     tick = 1 / frame_rate(fps)
     buffer, reformatter = io.BytesIO(), VideoReformatter()
     with av.open(buffer, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
-        options = {**ENCODER_OPTIONS, "crf": str(crf)}
-        stream = container.add_stream("libx264", rate=1 / tick, time_base=tick, options=options)
+        stream = container.add_stream("libx264", rate=1 / tick, time_base=tick, options=ENCODER_OPTIONS)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.thread_count, stream.thread_type = ENCODER_THREADS, "FRAME"
         for index, rgb in enumerate(frames.cpu().contiguous().numpy()):

@@ -63,8 +63,8 @@ class HostWeights:
         self._offsets = list(itertools.accumulate(sizes, initial=0))
         self.nbytes = self._offsets.pop()
         self.memory = _host_memory(self.nbytes, device)
-        for part, view in zip(plain, self._views(self.memory, plain), strict=True):
-            view.copy_(part)
+        for part, offset in zip(plain, self._offsets, strict=True):
+            _view(self.memory, offset, part).copy_(part)
 
     def bind(self, memory: Tensor) -> None:
         """Make the tensors views of the first `nbytes` bytes of `memory` `[N]`, uint8, on the device."""
@@ -84,9 +84,6 @@ class HostWeights:
         offsets = iter(self._offsets)
         for place in self.places:
             yield place, _rebuilt(place.tensor, lambda part: _view(memory, next(offsets), part))
-
-    def _views(self, memory: Tensor, parts: list[Tensor]) -> list[Tensor]:
-        return [_view(memory, offset, part) for offset, part in zip(self._offsets, parts, strict=True)]
 
 
 def _is_composite(tensor: Tensor) -> bool:

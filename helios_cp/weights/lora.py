@@ -20,7 +20,7 @@ from helios_cp.config.errors import CheckpointError, RequestError
 from helios_cp.config.execution import Adapter
 from helios_cp.model.transformer import empty_model
 from helios_cp.weights.adapter_files import MERGED_KINDS, Entry, find_adapter_file, read_adapter_file
-from helios_cp.weights.updates import Decomposed, Difference, Hadamard, Kronecker, LowRank, Update
+from helios_cp.weights.updates import Decomposed, Difference, Factors, Update
 
 KINDS = ("LORA", "LOHA", "LOKR")
 """What `peft_type` may be."""
@@ -106,7 +106,7 @@ def _layer_updates(
         yield bias, _difference(found["diff_b"], shapes.get(bias), strength)
 
 
-def _matrix_update(found: Entries, shape: tuple[int, ...], scale: Scale) -> LowRank | Hadamard | Kronecker:
+def _matrix_update(found: Entries, shape: tuple[int, ...], scale: Scale) -> Factors:
     """What the factors of a layer add to its weight."""
     makers = [make for words, make in MAKERS if words & found.keys()]
     if not makers:
@@ -127,26 +127,26 @@ def _matrix_update(found: Entries, shape: tuple[int, ...], scale: Scale) -> LowR
     return update
 
 
-def _low_rank(found: Entries, scale: Scale) -> LowRank:
+def _low_rank(found: Entries, scale: Scale) -> Factors:
     down, up = _factors(found, "lora_A", "lora_B", ending=".weight")
-    return LowRank(down, up, scale(down.shape[0]))
+    return Factors(((up, down),), scale(down.shape[0]))
 
 
-def _hadamard(found: Entries, scale: Scale) -> Hadamard:
+def _hadamard(found: Entries, scale: Scale) -> Factors:
     a, b, c, d = _factors(found, "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
-    return Hadamard((a, b), (c, d), scale(b.shape[0]))
+    return Factors(((a, b), (c, d)), scale(b.shape[0]), torch.mul)
 
 
-def _kronecker(found: Entries, scale: Scale) -> Kronecker:
+def _kronecker(found: Entries, scale: Scale) -> Factors:
     left, right = (
         _factors(found, name) if name in found else _factors(found, f"{name}_a", f"{name}_b")
         for name in ("lokr_w1", "lokr_w2")
     )
     ranks = [side[1].shape[0] for side in (left, right) if len(side) == 2]
-    return Kronecker(left, right, scale(ranks[0] if ranks else None))
+    return Factors((left, right), scale(ranks[0] if ranks else None), torch.kron)
 
 
-MAKERS: Sequence[tuple[set[str], Callable[[Entries, Scale], LowRank | Hadamard | Kronecker]]] = (
+MAKERS: Sequence[tuple[set[str], Callable[[Entries, Scale], Factors]]] = (
     ({"lora_A", "lora_B"}, _low_rank),
     ({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}, _hadamard),
     ({"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"}, _kronecker),

@@ -20,6 +20,9 @@ Moved = Mapping[str, Tensor]
 """The memory of parameters that do not lie in the model just now, by the parameter's name in it."""
 
 
+ALONE = Group(None)
+
+
 @dataclass(frozen=True)
 class Destination:
     """Where `part` of the stored tensor `name` goes: rows of a parameter, or of the components of a quantised one."""
@@ -43,50 +46,35 @@ class Placement(Protocol):
 
 
 @dataclass(frozen=True)
-class Whole:
-    """All weights."""
+class Replicated:
+    """All weights on every rank. The ranks of `ffn_tp` share the hidden features of the feed-forward layers."""
 
+    ffn_tp: Group = ALONE
     takes_quantised: ClassVar[bool] = True
 
     def shrink(self, model: HeliosTransformer, device: torch.device) -> None:
-        pass
+        narrow_feed_forward(model, self.ffn_tp)
 
     def destinations(self, model: HeliosTransformer, moved: Moved) -> Iterator[Destination]:
-        return whole_destinations(model, moved, {})
-
-
-@dataclass(frozen=True)
-class FeedForwardSlices:
-    """All weights but those of the feed-forward layers, of whose hidden features each rank of `group` has some."""
-
-    group: Group
-    takes_quantised: ClassVar[bool] = True
-
-    def shrink(self, model: HeliosTransformer, device: torch.device) -> None:
-        narrow_feed_forward(model, self.group)
-
-    def destinations(self, model: HeliosTransformer, moved: Moved) -> Iterator[Destination]:
-        return whole_destinations(model, moved, feed_forward_parts(model, self.group))
-
-
-def whole_destinations(model: HeliosTransformer, moved: Moved, parts: Mapping[str, Slices]) -> Iterator[Destination]:
-    """Every parameter of a model; `parts` are of the stored tensors that it does not hold whole."""
-    for path, module in model.named_modules():
-        for kind, parameter in module.named_parameters(recurse=False):
-            tensor = moved.get(f"{path}.{kind}", parameter).detach()
-            names = stored_names(path, module, kind)
-            height = tensor.shape[0] // len(names)
-            for index, name in enumerate(names):
-                rows = slice(index * height, (index + 1) * height)
-                if is_quantised(tensor):
-                    memory = {component: values[rows] for component, values in components(tensor).items()}
-                else:
-                    memory = tensor[rows]
-                yield Destination(name, parts.get(name, ()), memory)
+        parts = feed_forward_parts(model, self.ffn_tp)
+        for path, module in model.named_modules():
+            for kind, parameter in module.named_parameters(recurse=False):
+                tensor = moved.get(f"{path}.{kind}", parameter).detach()
+                names = stored_names(path, module, kind)
+                height = tensor.shape[0] // len(names)
+                for index, name in enumerate(names):
+                    rows = slice(index * height, (index + 1) * height)
+                    if is_quantised(tensor):
+                        memory = {component: values[rows] for component, values in components(tensor).items()}
+                    else:
+                        memory = tensor[rows]
+                    yield Destination(name, parts.get(name, ()), memory)
 
 
 def narrow_feed_forward(model: HeliosTransformer, group: Group) -> None:
     """Leave each feed-forward layer of a model on the meta device this rank's hidden features only."""
+    if group.size == 1:
+        return
     own = shard_slice(model.config.ffn_dim, group.size, group.rank)
     size = own.stop - own.start
     for block in model.blocks:
@@ -101,8 +89,10 @@ def feed_forward_parts(model: HeliosTransformer, group: Group) -> dict[str, Slic
 
     The second layer's bias stays whole, because it is added once, to the sum.
     """
-    own = shard_slice(model.config.ffn_dim, group.size, group.rank)
     parts: dict[str, Slices] = {}
+    if group.size == 1:
+        return parts
+    own = shard_slice(model.config.ffn_dim, group.size, group.rank)
     for index in range(len(model.blocks)):
         parts[f"blocks.{index}.ffn.net.0.proj.weight"] = (own,)
         parts[f"blocks.{index}.ffn.net.0.proj.bias"] = (own,)

@@ -36,8 +36,12 @@ INT4_GROUP = FEATURE_MULTIPLES["int4"]
 """Values of a row that share a scale."""
 SMALLEST = 1e-12
 """The largest value of a row or token counts as at least this: a scale of 0 would turn zeros into NaN in float8."""
-STORED_DTYPES = {"fp8": ("F8_E4M3", "F32"), "int8": ("I8", "F32"), "int4": ("U8", "BF16")}
-"""Dtypes of the two components, as safetensors calls them."""
+DTYPES = {
+    "fp8": {"qdata": (torch.float8_e4m3fn, "F8_E4M3"), "scale": (torch.float32, "F32")},
+    "int8": {"qdata": (torch.int8, "I8"), "scale": (torch.float32, "F32")},
+    "int4": {"qdata": (torch.uint8, "U8"), "scale": (torch.bfloat16, "BF16")},
+}
+"""Dtypes of the components of each kind, and what safetensors calls them."""
 
 
 def is_block_linear(path: str, module: nn.Module) -> bool:
@@ -114,16 +118,8 @@ def component_shapes(rows: int, columns: int, kind: str) -> dict[str, tuple[int,
 
 
 def empty_components(rows: int, columns: int, kind: str, device: torch.device) -> Components:
-    dtypes = {
-        "fp8": (torch.float8_e4m3fn, torch.float32),
-        "int8": (torch.int8, torch.float32),
-        "int4": (torch.uint8, torch.bfloat16),
-    }
     shapes = component_shapes(rows, columns, kind)
-    return {
-        name: torch.empty(shapes[name], dtype=dtype, device=device)
-        for name, dtype in zip(COMPONENTS, dtypes[kind], strict=True)
-    }
+    return {name: torch.empty(shapes[name], dtype=dtype, device=device) for name, (dtype, _) in DTYPES[kind].items()}
 
 
 def part_of_component(part: Slices, name: str, kind: str) -> Slices:
@@ -162,7 +158,7 @@ def stored_quantization(folder: Path) -> str | None:
     if marker is None:
         return None
     kind = marker.get("kind") if isinstance(marker, dict) else None
-    if marker != quantization_marker(str(kind)) or kind not in STORED_DTYPES:
+    if marker != quantization_marker(str(kind)) or kind not in DTYPES:
         raise CheckpointError(
             f"{file}: {MARKER} is {marker}; only what `python -m helios_cp.weights quantize` writes in format "
             f"{FORMAT} is supported"
@@ -188,7 +184,7 @@ def with_components(expected: Mapping[str, tuple[int, ...]], layers: set[str], k
 def check_stored(stored: Mapping[str, StoredTensor], layers: set[str], kind: str) -> None:
     """Raises `CheckpointError` where components are of another dtype than their kind has."""
     for name in layers:
-        for component, dtype in zip(COMPONENTS, STORED_DTYPES[kind], strict=True):
+        for component, (_, dtype) in DTYPES[kind].items():
             where = stored[f"{name}.{component}"]
             if where.dtype != dtype:
                 raise CheckpointError(f"{where.file}: {name}.{component} is {where.dtype}; {kind} has {dtype} there")

@@ -12,16 +12,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from helios_cp.config.checkpoint import TransformerConfig
 from helios_cp.model.fused import stored_names
 from helios_cp.model.transformer import HeliosTransformer, empty_model
-from helios_cp.weights.placement import Destination, Moved, whole_destinations
+from helios_cp.weights.placement import Destination, Moved
 from parallel.collectives import Group
 
 if TYPE_CHECKING:
@@ -30,28 +30,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ShardedRows:
-    """A placement: of the blocks' weights this rank holds its rows, of others all. `group` is that of all ranks."""
+    """A placement: of the blocks' weights this rank holds its rows, of others all.
+
+    `group` is that of all ranks, of which there are several.
+    """
 
     group: Group
-
-    @property
-    def takes_quantised(self) -> bool:
-        return self.group.size == 1
+    takes_quantised: ClassVar[bool] = False
 
     def shrink(self, model: HeliosTransformer, device: torch.device) -> None:
         shard_weights(model, self.group, device)
 
     def destinations(self, model: HeliosTransformer, moved: Moved) -> Iterator[Destination]:
         """FSDP shards as `torch.chunk` does: all chunks but the last are equal, and the last ranks may have none."""
-        if self.group.size == 1:
-            yield from whole_destinations(model, moved, {})
-            return
+        from torch.distributed.tensor import DTensor
+
         for path, module in model.named_modules():
             for kind, parameter in module.named_parameters(recurse=False):
                 names = stored_names(path, module, kind)
-                rows = _local(parameter.detach())
-                is_sharded = _is_sharded(parameter)
-                first = self.group.rank * _chunk_rows(parameter.shape[0], self.group.size) if is_sharded else 0
+                rows, first = parameter.detach(), 0
+                if isinstance(rows, DTensor):
+                    first = self.group.rank * _chunk_rows(parameter.shape[0], self.group.size)
+                    rows = rows.to_local()
                 height = parameter.shape[0] // len(names)
                 for index, part, place in stacked_rows([height] * len(names), first, first + rows.shape[0]):
                     yield Destination(names[index], (part,), rows[place])
@@ -60,10 +60,8 @@ class ShardedRows:
 def shard_weights(transformer: HeliosTransformer, group: Group, device: torch.device) -> None:
     """Leave this rank's rows of the blocks' weights in a model on the meta device, in its final dtype.
 
-    `group` is that of all ranks, which all call this. A group of one rank leaves the model as it is.
+    `group` is that of all ranks, which all call this.
     """
-    if group.size == 1:
-        return
     # Imported here, as the bytes of shards are planned without them, and they take a second.
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -126,16 +124,6 @@ def stacked_rows(heights: Sequence[int], first: int, last: int) -> Iterator[tupl
             yield index, slice(start - top, stop - top), slice(start - first, stop - first)
 
 
-def _local(parameter: Tensor) -> Tensor:
-    return parameter.to_local() if _is_sharded(parameter) else parameter
-
-
-def _is_sharded(parameter: Tensor) -> bool:
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(parameter, DTensor)
-
-
 def _chunk_rows(rows: int, ranks: int) -> int:
     return -(-rows // ranks)  # rounded up
 
@@ -172,9 +160,3 @@ def predicted_bytes(config: TransformerConfig, dtype: torch.dtype, ranks: int) -
     units = [set(_linear_parameters(unit)) for unit in text_units]
     units += [set(_linear_parameters(unit)) - texts for unit in block_units]
     return WeightBytes(resident, 2 * ranks * max(map(shard, units)), (ranks - 1) * shard(blocks - texts))
-
-
-@torch.no_grad()
-def counted_bytes(transformer: HeliosTransformer) -> int:
-    """Bytes of memory behind the parameters that the model has on this rank just now."""
-    return sum(_local(parameter).untyped_storage().nbytes() for parameter in transformer.parameters())

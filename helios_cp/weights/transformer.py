@@ -29,7 +29,7 @@ from helios_cp.files.tensor_files import (
 from helios_cp.model.fused import stored_names
 from helios_cp.model.transformer import HeliosTransformer, empty_model
 from helios_cp.weights.lora import read_updates, shapes_of
-from helios_cp.weights.placement import Destination, Moved, Placement, Whole
+from helios_cp.weights.placement import Destination, Moved, Placement, Replicated
 from helios_cp.weights.quantize import (
     assemble,
     check_stored,
@@ -54,7 +54,7 @@ def load_transformer(
     dtype: torch.dtype,
     device: str | torch.device = "cpu",
     execution: Execution = Execution(),
-    placement: Placement = Whole(),
+    placement: Placement = Replicated(),
 ) -> HeliosTransformer:
     """The transformer in `dtype`, apart from what it keeps in fp32, ready for inference.
 
@@ -74,7 +74,7 @@ def load_adaptable(
     dtype: torch.dtype,
     device: str | torch.device = "cpu",
     execution: Execution = Execution(),
-    placement: Placement = Whole(),
+    placement: Placement = Replicated(),
 ) -> tuple[HeliosTransformer, AdapterState]:
     """As `load_transformer`, with what it takes to exchange the adapters later."""
     device = torch.device(device)

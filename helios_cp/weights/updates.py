@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,12 +17,13 @@ class Update(Protocol):
         """The next `total`, in fp32: `weight` is the checkpoint's, whole, `total` what earlier updates made of it."""
 
 
-class Addition:
+class Addition(Protocol):
     """An update that adds to the weight something that does not depend on it."""
+
+    scale: float
 
     def product(self, like: Tensor) -> Tensor:
         """What to add, in fp32, with the shape and on the device of `like`. Raises `RuntimeError` if it cannot be."""
-        raise NotImplementedError
 
     def apply(self, total: Tensor, weight: Tensor) -> Tensor:
         return total + self.product(weight)
@@ -40,41 +41,20 @@ class Difference(Addition):
 
 
 @dataclass(frozen=True)
-class LowRank(Addition):
-    """LoRA: `scale · up · down`, of `[N, r]` and `[r, K]` (Hu et al., arXiv 2106.09685)."""
+class Factors(Addition):
+    """`scale · join(sides)`. A side is one matrix, or the product of two, `[N, r]` and `[r, K]`.
 
-    down: Tensor
-    up: Tensor
+    LoRA has one side, up · down (Hu et al., arXiv 2106.09685). LoHa multiplies two sides element by element (Hyeon-Woo
+    et al., arXiv 2108.06098), and LoKr takes their Kronecker product (Yeh et al., arXiv 2309.14859).
+    """
+
+    sides: tuple[tuple[Tensor, ...], ...]
     scale: float
+    join: Callable[..., Tensor] = lambda side: side
 
     def product(self, like: Tensor) -> Tensor:
-        return self.scale * _multiplied((self.up, self.down), like.device).unflatten(1, like.shape[1:])
-
-
-@dataclass(frozen=True)
-class Hadamard(Addition):
-    """LoHa: `scale · (a · b) ∘ (c · d)`, of `[N, r]` and `[r, K]` each (Hyeon-Woo et al., arXiv 2108.06098)."""
-
-    left: tuple[Tensor, Tensor]
-    right: tuple[Tensor, Tensor]
-    scale: float
-
-    def product(self, like: Tensor) -> Tensor:
-        left, right = (_multiplied(factors, like.device) for factors in (self.left, self.right))
-        return self.scale * (left * right).unflatten(1, like.shape[1:])
-
-
-@dataclass(frozen=True)
-class Kronecker(Addition):
-    """LoKr: `scale · left ⊗ right`, each one matrix or two factors of it (Yeh et al., arXiv 2309.14859)."""
-
-    left: tuple[Tensor, ...]
-    right: tuple[Tensor, ...]
-    scale: float
-
-    def product(self, like: Tensor) -> Tensor:
-        left, right = (_multiplied(factors, like.device) for factors in (self.left, self.right))
-        return self.scale * torch.kron(left, right).unflatten(1, like.shape[1:])
+        sides = [_multiplied(factors, like.device) for factors in self.sides]
+        return self.scale * self.join(*sides).unflatten(1, like.shape[1:])
 
 
 @dataclass(frozen=True)

@@ -40,18 +40,11 @@ from tests.runtime.compiled_ranks import SIZES, compare, forwards
 
 STEPS = {
     "random-base": {"num_inference_steps": 2, "guidance_scale": 3.0},
-    "random-mid": {"pyramid_num_inference_steps_list": (3, 1, 1), "guidance_scale": 3.0},
     "random-distilled": {"pyramid_num_inference_steps_list": (1, 1, 1)},
 }
 VAE_GRAPHS = 2  # for each number of channels, of which a tiny VAE has two
 MOST_VAE_GRAPHS = 3  # with one more where two sizes happen to be equal the first time
-LAYOUTS = [
-    (Degrees(ulysses=2), False),
-    (Degrees(ring=2), False),
-    (Degrees(ulysses=3, ffn_tp=3), False),
-    (Degrees(ulysses=2, ring=2), False),
-    (Degrees(ulysses=2), True),
-]
+LAYOUTS = [(Degrees(ring=2), False), (Degrees(ulysses=3, ffn_tp=3), False), (Degrees(ulysses=2), True)]
 
 
 @pytest.fixture(autouse=True)
@@ -184,18 +177,19 @@ def test_ranks(presets, degrees, sharded):
 
 
 START = """
-import sys, torch
+import dataclasses, sys, torch
 from pathlib import Path
 from torch._dynamo.utils import counters
 from helios_cp.config.checkpoint import Checkpoint
+from helios_cp.model.transformer import HeliosTransformer
 from helios_cp.runtime.compilation import compile_blocks, compile_vae, keep_in
 from helios_cp.weights.load import load_vae
-from helios_cp.weights.transformer import load_transformer
 from tests.runtime.compiled_ranks import SIZES, forwards
 torch.set_num_threads(1)
 torch.manual_seed(0)
 checkpoint = Checkpoint.read(Path(sys.argv[1]))
-transformer, vae = load_transformer(checkpoint, torch.float32), load_vae(checkpoint)
+transformer = HeliosTransformer(dataclasses.replace(checkpoint.transformer, num_layers=1))
+vae = load_vae(checkpoint)
 latents = torch.randn(1, 16, 1, 4, 4)
 run = lambda: [*forwards(transformer, SIZES[:1]), vae.decode(latents)]
 with torch.no_grad():
@@ -210,14 +204,14 @@ print(float(max(errors)), counters["inductor"]["fxgraph_cache_hit"], counters["i
 
 
 def test_inductor_and_its_cache(presets, tmp_path):
-    """Inductor's own code for the blocks of a forward and for a latent frame; a second process generates none of it."""
+    """Inductor's own code for a block and for a latent frame; a second process generates none of it."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TORCHINDUCTOR")}
     for is_first in (True, False):
         command = [sys.executable, "-c", START, str(presets["random-mid"]), str(tmp_path / "compiled")]
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
         largest, hits, misses = map(float, done.stdout.split())
         assert largest <= 1e-5
-        assert (hits == 0 and misses >= 3) if is_first else (hits >= 3 and misses == 0)
+        assert (hits == 0 and misses >= 2) if is_first else (hits >= 2 and misses == 0)
 
 
 def test_the_folder_of_compiled_code_is_set_by_who_starts_the_process(presets, tmp_path, monkeypatch):

@@ -184,7 +184,8 @@ def test_the_name_of_an_adapter_in_the_key(shapes, factors, tmp_path):
         {f"{prefix}.lora_A.default.weight": down, f"{prefix}.lora_B.default.weight": up}, tmp_path / "a.safetensors"
     )
     (update,) = read_updates([Adapter(str(tmp_path / "a.safetensors"))], shapes)["blocks.0.attn1.to_q.weight"]
-    assert torch.equal(update.down, down) and torch.equal(update.up, up) and update.scale == 1
+    ((left, right),) = update.sides
+    assert torch.equal(left, up) and torch.equal(right, down) and update.scale == 1
 
 
 # Refused in one line, before weights are loaded

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from benchmarks.ranks.pool import shared_pool
 from helios_cp.config.checkpoint import Checkpoint, TransformerConfig
@@ -25,7 +26,7 @@ from helios_cp.config.request import Request, ScheduledPrompt
 from helios_cp.model.transformer import HeliosTransformer
 from helios_cp.pipeline.start import Inputs
 from helios_cp.weights.load import resolve
-from helios_cp.weights.placement import Whole
+from helios_cp.weights.placement import Replicated
 from helios_cp.weights.sharded import ShardedRows
 from helios_cp.weights.transformer import load_transformer
 from parallel.collectives import Group
@@ -58,10 +59,10 @@ def folders(presets):
 
 def load(folder: str, degrees: Degrees, dtype: torch.dtype = torch.float32, sharded: bool = True):
     """The transformer alone, on this rank."""
-    from helios_cp.pipeline.parallelize import ShardedSequence
+    from helios_cp.pipeline.parallelize import ShardedSequence, placement_of
 
     mesh = Mesh.build(degrees)
-    transformer = load_transformer(resolve(folder), dtype, placement=ShardedRows(mesh.world) if sharded else Whole())
+    transformer = load_transformer(resolve(folder), dtype, placement=placement_of(mesh, sharded))
     transformer.sequence = ShardedSequence(mesh)
     return transformer
 
@@ -188,9 +189,16 @@ UNEVEN = TransformerConfig(
 
 
 @torch.no_grad()
+def counted_bytes(transformer: HeliosTransformer) -> int:
+    """Bytes of memory behind the parameters that the model has on this rank just now."""
+    parameters = [each.to_local() if isinstance(each, DTensor) else each for each in transformer.parameters()]
+    return sum(parameter.untyped_storage().nbytes() for parameter in parameters)
+
+
+@torch.no_grad()
 def compare_parameters(rank: int, folder: Path, degrees: Degrees, dtypes) -> list[str]:
     """Names of parameters that are not the stored ones after gathering, or that gathered nothing."""
-    from helios_cp.weights.sharded import counted_bytes, predicted_bytes
+    from helios_cp.weights.sharded import predicted_bytes
 
     checkpoint = Checkpoint(folder, "base", False, UNEVEN)
     wrong = []
@@ -269,9 +277,9 @@ def live_bytes() -> int:
 def watch_memory(folder: str, dtype: torch.dtype, group: Group | None) -> tuple[list[int], list[int]]:
     """Bytes of the parameters before and after a forward, and by how much the memory behind all tensors has grown at
     the start of each block and at the end."""
-    from helios_cp.weights.sharded import counted_bytes
-
-    transformer = load_transformer(resolve(folder), dtype, placement=Whole() if group is None else ShardedRows(group))
+    transformer = load_transformer(
+        resolve(folder), dtype, placement=Replicated() if group is None else ShardedRows(group)
+    )
     inputs = inputs_of_a_forward(transformer)
     transformer(*inputs)
     sizes: list[int] = []
