@@ -1,8 +1,8 @@
 """Devices by name: which there are, what they can do, and which one a rank uses.
 
-cpu and cuda are tested. mps, xpu and npu (of the package torch_npu) go through the same generic interface of torch,
-untested. What only CUDA has, such as graphs and NCCL, names it where it is. Nothing autocasts, for the model writes out
-every rounding; and random numbers come from CPU generators, so that every device starts from the same noise.
+cpu and cuda are tested. mps, xpu and npu (of the package torch_npu) go through the same generic interface of torch and
+are untested. Code that only CUDA can run, such as graphs and NCCL, names CUDA itself. Nothing autocasts, because the
+model writes out every rounding. Random numbers come from CPU generators, so every device starts from the same noise.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def _import_npu(name: str) -> None:
-    """torch learns of Ascend cards from this package, which some installations of torch do not load by themselves."""
+    """Load the package that tells torch of Ascend cards, because some installations of torch do not load it."""
     try:
         importlib.import_module("torch_npu")
     except Exception as error:  # without its drivers it fails in ways of its own
@@ -64,7 +64,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Apple's GPUs know it from macOS 14 on."""
+    """Whether the device has it; Apple's GPUs do from macOS 14 on."""
     return device.type != "mps" or torch.backends.mps.is_macos_or_newer(14, 0)
 
 
@@ -108,6 +108,6 @@ def card_count(device: torch.device) -> int:
 
 
 def make_current(device: torch.device) -> None:
-    """What names no index, such as a communicator, goes to this device from now on."""
+    """Make this device the one for whatever names no index, such as a communicator."""
     if device.index is not None and device.type != "cpu":
         torch.accelerator.set_device_index(device)

@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 
 MARGIN = 1.1
-"""On the memory that work is known to need, as free memory lies in pieces."""
+"""Free memory lies in pieces, so work must have this factor more than it needs."""
 
 
 def allocated_memory(device: torch.device) -> int:
-    """Bytes of live tensors, by PyTorch's allocator; 0 on a CPU, where nothing counts them."""
+    """Bytes of live tensors, as PyTorch's allocator counts them; 0 on a CPU, where nothing counts them."""
     if device.type == "mps":
         return torch.mps.current_allocated_memory()
     return 0 if device.type == "cpu" else torch.accelerator.memory_allocated(device)
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that PyTorch could still allocate on a CUDA card; 0 elsewhere, where there is no telling."""
+    """Bytes that PyTorch could still allocate on a CUDA card; 0 elsewhere, because nobody can tell."""
     if device.type != "cuda":
         return 0
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -42,7 +42,7 @@ def free_host_memory() -> int:
 def peak_memory(device: torch.device) -> int:
     """Most bytes held at once: of the device by PyTorch's allocator, of the process on a CPU.
 
-    mps counts no peak: there it is what the driver has given, which PyTorch keeps for itself and so rarely falls.
+    mps counts no peak. There this is what the driver has given to PyTorch, which keeps it, so it rarely falls.
     """
     if device.type == "cpu":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -60,9 +60,9 @@ def reset_peak_memory(device: torch.device) -> None:
 def grow_segments(device: torch.device) -> None:
     """Have PyTorch's allocator grow its pieces of a CUDA card's memory from now on, in place of adding more.
 
-    What one part of a model frees in pieces then serves the next as a whole. Nothing changes where the allocator was
-    given settings already, as by PYTORCH_ALLOC_CONF or PYTORCH_CUDA_ALLOC_CONF. They can be changed while it works, but
-    PyTorch has no public name for that; the variables are read too early for what a resumed run says.
+    The next part of a model can then use in one piece what another part freed in many. Settings that the user gave, by
+    PYTORCH_ALLOC_CONF or PYTORCH_CUDA_ALLOC_CONF, stay. This calls a private function, because PyTorch reads the
+    variables before a resumed run knows its flags, and has no public name for a later change.
     """
     if device.type == "cuda" and not _allocator_settings():
         torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
@@ -78,8 +78,8 @@ def _allocator_settings() -> str:
 def pin(memory: Tensor, device: torch.device) -> int:
     """Let a CUDA card copy from host memory `[N]`, whole pages of uint8, while that lives; returns CUDA's error or 0.
 
-    A failed call leaves its error for whoever asks CUDA next, and PyTorch asks after the next kernel: that would be
-    blamed for it. So a kernel that nobody needs is launched to that end.
+    CUDA reports a failure once more to whoever asks next. PyTorch asks after each kernel and would blame that kernel.
+    So this launches a kernel that nobody needs, to take the blame.
     """
     runtime = torch.cuda.cudart()
     with torch.cuda.device(device):  # else the context of another card could be made for it
@@ -93,9 +93,9 @@ def pin(memory: Tensor, device: torch.device) -> int:
 
 
 class MemoryMeter:
-    """Bytes that work needs on a device beside those that are held when it begins, as PyTorch's allocator counts them.
+    """Bytes that work takes on a device beyond those held when it begins, as PyTorch's allocator counts them.
 
-    One stretch of work at a time. Nothing of this is counted on a CPU.
+    It measures one piece of work at a time. On a CPU it counts nothing.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -113,7 +113,7 @@ class MemoryMeter:
 
     @property
     def largest(self) -> int:
-        """Most bytes held at once so far, before any `begin` too, each of which starts PyTorch's own peak anew."""
+        """Most bytes held at once so far. Each `begin` resets PyTorch's own peak, so this remembers the ones before."""
         return max(self._before, peak_memory(self.device))
 
     def free(self) -> int | None:

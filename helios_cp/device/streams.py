@@ -24,17 +24,16 @@ def mark(device: torch.device) -> torch.Event:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on a device. From the host it goes through pinned memory, so that the host need not wait for it."""
+    """The tensor on a device. From the host it goes through pinned memory, so the host does not wait for the copy."""
     if tensor.device.type != "cpu" or not has_streams(device):
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def to_host(tensor: Tensor) -> Tensor:
-    """A copy in pinned host memory, whole once a later mark is reached; where there are no streams, whole at once.
+    """A copy in pinned host memory. It is complete once a later mark is reached; without streams, at once.
 
-    torch keeps pinned memory that nothing uses any more, so that later copies of this size take it over. It does so
-    only when the copy itself is done, even where its result was dropped before.
+    torch gives unused pinned memory to later copies of the same size, and only after the copy itself is done.
     """
     if not has_streams(tensor.device):
         return tensor.cpu()
@@ -44,8 +43,8 @@ def to_host(tensor: Tensor) -> Tensor:
 class Pace:
     """Keeps the host one step ahead of the device and no more.
 
-    Without it the host could queue a whole chunk in a moment: what it says of steps would not be true, a stop would
-    come late, and frames that are ready would wait. The device still always has a step to go on with.
+    Without it the host could queue a whole chunk in a moment. Its progress would be wrong, a stop would come late, and
+    finished frames would wait. One step ahead is enough to keep the device busy.
     """
 
     def __init__(self, device: torch.device) -> None:

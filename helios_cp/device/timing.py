@@ -33,7 +33,7 @@ Mark = torch.Event | HostMark
 
 
 def make_mark(device: torch.device) -> Mark:
-    """Behind what the device was given so far: in its current stream, or by the clock where it has no streams."""
+    """A mark after all work given to the device so far: in its current stream, or by the clock without streams."""
     return mark(device) if has_streams(device) else HostMark(device)
 
 
@@ -47,11 +47,11 @@ class Measured:
 
 
 class Stopwatch:
-    """Marks where stages begin and end in the device's current stream; their times are read when it has passed there.
+    """Marks in the device's current stream where stages begin and end. The times are read once the device is past them.
 
-    A stage is charged with its own work and with the device's waiting for the host in it, not with what runs on other
-    streams, such as the decoding of the chunk before. One that is measured in pieces is charged with these alone: what
-    a caller does between them counts nowhere.
+    A stage counts its own work and the time in which the device waits for the host. It does not count work on other
+    streams, such as the decoding of the chunk before. A stage may be measured in pieces; time between them is not
+    counted.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -36,15 +36,15 @@ TURNS = {
     (True, False, True): Image.Transpose.ROTATE_90,
     (True, True, True): Image.Transpose.TRANSVERSE,
 }
-"""By whether rows and columns are exchanged, and left and right, and top and bottom after that."""
+"""The turn, by whether rows and columns are exchanged, and then left and right, and top and bottom."""
 
 WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 """FFmpeg's own decoders of these leave the alpha channel out."""
 
 MOST_DOUBT = 3
-"""Packets that may lie between one which FFmpeg calls corrupt and the next key frame.
+"""How many packets may lie between one that FFmpeg calls corrupt and the next key frame.
 
-Where transport streams were joined it calls some before the join corrupt, which are whole.
+Where transport streams were joined, FFmpeg calls some packets before the join corrupt, though they are whole.
 """
 
 HDR = {16: "PQ", 18: "HLG"}
@@ -63,8 +63,8 @@ class Ends:
 def check_video(path: PathLike, minimum_frames: int) -> None:
     """Raise `RequestError` unless every frame decodes and there are at least `minimum_frames` of them.
 
-    One frame is held at a time, whatever the length of the clip. Damage is found as far as the format tells: VP9 has no
-    means to notice it, and a Matroska file that is cut off is just a shorter one.
+    It holds one frame at a time, whatever the length of the clip. It finds damage that the format can show: VP9 cannot
+    show any, and a Matroska file that is cut off looks like a shorter one.
     """
     count = _count(path)
     if count < minimum_frames:
@@ -131,7 +131,7 @@ def _resized(
 
 
 def _count(path: PathLike) -> int:
-    """Frames of a clip, all of which are decoded for it: once, as long as the file stays the same."""
+    """The number of frames of a clip. All are decoded for it, once while the file stays the same."""
     check_readable("--video", path)
     status = os.stat(path)
     return _counted(os.path.abspath(path), os.fspath(path), status.st_mtime_ns, status.st_size, status.st_ino)
@@ -187,7 +187,7 @@ def _video_stream(path: PathLike, container: av.container.InputContainer) -> av.
 
 
 def _picture(frame: av.VideoFrame, pixel_width: float) -> Image.Image:
-    """A frame as people see it, in RGB with square pixels; `pixel_width` is the width of its own over their height."""
+    """A frame as people see it, in RGB with square pixels. `pixel_width` is width over height of its own pixels."""
     if any(component.is_alpha for component in frame.format.components):
         pixels = frame.reformat(format="rgba", interpolation=EXACT_CONVERSION).to_ndarray()
         picture = to_rgb(Image.fromarray(pixels, "RGBA"))

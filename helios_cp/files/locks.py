@@ -24,8 +24,8 @@ def locked(path: Path) -> Iterator[None]:
     """Hold the lock on the file `path` inside the `with`. Raises `LockedError` at once where another process holds it.
 
     The kernel drops the lock when its process ends, so a file that a killed process left locks nothing. The file, and
-    folders that were made for it, go at the end. It holds across machines where the file system has such locks, as NFS
-    does; where it has none, nothing is locked.
+    folders that were made for it, are removed at the end. The lock holds across machines where the file system has such
+    locks, as NFS does. On a file system without locks nothing is locked.
     """
     made = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)

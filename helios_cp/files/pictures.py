@@ -58,7 +58,7 @@ def open_picture(path: PathLike) -> Image.Image:
 
 @contextmanager
 def _own_limits() -> Iterator[None]:
-    """Pillow's limits are for servers that read strangers' files: they refuse photographs, and texts of a megabyte."""
+    """Lift Pillow's limits inside, because they refuse large photographs, and texts of a megabyte."""
     before = Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY
     Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = None, MOST_TEXT, MOST_TEXT
     try:

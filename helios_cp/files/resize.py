@@ -1,7 +1,7 @@
 """Brings pictures of any size to the size of the video, by diffusers' `VideoProcessor`: the numbers are diffusers' own.
 
-"stretch" brings both sides to their length whatever that does to the shape, as diffusers' pipelines do. "crop" fills
-the video and cuts off what stands out; "fit" shows all of the picture and fills the rest from its border.
+"stretch" scales both sides and may change the shape, as diffusers' pipelines do. "crop" fills the video and cuts off
+the rest of the picture. "fit" shows the whole picture and fills the rest of the video from its border.
 """
 
 from __future__ import annotations

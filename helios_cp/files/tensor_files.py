@@ -1,6 +1,6 @@
-"""Safetensors files of a checkpoint: what is in them, by their headers, and tensors out of them.
+"""Safetensors files of a checkpoint: their headers, and their tensors.
 
-Nothing here imports torch before a tensor is read.
+torch is imported when a tensor is read, not before.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Slices = tuple[slice, ...]
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies, and what it is by the header of its file: `dtype` in the words of safetensors, as "BF16"."""
+    """A tensor by the header of its file. `dtype` is safetensors' name, such as "BF16"."""
 
     file: Path
     shape: tuple[int, ...]
@@ -81,7 +81,7 @@ def weight_files(folder: Path, stem: str) -> list[Path]:
 
 
 def _in_its_place(folder: Path, stem: str) -> str:
-    """What a folder without the weights that are looked for holds, and what to do."""
+    """What a folder holds in place of the weights, and what to do."""
     names = sorted(file.name for file in folder.glob("*"))
     shards = [name for name in names if re.fullmatch(re.escape(stem) + r"-\d{5}-of-\d{5}\.safetensors", name)]
     variants = [name for name in names if name.endswith(".safetensors") and name not in shards]
@@ -122,9 +122,9 @@ def and_others(names: list[str]) -> str:
 
 
 class Reader:
-    """Reads tensors out of files that stay mapped into memory while it lives, even if they are deleted meanwhile.
+    """Reads tensors from files that stay mapped into memory while it lives, even if they are deleted meanwhile.
 
-    Opening costs no memory; what is read is in the system's page cache as long as there is room, and nowhere else.
+    Opening costs no memory. What is read stays in the system's page cache while there is room, and nowhere else.
     """
 
     def __init__(self, stored: Mapping[str, StoredTensor]) -> None:

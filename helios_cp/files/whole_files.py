@@ -55,7 +55,7 @@ def _try_writing(flag: str, path: str | os.PathLike[str], target: Path) -> None:
     if not folder.is_dir():
         raise RequestError(f"{flag} {path}: {folder} is not a folder; give another path")
     try:
-        # Writing is tried, not asked about: permission bits say nothing of root, read-only disks and remote folders.
+        # Try to write, because permission bits say nothing of root, read-only disks and remote folders.
         with tempfile.TemporaryFile(dir=folder), contextlib.suppress(FileNotFoundError):
             _partial(target).stat()  # fails for a name that is too long
     except OSError as error:

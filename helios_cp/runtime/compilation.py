@@ -1,18 +1,16 @@
 """`torch.compile` of what a chunk repeats: the blocks of the transformer, and the norms of the VAE.
 
-All blocks share one compiled function, so that it is compiled once for each shape: for each pyramid stage, once for
-the blocks inside and once for the last, which drops the history. Shapes are static, and graphs are whole: a break in
-one is an error, not a slow path. What a layer or a sequence-parallel algorithm computes otherwise when it is compiled,
-it decides itself by `torch.compiler.is_compiling()`.
+All blocks share one compiled function. It is compiled twice for each pyramid stage: for the inner blocks, and for the
+last, which drops the history. Shapes are static, and graphs are whole: a graph break is an error, not a slow path.
+Layers and sequence-parallel algorithms that compute in another way when compiled ask `torch.compiler.is_compiling()`.
 
-Of the VAE the one function is compiled that waits for memory, norm and SiLU before a convolution: once for each number
-of channels, whatever the size of the video. Convolutions are not a compiler's to make, and ranks that share a VAE
-exchange rows between the two, so a split one compiles like a whole one.
+In the VAE one function is compiled: norm and SiLU before a convolution, because memory bounds it. It is compiled once
+for each number of channels, for all sizes of video. Convolutions stay with their libraries. Ranks that share a VAE
+exchange rows between the two, so a split VAE compiles like a whole one.
 
-A process that has made very many sizes drops its compiled code and starts over, from the cache of compiled code where
-there is one.
+A process that has compiled very many sizes drops its compiled code and starts over, from the cache if there is one.
 
-Hooks of the blocks stay outside, so that weights which are sharded are gathered before the compiled code is called.
+Hooks of the blocks stay outside, so sharded weights are gathered before the compiled code is called.
 """
 
 from __future__ import annotations
@@ -44,8 +42,8 @@ def compile_parts(
 ) -> None:
     """Compile a transformer's blocks, and the norms of a VAE where there is one.
 
-    Nothing is compiled before it first runs. `cache` is the folder that keeps compiled code for the next start; warns
-    where this process has not been told so by `keep_in`.
+    Compilation happens at the first run. `cache` is the folder that keeps compiled code for the next start. Warns where
+    nobody has called `keep_in` with it in this process.
     """
     from torch._inductor.runtime.cache_dir_utils import cache_dir  # it imports the compiler, which takes a second
 
@@ -81,9 +79,9 @@ def compile_vae(vae: Autoencoder, backend: Backend = "inductor") -> None:
 
 
 def keep_in(folder: str, environment: MutableMapping[str, str] = os.environ) -> None:
-    """Keep compiled code in a folder from now on, and look for it there first. To be called when a process starts.
+    """Keep compiled code in a folder from now on, and look for it there first. Call it when a process starts.
 
-    PyTorch's compilers learn of it through the environment of the process alone.
+    PyTorch's compilers read the folder from the environment, and from nowhere else.
     """
     environment["TORCHINDUCTOR_CACHE_DIR"] = folder
     torch._inductor.config.fx_graph_cache = True

@@ -1,14 +1,14 @@
 """A whole forward of the transformer as one CUDA graph: launched at once, with the host out of the way.
 
-A graph reads and writes fixed memory. Inputs are copied into static buffers before it is replayed: latents and timestep
-at every step; keys and values of a prompt, and the history with its rotary table, only when they are other ones than
-those in the buffer. All pyramid stages share the buffers of texts and history. What a forward reads besides (weights,
-rotary table, t = 0 rows) is read where it lies; the transformer has all graphs dropped when its weights move.
+A graph reads and writes fixed memory. Inputs are copied into static buffers before a replay: latents and timestep at
+every step; keys and values of a prompt, and the history with its rotary table, only when they have changed. All pyramid
+stages share the buffers of texts and history. A graph reads the rest (weights, rotary table, t = 0 rows) where it lies.
+The transformer drops all graphs when its weights move.
 
-One graph serves inputs of the same shapes and frame indices, that is one stage in one layout, and one text: prompt and
-negative prompt, which take turns in every step, have numbers, and by them buffers and graphs of their own, so that
-neither is ever copied over the other. Collectives of NCCL are captured with the rest, so all ranks must capture and
-replay in step: shapes and numbers, which are the same on all, decide alone. Nothing here but `CudaCapture` needs a GPU.
+One graph serves one text and inputs of the same shapes and frame indices, that is one stage in one layout. Prompt and
+negative prompt take turns in every step, so each has a number, and by it buffers and graphs of its own: neither is
+copied over the other. NCCL's collectives are captured with the rest, so all ranks must capture and replay in step. Only
+shapes and numbers decide, because they are the same on all ranks. Nothing here but `CudaCapture` needs a GPU.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from helios_cp.model.conditions import HistoryCondition, TextCondition
 from helios_cp.model.transformer import HeliosTransformer
 
 MOST_CAPTURED = 24
-"""Kept at a time: four sizes of three stages, guided. What all of them hold is freed for the next."""
+"""Graphs kept at a time: four sizes of three stages, guided. The next one frees all of them."""
 WARM_UPS = 2
 
 Input = Tensor | TextCondition | HistoryCondition
@@ -41,7 +41,7 @@ class CudaCapture:
     def __init__(self, device: torch.device) -> None:
         with torch.cuda.device(device):
             self.stream = torch.cuda.Stream(device)
-            # Held here, and not by the graphs alone: once the last of them is gone the allocator would refuse the next.
+            # Held here too: when the last graph is gone, the allocator would refuse the pool to the next.
             self.memory = torch.cuda.MemPool()
 
     def __call__(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:

@@ -54,8 +54,8 @@ class DirectCopies:
 class DeviceMemory:
     """Bytes on a device, given back and taken anew while tensors stay views of them. Counted in `counter`.
 
-    On a CPU there is nothing to save, and to read a view of no memory ends the process: there the bytes are kept and
-    filled with NaN.
+    On a CPU there is nothing to save, and reading a view of freed memory would end the process. So there the bytes are
+    kept, and filled with NaN.
     """
 
     def __init__(self, size: int, device: torch.device, counter: MemoryCounter) -> None:
@@ -116,10 +116,10 @@ class Resident:
 
 
 class Streamed:
-    """Weights of layers that run one after the other, each in one of two buffers; a layer's is always the same.
+    """Weights of layers that run one after the other, in two buffers. Each layer always uses the same buffer.
 
-    `following[i]` is the layer that most likely runs after layer i, and is brought meanwhile. Any other order is right
-    too, but waits.
+    `following[i]` is the layer that most likely runs after layer i; it is brought while layer i computes. Any other
+    order gives the same results, but waits.
     """
 
     def __init__(

@@ -1,8 +1,7 @@
 """Weights that rest in host memory, laid end to end, and are brought to a device by one copy.
 
-A parameter stays a view of the same piece of device memory for good; what changes is what lies in that memory. Compiled
-code thus sees the same tensors whenever a layer runs, and quantised ones, which are made of several tensors, need no
-treatment of their own.
+A parameter is a view of the same device memory for good; only the content of that memory changes. So compiled code sees
+the same tensors whenever a layer runs. Quantised weights, which consist of several tensors, need no special care.
 """
 
 from __future__ import annotations
@@ -125,8 +124,8 @@ def _aligned(part: Tensor) -> int:
 def _host_memory(size: int, device: torch.device) -> Tensor:
     """`[size]` bytes that a copy engine can read.
 
-    PyTorch's own pinned memory is rounded up to a power of two, 40 GB for the 24 GB of these blocks. This is registered
-    as it is, on pages of its own, as no page can be registered twice.
+    PyTorch rounds its own pinned memory up to a power of two: 40 GB for the 24 GB of these blocks. This memory is
+    registered as it is. It has pages of its own, because no page can be registered twice.
     """
     if device.type != "cuda" or not size:
         return torch.empty(size, dtype=torch.uint8)

@@ -1,13 +1,13 @@
 """Weights that stay in host memory while they are not needed, so that a small card holds a large model.
 
-`model`: text encoder, transformer and VAE are each on the card while they work; others stay beside it where all of them
-fit. `group`: layers of the transformer and of the text encoder pass through two buffers, one at work and the next on
-its way; nothing else of another part is on the card meanwhile. Weights never change there, so nothing is copied back.
+`model`: text encoder, transformer and VAE are each on the card while they work, and stay there while all fit. `group`:
+the layers of the transformer and of the text encoder pass through two buffers, one at work and the next on its way; no
+other part is on the card meanwhile. Weights never change on the card, so nothing is copied back.
 
-`diffusers.hooks.apply_group_offloading` does not serve. It acts on the forward of a block, and prompts are encoded by
-a layer of each block without that. It pins every tensor by itself, rounded up to a power of two; allocates anew for
-every tensor that it brings; has the host wait for the copies of every block, so that no kernel is launched ahead; and
-brings what is outside of the blocks for every forward.
+`diffusers.hooks.apply_group_offloading` does not serve here. It hooks the forward of a block, but prompts are encoded
+by a layer of each block outside of its forward. It pins every tensor by itself, rounded up to a power of two. It
+allocates memory for every tensor that it brings. The host waits for the copies of every block, so it launches no kernel
+ahead. And what is outside of the blocks is brought for every forward.
 
 Each rank keeps its own weights in the memory of its host.
 """
@@ -29,8 +29,10 @@ from helios_cp.runtime.host_weights import HostWeights, Place, places, tensors_a
 
 
 class Part:
-    """What is on the card together: a model, or half of the VAE. `working` is bytes that it needs beside its weights,
-    if they were measured."""
+    """Weights that are on the card together: those of a model, or of half of the VAE.
+
+    `working` are the bytes that it needs beside its weights, if they were measured.
+    """
 
     def __init__(self, name: str, *held: Resident | Streamed) -> None:
         self.name = name
@@ -59,10 +61,10 @@ class Part:
 
 
 class Card:
-    """Says which parts have their weights on the device.
+    """Decides which parts have their weights on the device.
 
-    With a `meter` parts stay there beside the one at work if they fit, once it is measured what that needs beside its
-    weights. Without one there is never more than one part there.
+    With a `meter`, other parts stay beside the one at work if they fit, once it is measured what that one needs beside
+    its weights. Without a meter there is one part at a time.
     """
 
     def __init__(self, device: torch.device, copies: Copies | None = None, meter: MemoryMeter | None = None) -> None:
@@ -99,9 +101,8 @@ class Card:
             self.meter.begin()
 
     def expect(self, working: Mapping[str, int]) -> None:
-        """Bytes that parts need beside their weights from now on, by name; of those left out nobody knows.
-
-        They are those that `measured` told after a video of this size. What it tells is counted anew from now on.
+        """Tell what parts need beside their weights from now on, in bytes by name, as `measured` told after a video of
+        this size. Parts that are left out are unknown. `measured` starts anew.
         """
         self._stop_work()
         self._needed = {}
@@ -142,7 +143,7 @@ class Card:
         return Streamed(weights, following, self.device, self.counter, self.copies)
 
     def _stop_work(self) -> None:
-        """Nothing is taken to be in place from now on, so that a failure to bring weights leaves no part at work."""
+        """No part is at work from now on. So if bringing weights fails, no part is taken to be in place."""
         part, self._at_work = self._at_work, None
         if part is not None and self.meter is not None:
             self._needed[part.name] = max(self._needed.get(part.name, 0), self.meter.needed())

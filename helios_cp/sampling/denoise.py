@@ -48,10 +48,9 @@ def denoise(
     """Turn `noise` `[B, C, T, h, w]` at full resolution into the chunk's latents of that shape.
 
     Yields a `Step` after each step, and last the latents. `scheduler` is diffusers' `HeliosScheduler` or
-    `HeliosDMDScheduler`, whose state is changed; `dtype` is that of the model; `measure` times a named stage, in
-    pieces between which the steps are yielded. The host
-    does not wait for the device: the schedule stays on the host, and what goes over once a stage, timesteps and noise,
-    is made and sent while the device is at the step before.
+    `HeliosDMDScheduler`; its state is changed. `dtype` is that of the model. `measure` times a named stage, without the
+    time that the caller takes between two steps. The host does not wait for the device: the schedule stays on the host,
+    and timesteps and noise of a stage are sent while the device computes the step before.
     """
     stages = len(plan.steps)
     latents = noise

@@ -1,8 +1,8 @@
 """One step of the sampler without the host waiting for the device: diffusers' arithmetic, bit for bit on a CPU.
 
-The steps of `HeliosScheduler` and `HeliosDMDScheduler` build little tensors on the device from numbers of the host,
-look up a sigma by a timestep that lies there, and solve a 2 × 2 system there; each makes the host wait until the device
-has caught up. Here all of that stays on the CPU, where the schedule is, and the device only sees products and sums.
+`HeliosScheduler` and `HeliosDMDScheduler` build small tensors on the device from numbers of the host, look up a sigma
+by a timestep on the device, and solve a 2 × 2 system there. Each of these makes the host wait for the device. Here they
+stay on the CPU, with the schedule, and the device computes only products and sums.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def solver_on(device: torch.device, scheduler, start: Tensor) -> Solver:
 def make_solver(scheduler, start: Tensor) -> Solver:
     """The solver for a stage that begins with the latents `start`, after `scheduler.set_timesteps(…, device="cpu")`.
 
-    What no Helios checkpoint has (Euler, other orders, other predictions) is left to the scheduler's own step.
+    The scheduler's own step serves what no Helios checkpoint has: Euler, other orders, other predictions.
     """
     from diffusers import HeliosDMDScheduler, HeliosScheduler  # a second, which planning need not wait for
 
@@ -98,8 +98,8 @@ class UniPcSolver:
 
     The first step, and the last, are of order 1.
 
-    Coefficients are tensors without dims on the CPU, in the dtype of the schedule: such a tensor goes into a kernel as
-    a number, and leaves the dtype of the latents alone.
+    Coefficients are CPU tensors without dims, in the dtype of the schedule. PyTorch passes such a tensor to a kernel as
+    a number, and the dtype of the latents stays.
     """
 
     def __init__(self, sigmas: Tensor) -> None:

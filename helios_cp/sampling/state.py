@@ -14,7 +14,7 @@ from helios_cp.model.conditions import History
 
 @dataclass(frozen=True)
 class ChunkState:
-    """All that the next chunk needs; its size does not depend on how long the video is.
+    """All that the next chunk needs. Its size does not grow with the video.
 
     `history` `[B, C, T, h, w]` are the last latent frames, long · mid · short, in fp32. `anchor` `[B, C, 1, h, w]` is
     the first frame that every chunk sees, or `None` without one. `generators` `[B, n]` are the states of the random

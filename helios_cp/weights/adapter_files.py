@@ -1,4 +1,4 @@
-"""Files of adapters: which one a path means, and what each of its keys is about, under the names of diffusers.
+"""Files of adapters: which file a path means, and which layer each key belongs to, under the names of diffusers.
 
 All are safetensors files. A key is a prefix, the name of a layer, and a word that says what the tensor is:
 `transformer.blocks.0.attn1.to_q.lora_A.weight`. Layers have the names of diffusers and PEFT or those of Wan, which
@@ -42,7 +42,7 @@ WORDS = {
     "w_norm": "diff",
     "b_norm": "diff_b",
 }
-"""What a tensor is, by the word in its key; two words that mean the same become one."""
+"""The role of a tensor, by the word in its key. Two words of the same meaning become one."""
 
 OTHER_KINDS = {
     "lora_mid": "LoRA with a Tucker core",
@@ -102,7 +102,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """What a file holds: by the name of each layer in diffusers, what its tensors are. `config` is PEFT's, if any."""
+    """The content of a file: for each layer, by its name in diffusers, its tensors by role. `config` is PEFT's."""
 
     layers: Mapping[str, Mapping[str, Entry]]
     config: Mapping[str, Any]

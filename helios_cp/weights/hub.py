@@ -1,8 +1,8 @@
 """Models of the Hugging Face hub: their files in the hub's cache on this machine, downloaded where they are missing.
 
-`huggingface_hub` does the work: the cache, its locks (a file comes once, whatever the number of processes), tokens,
-mirrors (`HF_ENDPOINT`) and fast transfers. Here is what it leaves to its callers: which files, one commit for all parts
-of a model, another try after a broken connection, room on the disk, and errors of one line.
+`huggingface_hub` does the work: the cache, its locks (several processes download a file once), tokens, mirrors
+(`HF_ENDPOINT`) and fast transfers. This file adds what that leaves to its callers: which files, one commit for all
+parts of a model, another try after a broken connection, room on the disk, and errors of one line.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class HubId:
-    """A repository of the hub, and a branch, tag or commit of it; without one its main branch is meant."""
+    """A repository of the hub, at a branch, tag or commit; without one, at its main branch."""
 
     repository: str
     revision: str | None = None
@@ -60,9 +60,9 @@ class HubId:
 
 
 def describe(hub_id: HubId) -> Path:
-    """The folder in the hub's cache of the commit that is meant, with the small files that describe the model.
+    """Download the small files that describe the model; returns the folder of its commit in the hub's cache.
 
-    The folder has the commit's name. Where the hub cannot be reached, what the cache holds of it is taken. Raises
+    The folder has the commit's name. Where the hub cannot be reached, the files in the cache serve. Raises
     `RequestError`.
     """
     import huggingface_hub
@@ -79,9 +79,9 @@ def describe(hub_id: HubId) -> Path:
 
 
 def download_weights(hub_id: HubId, folder: Path, parts: Iterable[str]) -> None:
-    """Bring what is missing of the weights of these parts into the folder of a commit, one file after the other.
+    """Download the missing weights of these parts into the folder of a commit, one file after the other.
 
-    Size and cache are told on stderr, and progress, on a terminal as a bar. Raises `RequestError`.
+    Prints size, cache and progress on stderr, on a terminal as a bar. Raises `RequestError`.
     """
     parts = [part for part in parts if not _is_whole(folder, part)]
     if not parts:
@@ -124,7 +124,7 @@ def download_weights(hub_id: HubId, folder: Path, parts: Iterable[str]) -> None:
 
 
 def snapshot_in(folder: Path) -> Path:
-    """`folder`, or the commit that is meant where it is a model's folder in the hub's cache. Raises `RequestError`."""
+    """`folder`; if it is a model's folder in the hub's cache, its commit that is meant. Raises `RequestError`."""
     snapshots = folder / "snapshots"
     if (folder / "model_index.json").exists() or not snapshots.is_dir():
         return folder
@@ -147,7 +147,7 @@ def _is_whole(folder: Path, part: str) -> bool:
 
 
 def _patiently(hub_id: HubId, file: str, fetch: Callable[[], Result]) -> Result:
-    """What `fetch` returns, after some tries where that may help; `file` is what it fetches, if it is one file."""
+    """What `fetch` returns. It is tried several times where that may help. `file` is the file it fetches, if it is one."""
     for pause in (*PAUSES, None):
         try:
             _cache()
@@ -187,7 +187,7 @@ def _check_room(hub_id: HubId, size: int) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the warnings of the hub's library, which tell of tries by addresses that are signed, so secret."""
+    """Silence the warnings of the hub's library, because they print signed addresses, which are secret."""
     logger = logging.getLogger("huggingface_hub")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -9,7 +9,7 @@ from helios_cp.config.errors import RequestError
 
 
 def cause_of(error: BaseException) -> BaseException:
-    """What lies behind the errors in which `huggingface_hub` wraps it."""
+    """The error that `huggingface_hub` has wrapped in its own."""
     from huggingface_hub.errors import DryRunError, LocalEntryNotFoundError
 
     while isinstance(error, DryRunError | LocalEntryNotFoundError) and error.__cause__ is not None:
@@ -18,7 +18,7 @@ def cause_of(error: BaseException) -> BaseException:
 
 
 def may_pass(error: BaseException, under_way: bool) -> bool:
-    """Whether another try may help. That no connection comes about at all passes only once files are under way."""
+    """Whether another try may help. Where no connection is made at all, only once files were on their way."""
     from huggingface_hub.errors import FileMetadataError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     status = _status(error)

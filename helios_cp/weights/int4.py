@@ -1,9 +1,9 @@
 """Weights of 4 bits, two in a byte, with a scale for each group of values in a row. A tensor subclass of torchao.
 
-torchao's own kernels for 4 bits are made for the few tokens of a language model's step, and run on CUDA only. Helios
-has thousands of tokens, so a product takes far longer than unpacking its weight. So this class unpacks the weight to
-the dtype of the activations and multiplies as usual. That runs on every device, and the weight has the same bits on
-each. Compiled, unpacking is one kernel.
+torchao's own kernels for 4 bits serve the few tokens of a language model's step, and run on CUDA only. Helios has
+thousands of tokens, so a product takes far longer than unpacking its weight. Therefore this class unpacks the weight to
+the dtype of the activations and multiplies as usual. It runs on every device, with the same bits of the weight on each.
+Compiled, unpacking is one kernel.
 """
 
 from __future__ import annotations

@@ -146,7 +146,7 @@ def load_text_encoder(
             folder,
             dtype=dtype or torch.float32,
             use_safetensors=True,
-            ignore_mismatched_sizes=True,  # they come in the report then, by name
+            ignore_mismatched_sizes=True,  # then the report names them
             local_files_only=True,
             output_loading_info=True,
         )
@@ -158,7 +158,7 @@ def load_text_encoder(
 
 
 def _check_embeddings(folder: Path, text_encoder: UMT5EncoderModel) -> None:
-    """Some releases of transformers lose the tie of the two names of this one table and leave it empty."""
+    """Refuse a table of words that is empty, because some releases of transformers do not tie its two names."""
     used, shared = text_encoder.encoder.embed_tokens.weight, text_encoder.shared.weight
     if not used.any():
         raise CheckpointError(

@@ -25,10 +25,10 @@ from helios_cp.weights.updates import Decomposed, Difference, Factors, Update
 KINDS = ("LORA", "LOHA", "LOKR")
 """What `peft_type` may be."""
 PLAIN_STARTS = ("gaussian", "eva", "orthogonal")
-"""What `init_lora_weights` may be, beside true and false: the others change the model's own weights before training."""
+"""Allowed `init_lora_weights`, beside true and false. Others change the model's own weights before training."""
 VARIANTS = ("use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config")
 VARIANTS += ("velora_config", "layer_replication")
-"""Settings of PEFT that make of a LoRA something that is not merged here."""
+"""Settings of PEFT that turn a LoRA into a kind that is not merged here."""
 
 Entries = Mapping[str, Entry]
 """The tensors of one layer in a file, by what they are (`adapter_files.WORDS`)."""
@@ -37,9 +37,9 @@ Scale = Callable[[int | None], float]
 
 
 def read_updates(adapters: Sequence[Adapter], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[Update]]:
-    """What the adapters do to a model whose parameters have these shapes, by the parameter's name in diffusers.
+    """The updates of all adapters for a model of these shapes, by the parameter's name in diffusers.
 
-    Raises `RequestError`, which names file and key, for what does not fit the model or cannot be read.
+    Raises `RequestError`, which names file and key, for an adapter that does not fit the model or cannot be read.
     """
     updates: dict[str, list[Update]] = {}
     for adapter in adapters:
@@ -67,7 +67,7 @@ def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def check_config(config: Mapping[str, Any]) -> None:
-    """Raises `CheckpointError` where PEFT's configuration asks for more than updates that can be merged."""
+    """Raises `CheckpointError` where PEFT's configuration asks for something that cannot be merged."""
     kind = config.get("peft_type") or "LORA"
     if kind not in KINDS:
         raise CheckpointError(f"its kind (peft_type) is {kind}; allowed are {', '.join(KINDS)}")
@@ -208,7 +208,7 @@ def _scale(layer: str, found: Entries, config: Mapping[str, Any], rank: int | No
 
 
 def _setting(layer: str, config: Mapping[str, Any], patterns: str, names: tuple[str, ...]) -> Any:
-    """As PEFT looks it up: a pattern matches the end of a layer's name."""
+    """A setting of one layer. As in PEFT, a pattern matches the end of the layer's name."""
     for pattern, value in (config.get(patterns) or {}).items():
         if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", layer):
             return value

@@ -4,10 +4,10 @@
 have a scale each. `int8`, `int4`: weights only. A row of int8 and 32 values of int4 have a scale each; activations and
 products stay in the dtype of the model.
 
-Embeddings, norms, modulation and the output layer are not quantised: they are 2 % of the 14B model. Every row is
-quantised alone and in fp32, whatever the dtype of the model. So fused layers, and ranks that hold some rows or columns,
-have the values of the whole layer. With float8 activations, layouts differ by rounding: the last bit of a sum decides
-between two values, and with `--ffn-tp` a rank scales a token by the hidden features that it has.
+Embeddings, norms, modulation and the output layer are not quantised, because they are 2 % of the 14B model. Every row
+is quantised alone and in fp32, whatever the dtype of the model. So fused layers, and ranks that hold some rows or
+columns, have the values of the whole layer. With float8 activations, layouts differ by rounding: the last bit of a sum
+decides between two values, and with `--ffn-tp` a rank scales a token by the hidden features that it has.
 
 torchao is imported where it is used, because that takes a second.
 """
@@ -35,7 +35,7 @@ FORMAT = 1
 INT4_GROUP = FEATURE_MULTIPLES["int4"]
 """Values of a row that share a scale."""
 SMALLEST = 1e-12
-"""The largest value of a row or token counts as at least this: a scale of 0 would turn zeros into NaN in float8."""
+"""The least that the largest value of a row or token counts as. A scale of 0 would turn zeros into NaN in float8."""
 DTYPES = {
     "fp8": {"qdata": (torch.float8_e4m3fn, "F8_E4M3"), "scale": (torch.float32, "F32")},
     "int8": {"qdata": (torch.int8, "I8"), "scale": (torch.float32, "F32")},

@@ -47,7 +47,7 @@ def quantize_folder(
     source = checkpoint.folder / "transformer"
     if stored_quantization(checkpoint.folder) is not None:
         raise RequestError(f"IN {checkpoint.folder}: its weights are quantised already; give what they were made from")
-    # Values are the same on every device. Whether a device can multiply by them is checked when they are loaded.
+    # Values are the same on every device. Loading checks whether a device can multiply by them.
     check_execution(checkpoint, Execution(quantize=kind), torch.device("meta"), torch.bfloat16)
     model = empty_model(checkpoint.transformer, torch.float32)
     shapes, layers, stored = shapes_of(model), quantised_layers(model), stored_transformer(checkpoint)

@@ -62,11 +62,11 @@ def shard_weights(transformer: HeliosTransformer, group: Group, device: torch.de
 
     `group` is that of all ranks, which all call this.
     """
-    # Imported here, as the bytes of shards are planned without them, and they take a second.
+    # Imported here, because they take a second, and the planner counts bytes without them.
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    # A communicator of their own, as gathers under way would hold up the exchanges of attention in the world's.
+    # A communicator of their own, because gathers in the world's would hold up the exchanges of attention.
     process_group = dist.new_group(list(group.ranks), timeout=group.timeout)
     mesh = DeviceMesh.from_group(process_group, device.type)
     text_units, block_units = _units(transformer)
@@ -80,7 +80,7 @@ def shard_weights(transformer: HeliosTransformer, group: Group, device: torch.de
     _gather_ahead(text_units)
     _gather_ahead(block_units)
     if hasattr(transformer, "reset_iter_state"):
-        # FSDP notes every forward for a backward pass that never comes, 2 KB each; PyTorch 2.11 cannot forget them.
+        # FSDP notes 2 KB of every forward for a backward pass that never comes. PyTorch 2.11 cannot forget them.
         transformer.register_forward_hook(lambda *_: transformer.reset_iter_state())
 
 

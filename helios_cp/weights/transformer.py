@@ -1,8 +1,7 @@
-"""The transformer out of its files: in place, in part, quantised, with adapters merged; and adapters exchanged later.
+"""Loads the transformer from its files, in part, quantised, with adapters merged; and exchanges adapters later.
 
-Each stored tensor is computed from the files, never from what was in the model before. So a model whose adapters were
-exchanged has the bits of one that was loaded with them. To do that it keeps the files mapped into memory, and reads
-them when they are needed.
+Each weight is computed from the files, never from what was in the model before. So a model whose adapters were
+exchanged has the bits of one that was loaded with them. For this the files stay mapped into memory.
 """
 
 from __future__ import annotations

@@ -34,7 +34,6 @@ from parallel.mesh import Degrees, Mesh
 
 CASES = [
     ("random-mid", Degrees()),
-    ("random-distilled", Degrees()),
     ("random-mid", Degrees(cfg=2)),
     ("random-distilled", Degrees(ulysses=2, vae=2)),
     ("random-mid", Degrees(ulysses=3)),
