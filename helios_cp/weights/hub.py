@@ -147,7 +147,7 @@ def _is_whole(folder: Path, part: str) -> bool:
 
 
 def _patiently(hub_id: HubId, file: str, fetch: Callable[[], Result]) -> Result:
-    """What `fetch` returns. It is tried several times where that may help. `file` is the file it fetches, if it is one."""
+    """What `fetch` returns. It is tried again where that may help. `file` is what it fetches, if that is one file."""
     for pause in (*PAUSES, None):
         try:
             _cache()

@@ -161,7 +161,7 @@ def check_videos(results, references) -> None:
                 assert frames is None, "frames end on rank 0 only"
 
 
-@pytest.mark.parametrize(("degrees", "name"), list(zip(LAYOUTS, itertools.cycle(STEPS))), ids=str)  # noqa: B905
+@pytest.mark.parametrize(("degrees", "name"), list(zip(LAYOUTS, itertools.cycle(STEPS))), ids=str)
 def test_whole_videos(pool, folders, alone, astronaut, degrees, name):
     """Each checkpoint in every third layout. How a video is sampled does not depend on the layout of its forwards."""
     results = pool.run(make_videos, folders, degrees, astronaut, [name], ranks=degrees.world, timeout=240)
