@@ -1,7 +1,7 @@
 """Collectives of uneven parts whose sizes every rank knows beforehand, with a meter of calls and bytes.
 
-Sizes come from the plan, so none are exchanged at run time and nothing is padded on the wire. A group of one rank makes
-no call. On gloo, CUDA tensors travel through pinned host memory, so that several ranks can share one card.
+Sizes come from the plan, so ranks exchange no sizes at run time, and nothing is padded. A group of one rank makes no
+call. On gloo, CUDA tensors travel through pinned host memory, so several ranks can share one card.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ class Group:
     """Ranks that communicate, as an object that is passed to whatever needs it.
 
     `ranks` are global ranks; `rank` is this rank's index among them. `process_group` is None for a group of one.
-    `stage` sends even host tensors through a staging buffer, as gloo does with CUDA tensors. `timeout` is how long its
-    process group waits, for those that make further groups of the same ranks. `number` is what the operators of
-    `parallel.opaque` know it by, which `all_to_all`, `all_gather` and `reduce_scatter` become in compiled code.
+    `stage` sends even host tensors through a staging buffer, as gloo does with CUDA tensors. `timeout` is that of the
+    process group, for further groups of the same ranks. In compiled code `all_to_all`, `all_gather` and
+    `reduce_scatter` become operators of `parallel.opaque`, which know the group by its `number`.
     """
 
     process_group: dist.ProcessGroup | None
@@ -210,7 +210,7 @@ class Group:
         receives: Sequence[tuple[int, Sequence[int]]],
         like: torch.Tensor,
     ) -> Pending:
-        # Both ends know every size, so that empty messages need not be sent.
+        # Both ends know every size, so empty messages are left out.
         outgoing = [(rank, self._to_wire(tensor)) for rank, tensor in sends if tensor.numel()]
         incoming = [(rank, self._buffer(shape, like)) for rank, shape in receives]
         messages = [self._message(dist.isend, tensor, rank) for rank, tensor in outgoing]

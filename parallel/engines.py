@@ -43,10 +43,10 @@ SequenceAttention = Callable[[Sequence[int], Sequence[int]], Attention]
 def sequence_attention(
     engine: str, ulysses: Group, ring: Group, device: torch.device | str = "cpu"
 ) -> SequenceAttention:
-    """What gives an engine's attention over the `ring.size · ulysses.size` ranks of a `Mesh`, for given token counts.
+    """From token counts to an engine's attention over the `ring.size · ulysses.size` ranks of a `Mesh`.
 
-    A peer's layer is made here, once. Raises `ValueError` where a peer cannot run at all, and what is returned raises
-    it for lengths that the engine does not take; `unavailable_engine` says so beforehand.
+    A peer's layer is made here, once. Raises `ValueError` where a peer cannot run at all. The function that is returned
+    raises it for token counts that the engine does not take. `unavailable_engine` says both beforehand.
     """
     if engine not in PEERS:
         local = functools.partial(attend, engine=engine)
@@ -85,12 +85,12 @@ def unavailable_engine(
     heads: int,
     backend: str | None = None,
 ) -> str | None:
-    """Why an engine cannot run here, in one line, or None where it can. To be asked before weights are loaded.
+    """Why an engine cannot run here, in one line, or None where it can. Ask before weights are loaded.
 
-    `dtype` is that of query, key and value. `sequences` has the token counts of the segments of every sequence to come
-    (history parts, then noisy tokens, which in the last block ask alone); they are checked together. `backend` is that
-    of the communication, by default nccl on CUDA. Imports the package of a peer, as nothing less shows whether it can
-    be imported. Raises `ValueError` for an unknown engine.
+    `dtype` is that of query, key and value. `sequences` has the token counts of the segments of every sequence to come:
+    history parts, then noisy tokens, which are the only queries of the last block. All are checked together. `backend`
+    is that of the communication, by default nccl on CUDA. The package of a peer is imported, because only that shows
+    whether it can be. Raises `ValueError` for an unknown engine.
     """
     if engine not in ENGINES:
         raise ValueError(f"attention engine {engine!r}: allowed are {', '.join(ENGINES)}")

@@ -1,8 +1,8 @@
 """Border rows for convolutions that are split over ranks along the height.
 
-Each rank holds consecutive rows of a picture or of every frame, in a buffer with room above and below for the rows
-beyond its own that its outputs read (the halo). Heights may be uneven. Once the borders are there, a rank convolves
-without padding along the height, and computes what the unsplit convolution computes for its rows.
+Each rank holds consecutive rows of a picture or of every frame. Its buffer has room above and below for the rows of its
+neighbours that its outputs read (the halo). Heights may be uneven. With these rows in place a rank convolves without
+padding along the height, and gets what the unsplit convolution computes for its rows.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from parallel.collectives import Group
 
 
 def fetch_borders(buffer: torch.Tensor, group: Group, dim: int, above: int, below: int) -> None:
-    """Fill the first `above` and the last `below` rows of `buffer` along `dim` in place; between them are this rank's.
+    """Fill the first `above` and the last `below` rows of `buffer` along `dim` in place. This rank's rows lie between.
 
-    They are the last rows of the rank before and the first of the rank after, and zeros outside of the picture. Every
+    They become the last rows of the rank before and the first of the rank after, or zeros outside of the picture. Every
     rank of the group calls it with the same `above` and `below`. Raises `ValueError` for a rank of too few rows.
     """
     size = buffer.shape[dim] - above - below

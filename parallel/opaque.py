@@ -1,8 +1,8 @@
 """Communication and foreign kernels as single operators of a compiled graph.
 
-A compiler must not look into a collective, nor drop it, copy it or move it past another; nor look into a ring, which
-overlaps messages with attention. Operators take tensors and ints, so each group and attention gets an id. Ids count up
-in the order of creation, so all ranks agree, and a later run finds its graphs in a cache.
+A compiler must not look into a collective, drop it, copy it or move it past another. Nor may it look into a ring,
+because a ring overlaps messages with attention. Operators take tensors and ints, so each group and attention gets an
+id. Ids count up in the order of creation, so all ranks agree, and a later run finds its graphs in a cache.
 
 PyTorch's functional collectives do not serve: their all-gather takes equal parts alone, they do not stage CUDA tensors
 for gloo, and in compiled code nothing would count their calls.
@@ -32,7 +32,7 @@ def name(thing: Any) -> int:
 
 
 class OpaqueAttention:
-    """An attention of which a compiled graph sees nothing but its inputs and its output; the same where not compiled.
+    """An attention that is one operator of a compiled graph. Outside of compiled code it is the attention itself.
 
     The output must be `[B, Sq, H, D]` in the dtype of the query, which is that of every `Attention`.
     """

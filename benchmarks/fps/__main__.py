@@ -46,12 +46,12 @@ from helios_cp.config.paths import cache_folder, user_path
 from helios_cp.config.ranks import Ranks, parse_on_rank
 from helios_cp.config.request import Request
 from helios_cp.config.sampling_plan import SamplingPlan
-from helios_cp.device.device import pick_device, pick_dtype
+from helios_cp.device.device import card_of_rank, pick_device, pick_dtype
 from helios_cp.files.whole_files import check_file_target, check_folder_target
 from helios_cp.pipeline.environment import prepare
 from helios_cp.pipeline.parallelize import ParallelPipeline, load_parallel
 from helios_cp.pipeline.start import Inputs
-from helios_cp.pipeline.world import World, device_of_rank, pick_backend
+from helios_cp.pipeline.world import World, pick_backend
 from helios_cp.plan.choose import choose_layout
 from helios_cp.plan.predict import Workload
 from helios_cp.weights.check import check_execution, with_stored_quantization
@@ -168,7 +168,7 @@ def check(arguments: argparse.Namespace, ranks: Ranks) -> Job:
     for name, least in (("chunks", 2), ("warmup", 0)):
         if getattr(arguments, name) < least:
             raise RequestError(f"--{name} {getattr(arguments, name)}: must be {least} or more")
-    asked, device = asked_layout(arguments), device_of_rank(pick_device(arguments.device), ranks)
+    asked, device = asked_layout(arguments), card_of_rank(pick_device(arguments.device), ranks.local_rank)
     dtype = pick_dtype(arguments.dtype, device)
     checkpoint, model = find_model(arguments, device)
     fields = {"num_frames": frames_for(arguments.chunks, arguments.warmup)}

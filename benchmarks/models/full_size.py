@@ -40,7 +40,7 @@ from helios_cp.plan.configs import BuiltInCheckpoint
 from helios_cp.weights import presets
 from helios_cp.weights.loader import Loader
 from helios_cp.weights.placement import Placement, Replicated
-from helios_cp.weights.quantize import quantize_blocks
+from helios_cp.weights.quantize import assemble, is_block_linear, is_quantised, quantise
 from parallel.mesh import Mesh
 
 SUFFIXES = {"distilled": "", "mid": "-mid", "base": "-base"}
@@ -159,6 +159,15 @@ def random_transformer(
     model.to_empty(device=home)
     fill({to.name: to.memory for to in placement.destinations(model, {})}, device)
     return model.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def quantize_blocks(transformer: nn.Module, kind: str) -> None:
+    """Quantise the blocks of a loaded model in place; layers that are quantised already stay as they are."""
+    for path, module in transformer.named_modules():
+        if is_block_linear(path, module) and not is_quantised(module.weight):
+            weight = assemble(quantise(module.weight, kind), kind, module.weight.dtype)
+            module.weight = nn.Parameter(weight, requires_grad=False)
 
 
 def random_vae(config: VaeConfig, home: str | torch.device, device: torch.device) -> Autoencoder:

@@ -38,9 +38,9 @@ from helios_cp.config.arguments import OneLineParser, whole_number
 from helios_cp.config.checkpoint import TransformerConfig
 from helios_cp.config.errors import RequestError
 from helios_cp.config.paths import user_path
-from helios_cp.device.device import dtype_name, pick_device
+from helios_cp.device.device import card_of_rank, dtype_name, pick_device
 from helios_cp.files.whole_files import check_file_target
-from helios_cp.pipeline.world import Ranks, World, device_of_rank, pick_backend
+from helios_cp.pipeline.world import Ranks, World, pick_backend
 
 ON_CPU = Case(
     TransformerConfig(num_attention_heads=8, ffn_dim=2768, text_dim=820, num_layers=3), size=(256, 256), text_tokens=136
@@ -173,7 +173,7 @@ def run_rank(case: Case, options: argparse.Namespace, device: torch.device, back
     ranks = world.ranks
     if device.type == "cpu":
         torch.set_num_threads(1)
-    with world.connected(backend, device_of_rank(device, ranks)):
+    with world.connected(backend, card_of_rank(device, ranks.local_rank)):
         found = measure_world(ranks.rank, case, ranks.size, options.repeats, WARMUP, device.type, ranks.local_rank)
     if found is not None:
         show_and_write(case, options, device, {ranks.size: found})

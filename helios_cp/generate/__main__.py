@@ -61,13 +61,13 @@ def main(argv: list[str] | None = None) -> int:
 def _run(parser: OneLineParser, call: Call, cache: Path | None, ranks: Ranks, claims: ExitStack) -> int:
     quiet_imports()
     # Imported here so that --help and misspelt flags need not wait for torch.
-    from helios_cp.device.device import pick_device
+    from helios_cp.device.device import card_of_rank, pick_device
     from helios_cp.generate.check import Session, check
     from helios_cp.generate.claims import claimed
     from helios_cp.generate.run import PATIENCE, follow, run
     from helios_cp.generate.work import Work
     from helios_cp.pipeline.environment import prepare
-    from helios_cp.pipeline.world import World, device_of_rank, end_process
+    from helios_cp.pipeline.world import World, end_process
     from helios_cp.weights.load import resolve
 
     session: Session | None = None
@@ -97,7 +97,7 @@ def _run(parser: OneLineParser, call: Call, cache: Path | None, ranks: Ranks, cl
             device = session.device
         else:
             exit_late(PATIENCE)  # rank 0 stops for all
-            device = device_of_rank(pick_device(call.device), ranks)
+            device = card_of_rank(pick_device(call.device), ranks.local_rank)
         if work.requests:
             world.prepare(lambda: resolve(work.model, cache))  # with its weights, which may take long
         with world.connected(work.backend, device):

@@ -20,7 +20,7 @@ from helios_cp.config.layout import DEGREES, AskedLayout, Layout, segment_length
 from helios_cp.config.ranks import Ranks
 from helios_cp.config.refusals import check_call
 from helios_cp.config.request import Request
-from helios_cp.device.device import device_name, dtype_name, pick_device, pick_dtype
+from helios_cp.device.device import card_of_rank, device_name, dtype_name, pick_device, pick_dtype
 from helios_cp.files.clips import check_video
 from helios_cp.files.pictures import check_image
 from helios_cp.files.whole_files import check_file_target, check_folder_target
@@ -30,7 +30,7 @@ from helios_cp.generate.report import versions
 from helios_cp.generate.run_folder import MadeWith, Run, RunFolder
 from helios_cp.generate.schedule_file import read_schedule_file
 from helios_cp.generate.work import Work
-from helios_cp.pipeline.world import device_of_rank, pick_backend
+from helios_cp.pipeline.world import pick_backend
 from helios_cp.plan.choose import choose_layout, planning_hardware
 from helios_cp.weights.check import check_execution, check_lora, with_stored_quantization
 from helios_cp.weights.hub import HubId, snapshot_in
@@ -104,7 +104,7 @@ def check(call: Call, cache: Path | None, ranks: Ranks | None = None, target: Ta
     resume, prompt_file = call.resume, call.prompt_file
     saved = RunFolder.open(resume).run if resume is not None and prompt_file is None else None
     model = absolute_model(call.model or (saved.model if saved else DEFAULT_MODEL))
-    device = device_of_rank(pick_device(call.device), ranks)
+    device = card_of_rank(pick_device(call.device), ranks.local_rank)
     backend = pick_backend(call.layout.backend, device, ranks)
     dtype = pick_dtype(call.dtype or (saved.dtype if saved else "auto"), device)
     execution = replace(saved.execution if saved else Execution(), **call.execution)

@@ -1,11 +1,11 @@
-"""First-block residual caching: a step whose first block does much the same as before reuses what the others did.
+"""First-block residual caching: where the first block does much the same as before, a step reuses the other blocks.
 
 After block 0 of the branch of the prompt, its residual r (what it added to the noisy tokens) is compared with that of
 the last step that was computed in full: mean |r − r'| / mean |r'|. Below the threshold the other blocks are left out,
-and what they added then is added again. Not exact. Nothing is reused across chunks, nor across pyramid stages.
+and their sum of that step is added again. This is not exact. Nothing is reused across chunks or pyramid stages.
 
-One decision holds for both branches of guidance and all ranks, so ranks that exchange or gather anything in a step do
-so in step, in every layout. It takes one message of a few bytes, and the host waits for the result.
+One decision holds for both branches of guidance and all ranks, so all ranks run the same collectives in each step. It
+takes one message of a few bytes, and the host waits for it.
 """
 
 from __future__ import annotations

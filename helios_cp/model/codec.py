@@ -40,16 +40,16 @@ class Codec:
 
     @property
     def is_local(self) -> bool:
-        """Whether this rank decodes, and without other ranks: only then may it do so beside other work.
+        """Whether this rank decodes without other ranks. Only then may it decode beside other work.
 
-        Ranks that share a VAE exchange rows. NCCL does not promise progress to two communicators that are busy at once
-        on a card, such as this and that of the denoising, unless all ranks run their operations in one order.
+        Ranks that share a VAE exchange rows, while those of the denoising exchange tokens. NCCL does not promise
+        progress to two communicators at work on one card, unless all ranks run their operations in one order.
         """
         return self.vae is not None
 
     @property
     def last_group(self) -> int | None:
-        """The latent frames that went through together last, for a report; `None` before the first."""
+        """How many latent frames went through together last, for a report; `None` before the first."""
         return next(reversed(self._chosen.values()), None)
 
     def encode(self, videos: Sequence[Tensor]) -> list[Posterior]:

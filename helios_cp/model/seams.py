@@ -1,8 +1,8 @@
 """Seams between chunks: the first frames of a chunk matched to the last one of the chunk before.
 
-Every chunk is decoded alone, and starts from noise of its own, so light and colour may jump at its first frame. Only
-their low frequencies are matched, because details move. The last frames of a chunk stay as they are, so nothing adds up
-from chunk to chunk, and a chunk needs no more of the one before than its latents.
+Every chunk is decoded alone and starts from noise of its own, so light and colour may jump at its first frame. Only low
+frequencies are matched, because details move. The last frames of a chunk stay as they are. So nothing adds up from
+chunk to chunk, and a chunk needs only the latents of the one before.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ Decode = Callable[[Tensor], Tensor | None]
 def match_seam(frames: Tensor, before: Tensor) -> Tensor:
     """Frames `[B, T, H, W, 3]` with their start matched to `before` `[B, H, W, 3]`; uint8, or fp32 in [0, 1].
 
-    Frame i takes 1 − i/8 of the difference between the low frequencies of `before` and its own: the first frame of a
-    chunk is often off by itself, and with its difference the ones behind it would be made wrong.
+    Frame i takes 1 − i/8 of the difference between the low frequencies of `before` and its own. It does not take the
+    difference of the first frame, because that frame is often off by itself.
     """
     is_whole = frames.dtype == torch.uint8
     count = min(FRAMES, frames.shape[1])

@@ -15,8 +15,7 @@ from helios_cp.model.layers import FeedForward, TokenOperations, attend
 class TokenSequence(Protocol):
     """How the segments of a sequence (history parts, then noisy tokens) are spread.
 
-    `before` is the number of tokens in the segments before the one in hand; with it every method can tell which tokens
-    of that segment are here.
+    `before` is the number of tokens in the segments before this one. It decides which tokens of the segment are here.
     """
 
     def shard(self, tokens: Tensor, dim: int, before: int) -> Tensor:

@@ -125,10 +125,9 @@ class HeliosTransformer(nn.Module):
         return self
 
     def weights_changed(self) -> None:
-        """To be called when parameters lie elsewhere, or when those have other values that embed the timestep.
+        """Call this when parameters lie elsewhere, or when those that embed the timestep have new values.
 
-        Whatever was computed from them is forgotten; whoever keeps something of where they lay asks for it in
-        `on_changed_weights`.
+        It drops what was computed from them, and calls `on_changed_weights`, for whoever remembers where they lay.
         """
         self._zero_timestep = None
         for call in self.on_changed_weights:
@@ -205,7 +204,7 @@ class HeliosTransformer(nn.Module):
         return self._unpatchify(self.sequence.gather(out, 1, noisy, before), grid)
 
     def reads_besides(self, latents: Tensor, frame_indices: tuple[int, ...] | None = None) -> Iterator[Tensor]:
-        """All that a forward of such latents reads and is not given: parameters, and what is computed once and kept."""
+        """The tensors that a forward of such latents reads beside its arguments: parameters, and tables it keeps."""
         yield from self.parameters()
         yield from self.buffers()
         yield self._noisy_table(latents, frame_indices)
@@ -258,7 +257,7 @@ def empty_model(config: TransformerConfig, dtype: torch.dtype) -> HeliosTransfor
 
 
 class _NoValues(TorchFunctionMode):
-    """Random initial values are left out. To scale them without memory, torch would load all of its compiler: 1 s."""
+    """Leaves out random initial values, because to scale them on the meta device torch loads its compiler: 1 s."""
 
     def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if function in (torch.Tensor.div, torch.Tensor.__truediv__):

@@ -1,8 +1,8 @@
 """When a chunk is decoded: at once, or in a thread beside the denoising of the next chunk.
 
-Denoising of chunk k+1 needs chunk k's latents and not its frames. So chunk k can be decoded, and its frames copied to
-the host, on a stream of its own while chunk k+1 is denoised. At most one chunk is on its way, so memory stays that of
-one chunk more. The same kernels run on the same numbers in either way, so the bits are the same.
+Denoising of chunk k+1 needs the latents of chunk k and not its frames. So chunk k can be decoded, and its frames copied
+to the host, on a stream of its own while chunk k+1 is denoised. At most one chunk is on its way, so it takes the memory
+of one chunk more. The same kernels run on the same numbers either way, so the bits are the same.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from helios_cp.sampling.denoise import Step
 
 @dataclass(frozen=True)
 class Denoised:
-    """A chunk that the device is denoising or has denoised: still without frames, and without its stages' seconds.
+    """A chunk without frames, and without the seconds of its stages. The device may still be at work on it.
 
-    `ready` lies in the stream behind its latents.
+    `ready` is a mark in the stream after its latents.
     """
 
     chunk: Chunk

@@ -12,7 +12,7 @@ WORK = {"denoise", "decode"}
 
 
 class Room:
-    """What denoising and decoding need beside all that stays on the device; measured once for each size of video."""
+    """The memory that denoising and decoding take beside what stays on the device, measured once a size of video."""
 
     def __init__(self, meter: MemoryMeter) -> None:
         self.meter = meter
@@ -20,9 +20,9 @@ class Room:
 
     @contextmanager
     def measured(self, size: Hashable, work: str) -> Iterator[None]:
-        """Notes what one of `WORK` needs, which runs inside, and nothing beside it. The first time only.
+        """Measures one of `WORK`, which runs inside with nothing beside it. It does so the first time only.
 
-        Nothing is noted where nobody can tell how much is free.
+        It measures nothing where nobody can tell how much memory is free.
         """
         if work in self._needed[size] or self.meter.free() is None:
             yield
@@ -32,9 +32,9 @@ class Room:
         self._needed[size][work] = self.meter.needed()
 
     def has_both(self, size: Hashable) -> bool:
-        """Whether both fit together, asked while none of them runs. No while one was not measured.
+        """Whether both fit together. Ask while neither runs. False until both were measured.
 
-        Yes where nobody can tell how much is free.
+        True where nobody can tell how much memory is free.
         """
         free, needed = self.meter.free(), self._needed[size]
         return free is None or (needed.keys() == WORK and free >= MARGIN * sum(needed.values()))

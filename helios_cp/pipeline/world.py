@@ -22,24 +22,19 @@ import torch.distributed as dist
 
 from helios_cp.config.errors import CheckpointError, RequestError
 from helios_cp.config.ranks import Ranks
-from helios_cp.device.device import TESTED, card_count, card_of_rank, make_current
+from helios_cp.device.device import TESTED, card_count, make_current
 
 POLL = 0.05
 """Seconds between two looks whether all ranks are as far as this one."""
 BEAT = 1.0
 """Seconds between two signs of life of a rank that has long work to do before it meets the others."""
 GRACE = 2.0
-"""Seconds that a rank which lost another gives it to say why: less than torchrun and `generate` leave it to live."""
+"""Seconds that a rank waits for a lost rank to say why. torchrun and `generate` let it live for longer than that."""
 
 GLOO_LOST = re.compile(r"\[[^\]]*gloo/transport/[^\]]*\]|Application timeout caused pair closure")
 """How the messages of gloo's transport begin. They come as a plain `RuntimeError`."""
 NCCL_LOST = re.compile(r"ncclRemoteError|Watchdog caught collective operation timeout|communicator was aborted")
 """What NCCL says of other ranks, in a `DistBackendError`, which it raises for faults of its own rank too."""
-
-
-def device_of_rank(device: torch.device, ranks: Ranks) -> torch.device:
-    """One card a rank, in turn, where no card is named."""
-    return card_of_rank(device, ranks.local_rank)
 
 
 def pick_backend(name: str | None, device: torch.device, ranks: Ranks) -> str:
@@ -61,9 +56,9 @@ def pick_backend(name: str | None, device: torch.device, ranks: Ranks) -> str:
 
 
 class World:
-    """The ranks of one job: they share what rank 0 decides, and the first that fails speaks for all.
+    """The ranks of one job. They share what rank 0 decides, and the first rank that fails speaks for all.
 
-    Its store is that of torchrun's rendezvous. A job of one rank has none and communicates nothing. Raises
+    They use the store of torchrun's rendezvous. A job of one rank has no store and communicates nothing. Raises
     `RequestError` where there is no rendezvous.
     """
 
@@ -115,8 +110,8 @@ class World:
     def connected(self, backend: str, device: torch.device) -> Iterator[None]:
         """Process groups exist inside. An exception is reported by the first rank that has one, and ends the process.
 
-        When a rank fails its peers lose their connection to it and fail too; they stay silent. Ranks leave together, as
-        one that left early would close connections that others may still read from.
+        When a rank fails, its peers lose their connection to it and fail too; they stay silent. Ranks leave together,
+        because one that left early would close connections that others may still read from.
         """
         if self._store is None:
             yield

@@ -134,18 +134,6 @@ def part_of_component(part: Slices, name: str, kind: str) -> Slices:
     return rows, slice(columns.start // 2, columns.stop // 2) if kind == "int4" else columns
 
 
-@torch.no_grad()
-def quantize_blocks(transformer: nn.Module, kind: str) -> None:
-    """Quantise the blocks of a loaded model in place; layers that are quantised already stay as they are.
-
-    `helios_cp.weights.transformer.load_transformer` does it while it loads, without the whole model in memory.
-    """
-    for path, module in transformer.named_modules():
-        if is_block_linear(path, module) and not is_quantised(module.weight):
-            weight = assemble(quantise(module.weight, kind), kind, module.weight.dtype)
-            module.weight = nn.Parameter(weight, requires_grad=False)
-
-
 def stored_quantization(folder: Path) -> str | None:
     """How the weights of a checkpoint folder are quantised, as the config of its transformer says.
 

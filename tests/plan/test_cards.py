@@ -10,6 +10,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks.models.full_size import quantize_blocks
 from helios_cp.config.execution import Execution
 from helios_cp.config.layout import Layout
 from helios_cp.pipeline.pipeline import Pipeline
@@ -29,7 +30,6 @@ from helios_cp.plan.memory import (
 )
 from helios_cp.runtime.device_weights import SLOTS
 from helios_cp.runtime.offload import offload
-from helios_cp.weights.quantize import quantize_blocks
 from parallel.mesh import Degrees
 from tests.plan.workloads import workload as workload_of
 

@@ -10,7 +10,8 @@ from helios_cp.config.errors import RequestError
 from helios_cp.config.layout import AskedLayout, Layout, smallest_tokens
 from helios_cp.config.ranks import Ranks
 from helios_cp.config.request import Request
-from helios_cp.pipeline.world import device_of_rank, pick_backend
+from helios_cp.device.device import card_of_rank
+from helios_cp.pipeline.world import pick_backend
 from helios_cp.plan.choose import choose_layout
 from parallel.mesh import Degrees
 
@@ -81,9 +82,9 @@ def test_layouts_travel_as_json():
 def test_devices_and_backends(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     cuda = torch.device("cuda")
-    assert device_of_rank(cuda, Ranks(5, 5, 8, 8)) == torch.device("cuda:1")
-    assert device_of_rank(torch.device("cuda:0"), Ranks(5, 5, 8, 8)) == torch.device("cuda:0")
-    assert device_of_rank(CPU, Ranks(5, 5, 8, 8)) == CPU
+    assert card_of_rank(cuda, 5) == torch.device("cuda:1")
+    assert card_of_rank(torch.device("cuda:0"), 5) == torch.device("cuda:0")
+    assert card_of_rank(CPU, 5) == CPU
     assert pick_backend(None, CPU, Ranks()) == "gloo"
     assert pick_backend(None, cuda, Ranks(0, 0, 2, 2)) == "nccl"
     assert pick_backend("gloo", cuda, Ranks(0, 0, 8, 8)) == "gloo"

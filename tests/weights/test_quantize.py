@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from diffusers import HeliosTransformer3DModel
 from safetensors.torch import load_file, save_file
 
+from benchmarks.models.full_size import quantize_blocks
 from benchmarks.ranks.pool import shared_pool
 from helios_cp.config.checkpoint import Checkpoint, TransformerConfig
 from helios_cp.config.errors import CheckpointError, RequestError
@@ -36,7 +37,6 @@ from helios_cp.weights.quantize import (
     is_block_linear,
     is_quantised,
     quantise,
-    quantize_blocks,
 )
 from helios_cp.weights.quantize_folder import quantize_folder
 from helios_cp.weights.transformer import load_transformer

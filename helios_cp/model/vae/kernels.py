@@ -1,4 +1,4 @@
-"""What a VAE consists of, norms and convolutions, written so that little passes between memory and the cores.
+"""The norms and convolutions of the VAE, written to move little between memory and the cores.
 
 Tensors are `[..., C]`. RMSNorm here is diffusers' `WanRMS_norm`: x · √C / ‖x‖ · γ over the channels of each pixel.
 """

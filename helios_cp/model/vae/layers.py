@@ -28,8 +28,8 @@ class Norm(nn.Module):
 class CausalConvolution(nn.Conv3d):
     """A 3 × 3 × 3 convolution of which a frame sees itself and the two before it, zeros before the first.
 
-    Its input is made in a buffer with room in front for the frames of the past, and above and below for rows of others,
-    so that nothing is padded or joined by a copy: `norm`, with a SiLU, writes straight into it.
+    Its input lies in a buffer with room in front for past frames, and above and below for rows of other ranks. `norm`,
+    with a SiLU, writes straight into it, so nothing is padded or joined by a copy.
     """
 
     def __init__(self, inputs: int, outputs: int) -> None:
@@ -74,8 +74,8 @@ class PointConvolution(nn.Conv3d):
 class ResidualBlock(nn.Module):
     """Two convolutions, each of SiLU(RMSNorm(·)), added to what came in, which is overwritten where it can be.
 
-    With `edge` the result has a further row and column, for the downsampling that follows, of which the column is zeros
-    and the row is not filled.
+    With `edge` the result has one more row and column, for the downsampling that follows. The column is zeros; the row
+    is not filled.
     """
 
     def __init__(self, inputs: int, outputs: int) -> None:

@@ -1,4 +1,4 @@
-"""How many latent frames go through a VAE together: by the memory that a group of them needs beside the weights.
+"""How many latent frames go through a VAE together, by the memory that a group needs beside the weights.
 
 The formula is a model: it counts the tensors of a residual block at its largest, and the frames that are kept for the
 group that follows. `tests/plan/test_vae_cost.py` holds it against running code.
@@ -14,7 +14,7 @@ from helios_cp.model.vae.kernels import ON_CARD
 LIVE = 3
 """Tensors of a residual block at a time: what came in, the buffer that a convolution reads, and its result."""
 SHARE = 0.4
-"""Of the free memory: beside it work convolutions take, and the denoising of the next chunk."""
+"""Share of the free memory. The rest is for workspaces of convolutions and for denoising the next chunk."""
 LARGEST = 2**31
 """Elements of a tensor that every convolution kernel can count."""
 

@@ -44,10 +44,9 @@ class WholeRows:
 
 @dataclass
 class Sweep:
-    """What layers keep of the frames before, from one group of frames to the next.
+    """Keeps past frames of each layer's input from one group of frames to the next.
 
-    `is_first` and `is_last` are about the group in hand: before the first there is nothing, and of the last nothing
-    need be kept.
+    `is_first` and `is_last` are about the current group. The first has no past, and of the last nothing is kept.
     """
 
     rows: Rows = field(default_factory=WholeRows)
@@ -62,10 +61,9 @@ class Sweep:
         return 0 if self.rows.is_whole else 1
 
     def past(self, layer: nn.Module, frames: int) -> int:
-        """Frames of the past that this group of `frames` needs in front of it.
+        """How many past frames this group of `frames` needs in front of it.
 
-        At the beginning of a video they are zeros, and a group of one or two frames does without those that a smaller
-        kernel need not look at.
+        At the beginning of a video they are zeros. There a group of one or two frames takes fewer, and a smaller kernel.
         """
         return PAST if layer in self._past else min(frames - 1, PAST)
 
