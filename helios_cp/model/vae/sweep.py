@@ -63,7 +63,7 @@ class Sweep:
     def past(self, layer: nn.Module, frames: int) -> int:
         """How many past frames this group of `frames` needs in front of it.
 
-        At the beginning of a video they are zeros. There a group of one or two frames takes fewer, and a smaller kernel.
+        At the beginning of a video they are zeros. Groups of one or two frames then take fewer, and a smaller kernel.
         """
         return PAST if layer in self._past else min(frames - 1, PAST)
 
