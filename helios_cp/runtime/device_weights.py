@@ -4,51 +4,37 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from helios_cp.device.device import has_streams
 from helios_cp.runtime.host_weights import HostWeights
 
 SLOTS = 2
 
 
-class Copies(Protocol):
-    """Copies beside the computation."""
-
-    def start(self, target: Tensor, source: Tensor) -> object:
-        """Copy after all that has been computed so far; returns a ticket."""
-
-    def wait(self, ticket: object) -> None:
-        """What is computed from now on sees the copy."""
-
-
-class StreamCopies:
-    """On a stream of the device's own. The host waits for nothing."""
+class Copies:
+    """Copies beside the computation, on a stream of the device's own. Without streams they take turns with it."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.stream = torch.Stream(device)
+        self.stream = torch.Stream(device) if has_streams(device) else None
 
-    def start(self, target: Tensor, source: Tensor) -> torch.Event:
+    def start(self, target: Tensor, source: Tensor) -> torch.Event | None:
+        """Copy after all that has been computed so far; returns a ticket. The host does not wait for a stream."""
+        if self.stream is None:
+            target.copy_(source)
+            return None
         self.stream.wait_stream(torch.accelerator.current_stream(self.device))
         with self.stream:
             target.copy_(source, non_blocking=True)
             return self.stream.record_event()
 
-    def wait(self, ticket: torch.Event) -> None:
-        torch.accelerator.current_stream(self.device).wait_event(ticket)
-
-
-class DirectCopies:
-    """Of a device without streams: in turn with what it computes."""
-
-    def start(self, target: Tensor, source: Tensor) -> None:
-        target.copy_(source)
-
-    def wait(self, ticket: None) -> None:
-        pass
+    def wait(self, ticket: torch.Event | None) -> None:
+        """What is computed from now on sees the copy."""
+        if ticket is not None:
+            torch.accelerator.current_stream(self.device).wait_event(ticket)
 
 
 class DeviceMemory:

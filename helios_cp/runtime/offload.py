@@ -24,7 +24,7 @@ from helios_cp.device.device import has_streams
 from helios_cp.device.memory import MARGIN, MemoryMeter, grow_segments
 from helios_cp.device.streams import wait_for
 from helios_cp.model.transformer import HeliosTransformer
-from helios_cp.runtime.device_weights import Copies, DirectCopies, MemoryCounter, Resident, StreamCopies, Streamed
+from helios_cp.runtime.device_weights import Copies, MemoryCounter, Resident, Streamed
 from helios_cp.runtime.host_weights import HostWeights, Place, places, tensors_at
 
 
@@ -70,7 +70,7 @@ class Card:
     def __init__(self, device: torch.device, copies: Copies | None = None, meter: MemoryMeter | None = None) -> None:
         self.device = device
         self.counter = MemoryCounter()
-        self.copies = copies or (StreamCopies(device) if has_streams(device) else DirectCopies())
+        self.copies = copies or Copies(device)
         self.meter = meter
         self.parts: dict[str, Part] = {}
         self._at_work: Part | None = None

@@ -2,7 +2,7 @@
 
 Offloading moves weights and changes no sum, so results are compared bitwise, and bytes and copies are exact counts. On
 a CPU the buffers, and the copies into them, are as real as on a card. `Late` copies come at the last moment that is
-allowed and `DirectCopies` at the first: what is right with both is right with any stream between them.
+allowed and those of a CPU at the first: what is right with both is right with any stream between them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from helios_cp.pipeline.start import Inputs
 from helios_cp.runtime import device_weights
 from helios_cp.runtime import offload as engine
 from helios_cp.runtime.compilation import compile_blocks
-from helios_cp.runtime.device_weights import DirectCopies, MemoryCounter, Streamed
+from helios_cp.runtime.device_weights import Copies, MemoryCounter, Streamed
 from helios_cp.runtime.host_weights import HostWeights, places
 from helios_cp.runtime.offload import Card, offload
 from parallel.mesh import Degrees, Mesh
@@ -41,6 +41,11 @@ FIELDS = {
     "random-distilled": {"pyramid_num_inference_steps_list": (1, 1, 1)},
 }
 PARTS = ("text encoder", "transformer", "encoder", "decoder")
+
+
+def direct() -> Copies:
+    """Copies at the first moment."""
+    return Copies(CPU)
 
 
 class Late:
@@ -133,7 +138,7 @@ def test_bits_and_bytes(folders, astronaut, plain, name, how):
         assert whole <= parts["transformer"].device_bytes < whole * 1.01
 
 
-@pytest.mark.parametrize("copies", [DirectCopies, Late])
+@pytest.mark.parametrize("copies", [direct, Late])
 def test_order_of_copies_does_not_matter(folders, astronaut, plain, copies):
     pipeline = load(folders["random-mid"], "group", torch.bfloat16, Card(CPU, copies()))
     result = video(pipeline, request_of("random-mid"), Inputs(image=astronaut))
@@ -153,7 +158,7 @@ def test_bringing_a_layer_into_the_buffer_at_work_shows(folders, astronaut, plai
         self._bring((layer + 2) % len(self.weights))
 
     monkeypatch.setattr(Streamed, "fetch", fetch)
-    pipeline = load(folders["random-mid"], "group", torch.float32, Card(CPU, DirectCopies()))
+    pipeline = load(folders["random-mid"], "group", torch.float32, Card(CPU))
     result = video(pipeline, request_of("random-mid"), Inputs(image=astronaut))
     assert not torch.equal(result[0], plain["random-mid", torch.float32][0])
 
@@ -175,7 +180,7 @@ def test_layers_run_in_any_order():
     @hypothesis.given(
         following=st.lists(st.integers(0, 5), min_size=6, max_size=6),
         calls=st.lists(st.integers(0, 6), max_size=20),
-        copies=st.sampled_from([DirectCopies, Late]),
+        copies=st.sampled_from([direct, Late]),
     )
     def check(following, calls, copies):
         layers = layers_of(6)
@@ -328,7 +333,7 @@ def test_a_layer_whose_copy_failed_is_brought_again():
     """What was in its buffer before is not taken to be there."""
     layers = layers_of(4)
 
-    class Broken(DirectCopies):
+    class Broken(Copies):
         is_broken = False
 
         def start(self, target, source):
@@ -337,7 +342,7 @@ def test_a_layer_whose_copy_failed_is_brought_again():
                 raise MemoryError
             super().start(target, source)
 
-    copies = Broken()
+    copies = Broken(CPU)
     streamed = Streamed(
         [HostWeights(places([layer]), CPU) for layer in layers], [1, 2, 3, 0], CPU, MemoryCounter(), copies
     )
@@ -488,7 +493,7 @@ def test_a_card_is_done_before_its_memory_goes_back(monkeypatch):
     monkeypatch.setattr(engine, "has_streams", lambda device: True)
     monkeypatch.setattr(engine, "wait_for", seen.append)
     monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: seen.append("memory"))
-    Card(device, DirectCopies()).add("any", [], [])
+    Card(device, direct()).add("any", [], [])
     assert seen == [device, "memory"]
 
 
