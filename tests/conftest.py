@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.ranks.pool import RankPool, shared_pool
 from helios_cp.weights.presets import RANDOM, preset_folder
 from tests.order import file_scheduling, longest_first
 
@@ -61,6 +62,18 @@ def cache(tmp_path_factory):
 def presets(cache):
     """The folder of each tiny checkpoint of random weights, by name."""
     return {name: preset_folder(name, cache) for name in RANDOM}
+
+
+@pytest.fixture(scope="session")
+def folders(presets) -> dict[str, str]:
+    """As `presets`, in text, as ranks are given it."""
+    return {name: str(folder) for name, folder in presets.items()}
+
+
+@pytest.fixture(scope="session")
+def pool() -> RankPool:
+    """The gloo ranks that all tests of a process share."""
+    return shared_pool()
 
 
 @pytest.fixture(scope="session")

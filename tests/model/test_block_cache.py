@@ -14,7 +14,6 @@ from unittest import mock
 import pytest
 import torch
 
-from benchmarks.ranks.pool import shared_pool
 from helios_cp.config.execution import Execution
 from helios_cp.config.request import Request
 from helios_cp.generate.__main__ import main
@@ -34,16 +33,6 @@ SIZE = "--prompt fox --height 64 --width 64 --num-frames 33"
 
 def request_of(name: str, **fields) -> Request:
     return Request(prompt=("a fox",), height=64, width=64, num_frames=66, **{**STEPS[name], **fields})
-
-
-@pytest.fixture(scope="module")
-def pool():
-    return shared_pool()
-
-
-@pytest.fixture(scope="module")
-def folders(presets):
-    return {name: str(folder) for name, folder in presets.items()}
 
 
 @torch.no_grad()

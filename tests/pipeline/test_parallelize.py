@@ -16,7 +16,6 @@ from unittest import mock
 import pytest
 import torch
 
-from benchmarks.ranks.pool import shared_pool
 from helios_cp.config.execution import Execution
 from helios_cp.config.request import Request
 from helios_cp.generate.schedule_file import read_schedule_file
@@ -50,11 +49,6 @@ STEPS = {
     "random-mid": {"pyramid_num_inference_steps_list": (3, 1, 1), "guidance_scale": 3.0},
     "random-distilled": {"pyramid_num_inference_steps_list": (1, 1, 1)},
 }
-
-
-@pytest.fixture(scope="module")
-def pool():
-    return shared_pool()
 
 
 def build(folder: str, degrees: Degrees, dtype: torch.dtype = torch.float32):
@@ -113,11 +107,6 @@ def run_forwards(rank: int, folder: str, degrees: Degrees) -> list[torch.Tensor]
         outputs.append(transformer(latents, timestep, text, condition, tuple(range(20, 29))))
         outputs.append(transformer(latents, timestep, text))
     return outputs
-
-
-@pytest.fixture(scope="module")
-def folders(presets):
-    return {name: str(folder) for name, folder in presets.items()}
 
 
 @pytest.fixture(scope="module")

@@ -74,16 +74,6 @@ class NobodyWaits:
         pass
 
 
-@pytest.fixture(scope="module")
-def pool():
-    return shared_pool()
-
-
-@pytest.fixture(scope="module")
-def folders(presets):
-    return {name: str(folder) for name, folder in presets.items()}
-
-
 def request_of(name: str) -> Request:
     prompts = (ScheduledPrompt("a fox", 1), ScheduledPrompt("an owl", 1))
     return Request(prompt_schedule=prompts, interpolation_steps=1, height=64, width=64, num_frames=66, **FIELDS[name])

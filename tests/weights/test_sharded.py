@@ -19,7 +19,6 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from benchmarks.ranks.pool import shared_pool
 from helios_cp.config.checkpoint import Checkpoint, TransformerConfig
 from helios_cp.config.execution import Execution
 from helios_cp.config.request import Request, ScheduledPrompt
@@ -44,16 +43,6 @@ STEPS = {
     "random-distilled": {"pyramid_num_inference_steps_list": (1, 1, 1)},
 }
 DTYPES = (torch.float32, torch.bfloat16)
-
-
-@pytest.fixture(scope="module")
-def pool():
-    return shared_pool()
-
-
-@pytest.fixture(scope="module")
-def folders(presets):
-    return {name: str(folder) for name, folder in presets.items()}
 
 
 def load(folder: str, degrees: Degrees, dtype: torch.dtype = torch.float32, sharded: bool = True):
