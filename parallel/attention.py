@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 
 ENGINES = ("native", "cudnn", "flash")
+HALF = (torch.float16, torch.bfloat16)
+"""Dtypes that flash kernels take."""
 
 # (query, key, value) → out, or out and log-sum-exp: what the sequence-parallel algorithms take for local attention
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -37,7 +39,7 @@ def unavailable(engine: str, device: torch.device | str, dtype: torch.dtype | No
         return None
     if device.type != "cuda":
         return f"{engine} attention needs a CUDA device, not {device.type}; use native"
-    if dtype is not None and dtype not in (torch.float16, torch.bfloat16):
+    if dtype is not None and dtype not in HALF:
         return f"{engine} attention takes float16 and bfloat16, not {str(dtype).removeprefix('torch.')}; use native"
     if engine == "cudnn" and not torch.backends.cudnn.is_available():
         return "cudnn attention needs a torch built with cuDNN; use native"
@@ -109,7 +111,7 @@ def _torch_with_lse(
         return out, lse.view(query.shape[:3])
     if not query.is_cuda:
         return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)
-    if query.dtype in (torch.float16, torch.bfloat16):
+    if query.dtype in HALF:
         return aten._scaled_dot_product_flash_attention(query, key, value)[:2]
     out, lse = aten._scaled_dot_product_efficient_attention(query, key, value, None, True)[:2]
     return out, lse[..., : query.shape[2]]  # the kernel rounds the rows of lse up to a whole block

@@ -101,7 +101,7 @@ def unavailable_engine(
         return kernels.unavailable(engine, device, dtype)
     if reason := _peer_unavailable(engine, device, degrees, backend):
         return reason
-    if device.type == "cuda" and dtype not in (torch.float16, torch.bfloat16):
+    if device.type == "cuda" and dtype not in kernels.HALF:
         return f"{engine} attention takes float16 and bfloat16, not {str(dtype).removeprefix('torch.')}; use native"
     if heads % degrees.ulysses:
         allowed = [size for size in range(1, degrees.ulysses) if heads % size == 0]

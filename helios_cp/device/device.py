@@ -17,7 +17,8 @@ from helios_cp.config.errors import RequestError
 
 KINDS = ("cpu", "cuda", "mps", "xpu", "npu")
 TESTED = ("cpu", "cuda")
-WITH_STREAMS = ("cuda", "xpu", "npu")
+CARDS = ("cuda", "xpu", "npu")
+"""Kinds of which a machine can have several, each with streams of work."""
 WITHOUT_FLOAT64 = ("mps", "npu")
 
 
@@ -74,7 +75,7 @@ def has_float64(device: torch.device) -> bool:
 
 def has_streams(device: torch.device) -> bool:
     """Whether work can run beside other work on the device."""
-    return device.type in WITH_STREAMS
+    return device.type in CARDS
 
 
 def capability(device: torch.device) -> tuple[int, int] | None:
@@ -90,14 +91,14 @@ def has_tf32(device: torch.device) -> bool:
 
 def device_name(device: torch.device) -> str:
     """For a reader: the name of the card, or what the CPU is."""
-    if device.type in ("cuda", "xpu", "npu"):
+    if device.type in CARDS:
         return torch.get_device_module(device).get_device_name(device)
     return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
 def card_of_rank(device: torch.device, local_rank: int) -> torch.device:
     """One card a rank, in turn, where the device has several and none is named."""
-    if device.index is not None or device.type not in ("cuda", "xpu", "npu"):
+    if device.index is not None or device.type not in CARDS:
         return device
     return torch.device(device.type, local_rank % card_count(device))
 

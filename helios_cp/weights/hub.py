@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from helios_cp.config.checkpoint import CONFIG_FILES, WEIGHT_STEMS
 from helios_cp.config.console import say
@@ -65,17 +65,8 @@ def describe(hub_id: HubId) -> Path:
     The folder has the commit's name. Where the hub cannot be reached, the files in the cache serve. Raises
     `RequestError`.
     """
-    import huggingface_hub
-
-    fetch = functools.partial(
-        huggingface_hub.snapshot_download,
-        hub_id.repository,
-        revision=hub_id.revision,
-        allow_patterns=list(DESCRIPTIONS),
-        tqdm_class=_hidden_bar(),
-    )
     with _quiet():
-        return Path(_patiently(hub_id, "", fetch))
+        return Path(_patiently(hub_id, "", _snapshot(hub_id.repository, hub_id.revision, DESCRIPTIONS)))
 
 
 def download_weights(hub_id: HubId, folder: Path, parts: Iterable[str]) -> None:
@@ -91,16 +82,8 @@ def download_weights(hub_id: HubId, folder: Path, parts: Iterable[str]) -> None:
     commit = folder.name
     stems = [f"{part}/{WEIGHT_STEMS[part]}" for part in parts]
     patterns = [f"{stem}{end}" for stem in stems for end in (".safetensors", "-?????-of-?????.safetensors")]
-    look = functools.partial(
-        huggingface_hub.snapshot_download,
-        hub_id.repository,
-        revision=commit,
-        allow_patterns=patterns,
-        dry_run=True,
-        tqdm_class=_hidden_bar(),
-    )
     with _quiet():
-        found = _patiently(hub_id, "", look)
+        found = _patiently(hub_id, "", _snapshot(hub_id.repository, commit, patterns, dry_run=True))
         for stem in stems:
             if not any(file.filename.startswith(stem) for file in found):
                 raise RequestError(
@@ -197,10 +180,21 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _hidden_bar() -> Callable[..., object]:
+def _snapshot(
+    repository: str, revision: str | None, patterns: Iterable[str], dry_run: bool = False
+) -> Callable[[], Any]:
+    """A call that fetches, or with `dry_run` only finds, the files of some patterns, without a progress bar."""
+    from huggingface_hub import snapshot_download
     from huggingface_hub.utils import tqdm
 
-    return functools.partial(tqdm, disable=True)
+    return functools.partial(
+        snapshot_download,
+        repository,
+        revision=revision,
+        allow_patterns=list(patterns),
+        dry_run=dry_run,
+        tqdm_class=functools.partial(tqdm, disable=True),
+    )
 
 
 def _gigabytes(size: int) -> str:

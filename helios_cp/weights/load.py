@@ -89,7 +89,7 @@ def load_vae(
 
     folder = checkpoint.folder / "vae"
     config = _vae_config(folder, checkpoint.transformer.in_channels)
-    stored = stored_tensors(folder, "diffusion_pytorch_model")
+    stored = stored_tensors(folder, WEIGHT_STEMS["vae"])
     with torch.device("meta"):
         vae = Autoencoder(config).to(dtype or torch.float32)
     check_fit(folder, stored, {name: tuple(tensor.shape) for name, tensor in vae.state_dict().items()})
@@ -140,7 +140,7 @@ def load_text_encoder(
             f"{folder / 'config.json'}: d_model is {width}; it must be {checkpoint.transformer.text_dim}, the "
             "transformer's text_dim"
         )
-    stored_tensors(folder, "model")
+    stored_tensors(folder, WEIGHT_STEMS["text_encoder"])
     with _blame(folder), without_progress_bars():
         text_encoder, report = UMT5EncoderModel.from_pretrained(
             folder,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from helios_cp.config.checkpoint import Checkpoint
+from helios_cp.config.checkpoint import WEIGHT_STEMS, Checkpoint
 from helios_cp.config.errors import RequestError
 from helios_cp.config.execution import Adapter, Execution
 from helios_cp.files.tensor_files import (
@@ -41,7 +41,7 @@ from helios_cp.weights.quantize import (
 )
 from helios_cp.weights.updates import Update, merged
 
-STEM = "diffusion_pytorch_model"
+STEM = WEIGHT_STEMS["transformer"]
 IGNORED_KEY = "norm_added_q"  # in some checkpoints, used by no Helios; diffusers leaves it out too
 
 Read = Callable[[str, Slices], Tensor]

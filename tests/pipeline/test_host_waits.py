@@ -66,7 +66,7 @@ def log(monkeypatch) -> Log:
     """The meta device as one with streams."""
     log = Log()
     stream = SimpleNamespace(synchronize=lambda: log.append(STOP))
-    monkeypatch.setattr(device, "WITH_STREAMS", (*device.WITH_STREAMS, "meta"))
+    monkeypatch.setattr(device, "CARDS", (*device.CARDS, "meta"))
     monkeypatch.setattr(torch.accelerator, "current_stream", lambda *_: stream)
     monkeypatch.setattr(torch.accelerator, "synchronize", lambda *_: log.append(STOP))
     monkeypatch.setattr(Tensor, "pin_memory", Tensor.clone)
