@@ -24,7 +24,7 @@ from helios_cp.device.device import make_current
 from helios_cp.model.layers import FeedForward, TokenOperations, gelu_tanh
 from helios_cp.model.text import PromptEncoder
 from helios_cp.pipeline.pipeline import Pipeline
-from helios_cp.pipeline.prepare import apply
+from helios_cp.pipeline.prepare import prepare_parts
 from helios_cp.pipeline.prompts import Branches
 from helios_cp.pipeline.split_codec import SplitCodec
 from helios_cp.pipeline.start import Inputs, initial_state, pixels_to_encode
@@ -78,7 +78,7 @@ def load_parallel(
     codec = SplitCodec(parts.vae(checkpoint, home) if decodes else None, mesh.vae, execution)
     total = functools.partial(prompt_total, mesh=mesh)
     text_encoder = None if encoder is None else encoder.text_encoder
-    card, block_cache = apply(execution, transformer, codec.vae, text_encoder, device, total)
+    card, block_cache = prepare_parts(execution, transformer, codec.vae, text_encoder, device, total)
     return ParallelPipeline(
         checkpoint,
         transformer,

@@ -29,7 +29,7 @@ from helios_cp.model.transformer import HeliosTransformer
 from helios_cp.pipeline.chunk import Chunk
 from helios_cp.pipeline.decoding import Decoder, Denoised, with_frames
 from helios_cp.pipeline.denoising import ChunkDenoiser
-from helios_cp.pipeline.prepare import apply
+from helios_cp.pipeline.prepare import prepare_parts
 from helios_cp.pipeline.prompt_mix import first_entry, texts_from
 from helios_cp.pipeline.prompts import Branches, Prompts
 from helios_cp.pipeline.room import Room
@@ -104,7 +104,7 @@ class Pipeline:
         transformer, adapters = load_adaptable(checkpoint, dtype, device, execution)
         encoder = PromptEncoder(*load_text_encoder(checkpoint, home, dtype), device)
         codec = Codec(load_vae(checkpoint, home), execution)
-        card, block_cache = apply(execution, transformer, codec.vae, encoder.text_encoder, device)
+        card, block_cache = prepare_parts(execution, transformer, codec.vae, encoder.text_encoder, device)
         return cls(
             checkpoint,
             transformer,

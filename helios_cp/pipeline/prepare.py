@@ -12,7 +12,7 @@ from helios_cp.model.vae.autoencoder import Autoencoder
 from helios_cp.runtime.offload import Card, offload
 
 
-def apply(
+def prepare_parts(
     execution: Execution,
     transformer: HeliosTransformer,
     vae: Autoencoder | None,

@@ -65,8 +65,9 @@ def describe(hub_id: HubId) -> Path:
     The folder has the commit's name. Where the hub cannot be reached, the files in the cache serve. Raises
     `RequestError`.
     """
+    fetch = _snapshot(hub_id.repository, hub_id.revision, DESCRIPTIONS)
     with _quiet():
-        return Path(_patiently(hub_id, "", _snapshot(hub_id.repository, hub_id.revision, DESCRIPTIONS)))
+        return Path(_patiently(hub_id, "", fetch))
 
 
 def download_weights(hub_id: HubId, folder: Path, parts: Iterable[str]) -> None:
@@ -82,8 +83,9 @@ def download_weights(hub_id: HubId, folder: Path, parts: Iterable[str]) -> None:
     commit = folder.name
     stems = [f"{part}/{WEIGHT_STEMS[part]}" for part in parts]
     patterns = [f"{stem}{end}" for stem in stems for end in (".safetensors", "-?????-of-?????.safetensors")]
+    look = _snapshot(hub_id.repository, commit, patterns, dry_run=True)
     with _quiet():
-        found = _patiently(hub_id, "", _snapshot(hub_id.repository, commit, patterns, dry_run=True))
+        found = _patiently(hub_id, "", look)
         for stem in stems:
             if not any(file.filename.startswith(stem) for file in found):
                 raise RequestError(
@@ -170,7 +172,10 @@ def _check_room(hub_id: HubId, size: int) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the warnings of the hub's library, because they print signed addresses, which are secret."""
+    """Silence the warnings of the hub's library, because they print signed addresses, which are secret.
+
+    The library must be imported before, because its import sets the level anew.
+    """
     logger = logging.getLogger("huggingface_hub")
     level = logger.level
     logger.setLevel(logging.ERROR)
