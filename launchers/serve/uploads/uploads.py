@@ -61,9 +61,13 @@ class Uploads:
         least_frames: int = LEAST_FRAMES,
     ) -> Upload:
         """Check what a client sent in `field`, a data URL where it is text, and put it in `folder` as `start.png` or
-        `start.mp4`; the folder is made. Raises `Refusal`, and leaves nothing then."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, self.check, given, folder, field, kinds, least_frames)
+        `start.mp4`; the folder is made. Raises `Refusal`, and leaves nothing then, nor where it is cancelled."""
+        checking = self._threads.submit(self.check, given, folder, field, kinds, least_frames)
+        try:
+            return await asyncio.wrap_future(checking)
+        except asyncio.CancelledError:  # the client has gone; a thread that has begun goes on
+            checking.add_done_callback(lambda _: shutil.rmtree(folder, ignore_errors=True))
+            raise
 
     def check(self, given: bytes | str, folder: Path, field: str, kinds: tuple[str, ...], least_frames: int) -> Upload:
         """As `keep`, in this thread."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -193,6 +195,28 @@ def test_the_child_loads_no_torch_and_knows_no_secret(tmp_path, monkeypatch):
         "sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
     )
     assert real([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_client_that_goes_meanwhile_leaves_nothing(taking, tmp_path, monkeypatch):
+    begun, kept = threading.Event(), threading.Event()
+
+    def check(*arguments):
+        begun.set()
+        kept.wait()
+        return Uploads.check(taking, *arguments)
+
+    monkeypatch.setattr(taking, "check", check)
+
+    async def go() -> None:
+        keeping = asyncio.create_task(taking.keep(picture(), tmp_path / "session", "image"))
+        await asyncio.to_thread(begun.wait)
+        keeping.cancel()
+        await asyncio.wait([keeping])
+        kept.set()
+        await asyncio.to_thread(taking._threads.shutdown)
+
+    asyncio.run(go())
+    assert not (tmp_path / "session").exists()
 
 
 def test_a_killed_server_leaves_nothing_in_its_scratch_folder(tmp_path):
