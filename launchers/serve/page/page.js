@@ -2,23 +2,17 @@
 
 import { History } from "./history.js";
 import { PlayedRate } from "./measures.js";
+import { showSamples, showTransitions } from "./offers.js";
 import { missing } from "./player.js";
 import { Session, address } from "./session.js";
 import { Settings, StartFile } from "./settings.js";
+import { badge, status } from "./status.js";
 import { Strip } from "./strip.js";
-import { fill, find, seconds } from "./words.js";
+import { fill, find } from "./words.js";
 
 const REMEMBERED = "helios-session";
 const LIKELY_MIME = 'video/mp4; codecs="avc1.42c01e"';
 const FAR_BEHIND = 3; // Chunks after which a viewer is offered the newest picture.
-const ENDS = {
-  stopped: "Stopped.",
-  finished: "Finished.",
-  idle: "Ended, because nobody was here.",
-  limit: "Ended at the longest time that this server allows.",
-  failed: "Ended by a fault of the server.",
-  server: "Ended, because the server stops.",
-};
 
 const video = find("video");
 const prompt = find("prompt");
@@ -27,10 +21,7 @@ const strip = new Strip(find("strip"));
 const settings = new Settings(find("settings"));
 const startFile = new StartFile(complain);
 const history = new History(find("history"), find("change"), {
-  reuse: (text) => {
-    prompt.value = text;
-    prompt.focus();
-  },
+  reuse: pick,
   announce: (text) => fill(find("announced"), text),
 });
 
@@ -41,7 +32,7 @@ let session = null;
 
 function show() {
   const state = session?.state ?? "idle";
-  const isLost = session?.link.state === "lost";
+  const isLost = Boolean(session?.isLost);
   const isViewer = session !== null && !session.isController;
   document.body.dataset.state = state;
   document.body.dataset.role = isViewer ? "viewer" : "controller";
@@ -64,10 +55,10 @@ function show() {
   prompt.placeholder = session ? "What comes next?" : "a red fox running through fresh snow";
   find("retry").hidden = !isLost;
 
-  const said = badge(state, isLost, isViewer);
+  const said = badge(server, session);
   fill(find("badge-text"), said);
   document.title = session ? `${said} · Helios live` : "Helios live";
-  const text = status(state, isLost);
+  const text = status(server, session, video);
   fill(find("status"), text);
   find("status").classList.toggle("is-busy", text.endsWith("…"));
   if (session) {
@@ -75,41 +66,6 @@ function show() {
     strip.show(session);
   }
 }
-
-function badge(state, isLost, isViewer) {
-  if (isLost) return "Reconnecting";
-  if (!session) return { ready: "Ready", loading: "Loading", draining: "Restarting" }[server?.state] ?? "Connecting";
-  if (state === "running") return isViewer ? "Watching" : session.newest < 0 ? "Starting" : "Live";
-  return { connecting: "Connecting", queued: "Waiting", paused: "Paused", done: "Ended" }[state] ?? state;
-}
-
-/** One sentence on what is happening, or nothing where the picture says it. It ends in … where one has to wait. */
-function status(state, isLost) {
-  if (!session) {
-    if (!server) return "The server does not answer yet…";
-    return server.state === "ready" ? "" : `${sentence(server.status || "loading weights")}…`;
-  }
-  if (isLost && session.newest < 0) return "The server does not answer. Trying again…";
-  if (isLost) return "Connection lost. What is here plays on, and it comes back by itself…";
-  if (session.doing && !session.hasEnded) return `${sentence(session.doing)}…`;
-  switch (state) {
-    case "connecting":
-      return "Connecting…";
-    case "queued":
-      if (!session.queue) return "In the queue…";
-      return `Number ${session.queue.position} of ${session.queue.length} in the queue…`;
-    case "running":
-      if (session.newest < 0) return "Making the first chunk…";
-      return video.readyState <= HTMLMediaElement.HAVE_CURRENT_DATA ? `Making chunk ${session.newest + 1}…` : "";
-    case "paused":
-      return session.newest < 0 ? "Paused." : `Paused after chunk ${session.newest}.`;
-    case "done":
-      return ENDS[session.why] ?? `Ended: ${session.why.replace(/\.$/, "")}.`;
-  }
-  return "";
-}
-
-const sentence = (text) => text[0].toUpperCase() + text.slice(1).replace(/[.…]+$/, "");
 
 function showFigures() {
   const rate = session && played.read();
@@ -129,6 +85,11 @@ function complain(text, code) {
     prompt.value ||= session.changes[0]?.prompt ?? "";
     leave();
   }
+}
+
+function pick(text) {
+  prompt.value = text;
+  prompt.focus();
 }
 
 // Sessions
@@ -216,39 +177,13 @@ async function askServer() {
     startFile.most = server.limits?.upload_bytes;
     if (server.limits?.prompt_characters) prompt.maxLength = server.limits.prompt_characters;
     fill(find("model"), server.model ?? "");
-    showSamples(server.prompts ?? []);
+    showSamples(server.prompts ?? [], pick);
     showTransitions(server);
   } catch {
     server = null;
   }
   show();
   if (server?.state !== "ready") setTimeout(askServer, 2000);
-}
-
-function showSamples(prompts) {
-  if (find("samples").childElementCount) return;
-  for (const text of prompts.slice(0, 4)) {
-    const item = document.createElement("li");
-    const button = document.createElement("button");
-    button.type = "button";
-    button.textContent = text;
-    button.addEventListener("click", () => {
-      prompt.value = text;
-      prompt.focus();
-    });
-    item.append(button);
-    find("samples").append(item);
-  }
-}
-
-function showTransitions({ defaults, limits, chunk_frames: frames }) {
-  const select = find("transition");
-  if (select.length) return;
-  const one = frames && defaults?.fps ? frames / defaults.fps : null;
-  for (let chunks = 1; chunks <= Math.min(8, limits?.transition_chunks ?? 8); chunks++) {
-    const label = chunks === 1 ? "at once" : `over ${chunks} chunks${one ? ` (${seconds(chunks * one)})` : ""}`;
-    select.add(new Option(label, chunks, false, chunks === (defaults?.transition_chunks ?? 1)));
-  }
 }
 
 // What the user does

@@ -1,5 +1,6 @@
 // What is known of a session: its chunks, its prompts, its state. Whoever shows it is told that something changed.
 
+import { Changes } from "./changes.js";
 import { Connection } from "./connection.js";
 import { Player } from "./player.js";
 
@@ -26,8 +27,8 @@ export class Session {
   newest = -1; // Number of the newest chunk here.
   made = 0; // Frames a second at which the newest chunk was made.
   lag = null; // Seconds from the arrival of the chunk on screen to its first picture on screen.
-  changes = []; // Prompts, oldest first; see #change.
 
+  #changes = new Changes();
   #controlToken = null;
   #hello;
   #connection;
@@ -58,8 +59,18 @@ export class Session {
     return this.#controlToken !== null || this.#hello?.type === "session.start";
   }
 
+  /** Whether the connection is gone, and is tried again. */
+  get isLost() {
+    return this.link.state === "lost";
+  }
+
   get hasEnded() {
     return this.state === "done";
+  }
+
+  /** Prompts, oldest first, and what becomes of each. */
+  get changes() {
+    return this.#changes.list;
   }
 
   /** What it takes to come back to this session after a reload. */
@@ -86,14 +97,14 @@ export class Session {
 
   start(request) {
     this.#hello = { type: "session.start", format: "m4s", ...request };
-    this.#change({ id: null, prompt: request.prompt, transition: 1, state: "sent" });
+    this.#changes.add({ prompt: request.prompt });
     this.#connect();
   }
 
   attach({ id, token, changes }) {
     this.id = id;
     this.#controlToken = token;
-    this.changes = changes;
+    this.#changes = new Changes(changes);
     this.#connect();
   }
 
@@ -105,8 +116,8 @@ export class Session {
 
   change(prompt, transition) {
     const id = `change-${crypto.getRandomValues(new Uint32Array(2)).join("-")}`;
-    this.#change({ id, prompt, transition, state: "sent" });
-    this.#request(this.changes.at(-1));
+    this.#request(this.#changes.add({ id, prompt, transition }));
+    this.#tell();
   }
 
   pause = () => this.#send({ type: "session.pause" });
@@ -115,9 +126,8 @@ export class Session {
   stop = () => this.#send({ type: "session.stop" });
 
   reset(seed, prompt) {
-    if (this.#send({ type: "session.reset", seed, prompt })) {
-      this.#change({ id: null, prompt, transition: 1, state: "sent", isReset: true });
-    }
+    if (this.#send({ type: "session.reset", seed, prompt })) this.#changes.add({ prompt, isReset: true });
+    this.#tell();
   }
 
   play = () => this.#player.play();
@@ -141,15 +151,9 @@ export class Session {
       this.lag = Math.max(0, (performance.now() - arrived) / 1000 - (time - media_time));
       this.#tell();
     }
-    const shown = this.changes.filter((change) => change.state === "coming" && change.isMade && change.chunk <= number);
-    for (const change of shown) {
-      change.state = "shown";
-      change.took = (Date.now() - change.sent) / 1000;
-      this.#tell();
-    }
-    const whole = this.changes.filter((change) => change.whole <= number);
-    for (const change of whole) delete change.whole;
-    return [...shown, ...whole];
+    const shown = this.#changes.shown(number);
+    if (shown.length) this.#tell();
+    return shown;
   }
 
   /** Tells the server what has been played; pacing reads it. */
@@ -231,10 +235,7 @@ export class Session {
       this.seconds = message.chunk_frames / message.fps;
       this.queue = null;
       this.#player.open(message.mime, init);
-      // After a lost connection: what no chunk has begun to show is asked for again, by the same id.
-      for (const change of this.changes) {
-        if (change.id && ["sent", "coming"].includes(change.state) && !change.isMade) this.#request(change);
-      }
+      for (const change of this.#changes.open) this.#request(change);
     },
 
     "video.chunk_metadata": (chunk, fragment) => {
@@ -244,23 +245,19 @@ export class Session {
       if (this.chunks.size > MOST_CHUNKS) this.chunks.delete(this.chunks.keys().next().value);
       this.newest = chunk.chunk;
       this.made = chunk.fps;
-      this.#match(chunk);
-      if (!this.isController) this.#follow(chunk);
+      this.#changes.made(chunk);
+      if (!this.isController) this.#changes.seen(chunk);
       this.#player.append(fragment, chunk.media_time, chunk.media_time + chunk.duration);
     },
 
     "session.interaction.queued": ({ event_id, chunk, seconds }) => {
-      for (const change of this.changes) {
-        // Latest wins: what no chunk showed yet will never be shown.
-        if (change.id === event_id) Object.assign(change, { state: "coming", chunk, due: Date.now() + seconds * 1000 });
-        else if (change.state === "coming" && change.chunk >= chunk) change.state = "replaced";
-      }
+      this.#changes.promised(event_id, chunk, seconds);
     },
 
     "session.state": ({ state, why }) => {
       this.state = state;
       this.why = why ?? this.why;
-      for (const change of this.changes) if (!change.id && change.state === "sent") change.state = "received";
+      this.#changes.received();
       this.queue = state === "queued" ? this.queue : null;
     },
 
@@ -271,45 +268,17 @@ export class Session {
     },
 
     error: ({ code, message, event_id }) => {
-      const change = this.changes.find(({ id }) => id === event_id && id);
-      if (change) Object.assign(change, { state: "refused", why: message });
-      else if (!this.#isAttached && this.id) this.#gone(message);
+      if (this.#changes.refused(event_id, message)) return;
+      if (!this.#isAttached && this.id) this.#gone(message);
       else this.#complain(message, code);
     },
   };
-
-  #change(change) {
-    // {id, prompt, transition, state, chunk, whole, isMade, due, sent, took, isReset, isSeen, picture}, where `state` is
-    // sent, received (a first prompt, whose chunk is not known yet), coming, shown, replaced or refused; `whole`: the
-    // chunk that ends its transition, until that is on screen; `isMade`: a chunk here shows it; `isSeen`: another user
-    // gave it; `picture`: its thumbnail, as a data URL.
-    this.changes.push({ sent: Date.now(), ...change });
-    this.#tell();
-  }
 
   // The server does not let this page come back, or in.
   #gone(why) {
     this.state = "done";
     this.why = why;
     this.#connection.close();
-  }
-
-  // A chunk says which changes it is the first to show. The prompt of a start has no id: its take begins with it.
-  #match(chunk) {
-    for (const change of this.changes) {
-      if (change.id && change.transition > 1 && chunk.completed?.includes(change.id)) change.whole = chunk.chunk;
-      const isFirst = !change.id && ["sent", "received"].includes(change.state) && (!change.isReset || chunk.is_reset);
-      if (isFirst || (change.id && chunk.started?.includes(change.id))) {
-        if (change.state !== "shown") change.state = "coming";
-        Object.assign(change, { chunk: chunk.chunk, isMade: true });
-      }
-    }
-  }
-
-  // A viewer learns of prompts by the chunks that show them.
-  #follow({ chunk, prompt }) {
-    if (!prompt || prompt === this.changes.at(-1)?.prompt) return;
-    this.#change({ id: null, prompt, transition: 1, state: "coming", chunk, isMade: true, isSeen: true });
   }
 
   #chunkAt(time) {
