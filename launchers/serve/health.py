@@ -6,11 +6,9 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from launchers.serve.access import bearer
+from launchers.serve.answers import RETRY_SECONDS
 from launchers.serve.metrics import CONTENT_TYPE
 from launchers.serve.server import Server
-
-RETRY_SECONDS = 5
-"""When to ask again."""
 
 
 def router(server: Server) -> APIRouter:

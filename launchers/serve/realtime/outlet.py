@@ -19,6 +19,9 @@ MOST_MESSAGES = 256
 MOST_BEHIND = 8
 """Chunks that a viewer of the newest may be behind; then it skips to the newest one, and its metadata say so."""
 
+CLOSE_SECONDS = 10.0
+"""For what a connection has to send before it is closed."""
+
 REASON_BYTES = 123
 """Of a close frame."""
 
@@ -130,7 +133,3 @@ async def both(outlet: Outlet, reading: Any) -> None:
     for error in results:
         if isinstance(error, Exception) and not isinstance(error, WebSocketDisconnect):
             raise error
-
-
-CLOSE_SECONDS = 10.0
-"""For what a connection has to send before it is closed."""

@@ -23,6 +23,10 @@ from launchers.serve.sessions.maker import Maker
 from launchers.serve.sessions.pacer import Pacer
 from launchers.serve.sessions.recording import Recording, Take
 
+BEGIN_SECONDS = 15.0
+"""That what a controller asks for waits for a session that is about to run. Meanwhile no ping of it is answered, so it
+must not take the connection for a lost one."""
+
 
 class Session:
     """`queued` → `running` ⇄ `paused` → `done`. What is asked twice changes nothing.
@@ -233,6 +237,9 @@ class Session:
         if self.state == "queued":
             raise Refusal("busy", f"the session waits in the queue; {what} once it runs")
         if not self._stopping:
-            await self._has_begun.wait()
+            try:
+                await asyncio.wait_for(self._has_begun.wait(), BEGIN_SECONDS)
+            except TimeoutError:
+                raise Refusal("busy", f"the session does not run yet; {what} in a moment") from None
         if self.is_done or self._stopping:
             raise Refusal("not_started", f"the session has ended; start another one to {what}")

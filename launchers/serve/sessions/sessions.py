@@ -86,7 +86,7 @@ class Sessions:
         """Connections to all sessions."""
         return sum(len(each.audience) for each in self)
 
-    # Their ways
+    # What becomes of them
 
     def folder_of(self, session_id: str) -> Path:
         return self.folder / session_id
@@ -143,8 +143,10 @@ class Sessions:
                 session.audience.say({"type": "session.status", "text": text})
 
     def opened(self, pipeline: ChunkPipeline) -> None:
-        """The workers are loaded: go on with what ran, then admit."""
+        """The workers are loaded: go on with what ran, then admit. Nobody could watch meanwhile, so nothing is idle."""
         self._pipeline = pipeline
+        for session in self:
+            session.touch()
         for session in self.running:
             self._start(session)
         self.admit()

@@ -12,6 +12,7 @@ import pytest
 from websockets.exceptions import ConnectionClosed
 
 from helios_cp.generate.__main__ import main as generate
+from launchers.serve.sessions.sessions import LOOK_SECONDS
 from tests.launchers.conftest import write_adapter
 from tests.launchers.serve.client import PATIENCE, Client
 from tests.launchers.serve.media.test_fragments import times
@@ -106,7 +107,7 @@ def test_a_server_that_is_told_to_end_leaves_its_sessions_to_the_next(tmp_path, 
     keys = tmp_path / "keys"
     keys.write_text(KEY)
     keys.chmod(0o600)
-    flags = ["--api-key-file", str(keys), "--idle", "1", "--keep", "0.0001"]
+    flags = ["--api-key-file", str(keys), "--idle", "10", "--keep", "0.0001"]
     with RunningServer(tmp_path, model, *flags) as server:
         _stop_and_go_on(server)
         text = server.log.read_text()
@@ -133,6 +134,7 @@ def _stop_and_go_on(server: RunningServer) -> None:
             assert client.socket.close_code == 1012
         assert begun["control_token"] not in server.log.read_text()
     server.start()
+    time.sleep(2 * LOOK_SECONDS)  # the time of loading, in which nobody could watch it, does not count as idle
     with attached(server, begun, first=len(client.chunks)) as back:
         play_until(back, 2)
     folder = server.data / "sessions" / begun["session_id"]
