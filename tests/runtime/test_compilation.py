@@ -182,36 +182,31 @@ from pathlib import Path
 from torch._dynamo.utils import counters
 from helios_cp.config.checkpoint import Checkpoint
 from helios_cp.model.transformer import HeliosTransformer
-from helios_cp.runtime.compilation import compile_blocks, compile_vae, keep_in
-from helios_cp.weights.load import load_vae
+from helios_cp.runtime.compilation import compile_blocks, keep_in
 from tests.runtime.compiled_ranks import SIZES, forwards
 torch.set_num_threads(1)
 torch.manual_seed(0)
 checkpoint = Checkpoint.read(Path(sys.argv[1]))
 transformer = HeliosTransformer(dataclasses.replace(checkpoint.transformer, num_layers=1))
-vae = load_vae(checkpoint)
-latents = torch.randn(1, 16, 1, 4, 4)
-run = lambda: [*forwards(transformer, SIZES[:1]), vae.decode(latents)]
 with torch.no_grad():
-    eager = run()
+    (eager,) = forwards(transformer, SIZES[:1])
     keep_in(sys.argv[2])
     compile_blocks(transformer.blocks)
-    compile_vae(vae)
-    compiled = run()
-errors = [(a - b).abs().max() / (b.max() - b.min()) for a, b in zip(compiled, eager)]
-print(float(max(errors)), counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_cache_miss"])
+    (compiled,) = forwards(transformer, SIZES[:1])
+error = (compiled - eager).abs().max() / (eager.max() - eager.min())
+print(float(error), counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_cache_miss"])
 """
 
 
 def test_inductor_and_its_cache(presets, tmp_path):
-    """Inductor's own code for a block and for a latent frame; a second process generates none of it."""
+    """Inductor's own code for a block; a second process generates none of it."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TORCHINDUCTOR")}
     for is_first in (True, False):
         command = [sys.executable, "-c", START, str(presets["random-mid"]), str(tmp_path / "compiled")]
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
         largest, hits, misses = map(float, done.stdout.split())
         assert largest <= 1e-5
-        assert (hits == 0 and misses >= 2) if is_first else (hits >= 2 and misses == 0)
+        assert (hits == 0 and misses >= 1) if is_first else (hits >= 1 and misses == 0)
 
 
 def test_the_folder_of_compiled_code_is_set_by_who_starts_the_process(presets, tmp_path, monkeypatch):
