@@ -10,7 +10,8 @@ from typing import Any
 @dataclass(frozen=True)
 class Change:
     """A change of prompt. `chunk` is the first that shows it, counted over the session; the new prompt holds alone from
-    `transition` chunks on. `superseded_by` is the event that replaced it before any chunk showed it."""
+    `transition` chunks on. `superseded_by` is the event that replaced it before any chunk showed it, and `chunk` then
+    the first that shows that event."""
 
     event_id: str
     prompt: str
@@ -51,10 +52,11 @@ def told_of(changes: Sequence[Change], take: int, chunk: int) -> Told:
 
 
 def with_change(changes: Sequence[Change], new: Change) -> list[Change]:
-    """The changes and a new one. Those that no chunk has shown, and that it replaces, are marked: the latest wins."""
+    """The changes and a new one. The latest wins: those that no chunk has shown are marked, and are told of as replaced
+    with the chunk that shows the new one."""
     return [
-        replace(each, superseded_by=new.event_id)
-        if each.take == new.take and each.chunk >= new.chunk and each.superseded_by is None
+        replace(each, superseded_by=each.superseded_by or new.event_id, chunk=new.chunk)
+        if each.take == new.take and each.chunk >= new.chunk
         else each
         for each in changes
     ] + [new]

@@ -47,7 +47,8 @@ def test_nothing_is_lost_by_faults(tmp_path, presets):
         for fault in range(FAULTS):
             with attached(server, begun, first=len(chunks)) as client, viewer(server, begun, first=0) as watching:
                 play_until(client, len(chunks))
-                change(client, f"change-{fault}", f"a dog number {fault}", transition_chunks=1 + fault % 3)
+                transition = {"transition_chunks": 1 + fault % 3}
+                promised = change(client, f"change-{fault}", f"a dog number {fault}", **transition)["chunk"]
                 is_server = fault % 3 == 2
                 if is_server:
                     server.end(signal.SIGKILL)
@@ -64,7 +65,7 @@ def test_nothing_is_lost_by_faults(tmp_path, presets):
                     assert [media for _, media in watching.chunks[: len(chunks)]] == [media for _, media in chunks]
                 chunks += _taken(client)
         with attached(server, begun, first=len(chunks)) as client:
-            play_until(client, len(chunks) + 1)
+            play_until(client, max(len(chunks) + 1, promised))
             chunks += _taken(client)
             client.send("session.stop")
             client.until("session.done")

@@ -106,6 +106,8 @@ def test_a_change_replaces_those_of_later_chunks_too():
     """After a start of the server, changes may wait for chunks that were begun before and are made again."""
     changes = with_change([change("a", 2), change("b", 4), change("c", 5)], change("d", 4))
     assert [each.superseded_by for each in changes] == [None, "d", "d", None]
+    assert (told_of(changes, 0, 4).started, told_of(changes, 0, 4).superseded) == (("d",), ("b", "c"))
+    assert told_of(with_change(changes, change("e", 3)), 0, 3).superseded == ("b", "c", "d")
     assert with_change([change("a", 9)], change("b", 12, take=1))[0].superseded_by is None
 
 
