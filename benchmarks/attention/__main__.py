@@ -12,23 +12,20 @@ import os
 import sys
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks.attention import engines as attention_engines
 from benchmarks.attention import ranks as attention_ranks
 from benchmarks.attention.engines import EngineTimes, Shape, absent_engines, time_engines
 from benchmarks.attention.ranks import Case, Row, rows, time_algorithms
-from benchmarks.measuring.machine import RESULTS, write_result
+from benchmarks.measuring.output import add_output, table_console, write_output
 from benchmarks.ranks.groups import default_ranks
 from benchmarks.ranks.pool import MAX_RANKS, RankPool
 from helios_cp.config.arguments import OneLineParser, whole_number
 from helios_cp.config.errors import RequestError
-from helios_cp.config.paths import user_path
 from helios_cp.device.device import dtype_name, pick_device
 from helios_cp.files.whole_files import check_file_target
 
-WIDTH = 118  # of tables in a file or a pipe
 SECONDS_OF_TURN = 60  # a rank that takes longer for all programs once hangs
 NOTES = (
     "Rates count 4 · heads · head dim · tokens² FLOPs. Programs take turns; medians.",
@@ -53,13 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="P",
         help=f"worlds that share an attention, 2 to {MAX_RANKS} (default: 2 4; on GPUs 2 to as many as there are)",
     )
-    parser.add_argument(
-        "--output",
-        type=user_path,
-        default=RESULTS / "attention.json",
-        metavar="FILE",
-        help="JSON to write (default: benchmarks/results/attention.json)",
-    )
+    add_output(parser, "attention")
     return parser
 
 
@@ -80,7 +71,7 @@ def main(arguments: list[str] | None = None, pool: RankPool | None = None) -> in
     shared = attention_ranks.ON_GPU if is_gpu else attention_ranks.ON_CPU
     ranks = tuple(sorted(set(options.ranks or default_ranks(device))))
     case = Case(shared, ranks, torch.bfloat16 if is_gpu else torch.float32, device.type)
-    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    console = table_console()
     absent = absent_engines(device)
     load = [os.getloadavg()]
     engines = list(time_engines(shapes, device, options.repeats))
@@ -103,7 +94,7 @@ def main(arguments: list[str] | None = None, pool: RankPool | None = None) -> in
             "programs": {row.name: row.to_json() for row in found},
         },
     }
-    path = write_result(options.output.stem, results, options.output.parent)
+    path = write_output(options.output, results)
     console.print(f"written to {path}", style="dim", soft_wrap=True)
     return 0
 

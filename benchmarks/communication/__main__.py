@@ -17,7 +17,7 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.communication.counts import NARROW, Count, counts_of_ours, counts_of_theirs
-from benchmarks.measuring.machine import RESULTS, write_result
+from benchmarks.measuring.output import add_output, write_output
 from benchmarks.models.communication_formulas import DTYPE, Tokens
 from benchmarks.models.diffusers_parallel import PEERS, REPAIRS
 from benchmarks.models.forward_counts import SIZE
@@ -26,7 +26,6 @@ from benchmarks.ranks.pool import RankPool
 from helios_cp.config.arguments import OneLineParser
 from helios_cp.config.checkpoint import TransformerConfig
 from helios_cp.config.errors import RequestError
-from helios_cp.config.paths import user_path
 from helios_cp.device.device import dtype_name
 from helios_cp.files.whole_files import check_file_target
 from parallel.mesh import Degrees
@@ -73,13 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--ranks", type=int, nargs="+", choices=sorted(LAYOUTS), metavar="P", help="only these worlds (default: 2 4 8)"
     )
-    parser.add_argument(
-        "--output",
-        type=user_path,
-        default=RESULTS / "communication.json",
-        metavar="FILE",
-        help="JSON to write (default: benchmarks/results/communication.json)",
-    )
+    add_output(parser, "communication")
     return parser
 
 
@@ -105,7 +98,7 @@ def main(arguments: list[str] | None = None, pool: RankPool | None = None) -> in
     for goal in goals:
         met = "met" if goal["met"] else "MISSED"
         console.print(f"{goal['what']}: {goal['found']:.4g} (goal: {goal['goal']:g}, {met})")
-    path = write_result(options.output.stem, to_json(counts, goals), options.output.parent)
+    path = write_output(options.output, to_json(counts, goals))
     console.print(f"written to {path}", style="dim", soft_wrap=True)
     return int(bool(unlike) or not all(goal["met"] for goal in goals))
 

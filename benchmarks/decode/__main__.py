@@ -16,21 +16,18 @@ import sys
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks.decode.counts import count_decodes
 from benchmarks.decode.ranks import ON_CPU, ON_GPU, PRECISIONS, WARMUP, Case, Row, rows, time_decoders
-from benchmarks.measuring.machine import RESULTS, write_result
+from benchmarks.measuring.output import add_output, table_console, write_output
 from benchmarks.ranks.groups import default_ranks
 from benchmarks.ranks.pool import MAX_RANKS, RankPool
 from helios_cp.config.arguments import OneLineParser, whole_number
 from helios_cp.config.errors import RequestError
-from helios_cp.config.paths import user_path
 from helios_cp.device.device import pick_device
 from helios_cp.files.whole_files import check_file_target
 
-WIDTH = 118  # of tables in a file or a pipe
 SECONDS_OF_TURN = 120  # a rank that takes longer for all programs once hangs
 NOTES = (
     "From latents to frames on the device: bytes of ours, fp32 in [0, 1] of diffusers. Programs take turns; medians.",
@@ -59,13 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="P",
         help=f"split over so many, 2 to {MAX_RANKS} (default: 2; on GPUs 2 to as many as there are)",
     )
-    parser.add_argument(
-        "--output",
-        type=user_path,
-        default=RESULTS / "decode.json",
-        metavar="FILE",
-        help="JSON to write (default: benchmarks/results/decode.json)",
-    )
+    add_output(parser, "decode")
     return parser
 
 
@@ -82,7 +73,7 @@ def main(arguments: list[str] | None = None, pool: RankPool | None = None) -> in
     load = [os.getloadavg()]
     found = measure(case, options.repeats, pool)
     load.append(os.getloadavg())
-    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    console = table_console()
     console.print(rows_table(case, found))
     counts = count_decodes()
     console.print(counts_table(counts))
@@ -96,7 +87,7 @@ def main(arguments: list[str] | None = None, pool: RankPool | None = None) -> in
         "programs": {row.name: row.to_json() for row in found},
         "counts at 384 x 640": counts,
     }
-    path = write_result(options.output.stem, results, options.output.parent)
+    path = write_output(options.output, results)
     console.print(f"written to {path}", style="dim", soft_wrap=True)
     return 0
 

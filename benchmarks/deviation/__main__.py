@@ -14,22 +14,19 @@ import argparse
 import sys
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks.deviation.videos import VARIANTS, Case, default_variants, parse_variant
-from benchmarks.measuring.machine import RESULTS, write_result
+from benchmarks.measuring.output import add_output, table_console, write_output
 from benchmarks.models.full_size import NAMES, named_checkpoint
 from helios_cp.config.arguments import OneLineParser, whole_number
 from helios_cp.config.checkpoint import DTYPES
 from helios_cp.config.errors import RequestError
-from helios_cp.config.paths import user_path
 from helios_cp.config.request import Request
 from helios_cp.device.device import pick_device, pick_dtype
 from helios_cp.files.whole_files import check_file_target
 from helios_cp.weights.load import resolve
 
-WIDTH = 118  # of tables in a file or a pipe
 MODELS = ("random-distilled", "random-mid")
 VARIANT_HELP = (
     f"as in --variant='--quantize fp8', once for each (default: those of {', '.join(VARIANTS)} that go with the "
@@ -81,13 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--pyramid-steps", type=whole_number, nargs="+", metavar="N", help="of each stage (default: the checkpoint's)"
     )
-    parser.add_argument(
-        "--output",
-        type=user_path,
-        default=RESULTS / "deviation.json",
-        metavar="FILE",
-        help="JSON to write (default: benchmarks/results/deviation.json)",
-    )
+    add_output(parser, "deviation")
     return parser
 
 
@@ -100,12 +91,12 @@ def main(arguments: list[str] | None = None) -> int:
         cases = read_cases(options)
     except RequestError as error:
         parser.error(str(error))
-    console, runs = Console(width=None if sys.stdout.isatty() else WIDTH), []
+    console, runs = table_console(), []
     for case in cases:
         runs.append(case.run())
         title = f"{case.name}, {case.request.height} × {case.request.width}, {runs[-1]['dtype']} on {case.device}"
         console.print(table_of(runs[-1]["variants"], title))
-        path = write_result(options.output.stem, {"runs": runs}, options.output.parent)
+        path = write_output(options.output, {"runs": runs})
     console.print(f"written to {path}", style="dim", soft_wrap=True)
     return int(any("failed" in found for run in runs for found in run["variants"].values()))
 

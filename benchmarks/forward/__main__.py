@@ -16,13 +16,12 @@ from rich.table import Table
 
 from benchmarks.forward.times import Case, StageTimes, describe_case, pick_case, time_forward
 from benchmarks.measuring.counting import Counts
-from benchmarks.measuring.machine import RESULTS, write_result
+from benchmarks.measuring.output import add_output, write_output
 from benchmarks.measuring.timing import Timing
 from benchmarks.models.forward_counts import COST_MODEL, SIZE, ForwardCounts, count_forward
 from helios_cp.config.arguments import OneLineParser
 from helios_cp.config.checkpoint import TransformerConfig
 from helios_cp.config.errors import RequestError
-from helios_cp.config.paths import user_path
 from helios_cp.device.device import dtype_name, pick_device, pick_dtype
 from helios_cp.files.whole_files import check_file_target
 
@@ -43,13 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--layers", type=_at_least(1), metavar="N", help="of the timed model (default: 4; on a GPU 40)")
     parser.add_argument("--heads", type=_at_least(1), metavar="N", help="of the timed model (default: 8; on a GPU 40)")
     parser.add_argument("--counts-only", action="store_true", help="time nothing")
-    parser.add_argument(
-        "--output",
-        type=user_path,
-        default=RESULTS / "forward.json",
-        metavar="FILE",
-        help="JSON to write (default: benchmarks/results/forward.json)",
-    )
+    add_output(parser, "forward")
     return parser
 
 
@@ -73,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
         console.print(times_table(times, case, device, dtype))
         stages = {f"stage {stage}": result.to_json() for stage, result in times.items()}
         results["times"] = {**describe_case(case, device, dtype), **stages}
-    path = write_result(options.output.stem, results, options.output.parent)
+    path = write_output(options.output, results)
     console.print(f"written to {path}", style="dim", soft_wrap=True)
     return 0
 

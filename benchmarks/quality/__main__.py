@@ -19,16 +19,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measuring.machine import RESULTS, write_result
+from benchmarks.measuring.output import add_output, table_console, write_output
 from benchmarks.quality.cases import HEIGHT, LONG, STEPS, WIDTH, Case, cases_for, make_videos
 from benchmarks.quality.figures import drift, likeness, motion
 from benchmarks.quality.plot import LABELS, draw
 from helios_cp.config.arguments import OneLineParser, whole_number
 from helios_cp.config.errors import RequestError
-from helios_cp.config.paths import user_path
 from helios_cp.device.device import pick_device
 from helios_cp.files.whole_files import check_file_target
 from helios_cp.tiny.clips import render
@@ -41,7 +39,6 @@ from helios_cp.tiny.world import Scene
 CHUNKS = 2
 COLUMNS, ROWS = 8, 6
 """Of a contact sheet."""
-WIDTH_OF_TABLE = 118
 
 Prompts = Sequence[tuple[str, Scene]]
 
@@ -58,13 +55,7 @@ def build_parser() -> OneLineParser:
     )
     parser.add_argument("--drift", type=whole_number, nargs="+", metavar="CHUNKS", help="default: 10 40; 0 for none")
     parser.add_argument("--device", default="cpu", metavar="NAME", help="default: cpu")
-    parser.add_argument(
-        "--output",
-        type=user_path,
-        default=RESULTS / "quality.json",
-        metavar="FILE",
-        help="JSON to write; a plot and contact sheets go beside it (default: benchmarks/results/quality.json)",
-    )
+    add_output(parser, "quality", "JSON to write; a plot and contact sheets go beside it")
     return parser
 
 
@@ -97,13 +88,13 @@ def main(arguments: list[str] | None = None) -> int:
         before = json.loads(options.output.read_text())["results"]
         results |= {kind: before[kind] for kind in ("cases", "drift")}
     references: dict[str, list[np.ndarray]] = {}
-    console = Console(width=None if sys.stdout.isatty() else WIDTH_OF_TABLE)
+    console = table_console()
 
     def keep(kind: str, case: Case, found: dict[str, Any]) -> Path:
         results[kind][case.name] = found
         line = _line(found) if kind == "cases" else str(found)
         console.print(f"{case.name}: {line}", style="dim", soft_wrap=True)
-        return write_result(options.output.stem, results, options.output.parent)  # after each, as all take long
+        return write_output(options.output, results)  # after each, as all take long
 
     for case in cases:
         some = prompts if case.is_plain else third(prompts)

@@ -25,9 +25,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
 
-from benchmarks.measuring.machine import CHECKOUT, RESULTS, write_result
+from benchmarks.measuring.machine import CHECKOUT
+from benchmarks.measuring.output import add_output, table_console, write_output
 from benchmarks.models.communication_formulas import Tokens
 from benchmarks.models.diffusers_parallel import REPAIRS
 from benchmarks.ranks.groups import rank_device
@@ -37,7 +37,6 @@ from benchmarks.scaling.world import GOALS, WorldTimes, speedups_table, world_ta
 from helios_cp.config.arguments import OneLineParser, whole_number
 from helios_cp.config.checkpoint import TransformerConfig
 from helios_cp.config.errors import RequestError
-from helios_cp.config.paths import user_path
 from helios_cp.device.device import card_of_rank, dtype_name, pick_device
 from helios_cp.files.whole_files import check_file_target
 from helios_cp.pipeline.world import Ranks, World, pick_backend
@@ -50,7 +49,6 @@ ON_GPU = Case(TransformerConfig(num_layers=10), size=(384, 640), text_tokens=512
 WARMUP = 1  # outputs have been compared before
 MAX_RANKS = 64
 SECONDS_OF_TURN = 300  # a rank that takes longer for all programs once hangs
-WIDTH = 118  # of tables in a file or a pipe
 NOTES = (
     "Seconds of one forward. Ours encodes text once per prompt and history once per chunk, outside of it.",
     "(`python -m benchmarks.forward` times those.) On a CPU a rank has one thread. Ratios are taken turn by turn.",
@@ -76,13 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--heads", type=whole_number, metavar="N", help="likewise (default: 8; on a GPU 40); the FFN grows with them")
     add("--height", type=whole_number, metavar="PIXELS", help="of the video (default: 256; on a GPU 384)")
     add("--width", type=whole_number, metavar="PIXELS", help="likewise (default: 256; on a GPU 640)")
-    add(
-        "--output",
-        type=user_path,
-        default=RESULTS / "scaling.json",
-        metavar="FILE",
-        help="JSON to write (default: benchmarks/results/scaling.json)",
-    )
+    add_output(parser, "scaling")
     return parser
 
 
@@ -199,7 +191,7 @@ def show_and_write(
     case: Case, options: argparse.Namespace, device: torch.device, measured: dict[int, WorldTimes]
 ) -> None:
     """The latest world for a reader; all so far to the file."""
-    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    console = table_console()
     flops = count_flops(case)
     config, dtype = case.config, dtype_name(pick_dtype(device))
     console.print(
@@ -219,7 +211,7 @@ def show_and_write(
         "FLOPs": flops,
         "worlds": {str(ranks): found.to_json() for ranks, found in measured.items()},
     }
-    path = write_result(options.output.stem, results, options.output.parent)
+    path = write_output(options.output, results)
     console.print(f"written to {path}", style="dim", soft_wrap=True)
 
 
