@@ -1,8 +1,8 @@
-"""What one forward of the transformer asks of one rank: products, attention, memory passes, kernels and messages.
+"""What one forward of the transformer costs one rank: products, attention, memory passes, kernels and messages.
 
-Everything is integer arithmetic on the config and on the cut of the sequence that the engine itself makes; no model is
-built. `itemsize` is bytes an element of the model's dtype. The tests hold FLOPs and messages to what is counted in
-running code exactly, memory passes to within the few rows that do not grow with the tokens.
+This is integer arithmetic on the config and on the engine's own cut of the sequence; no model is built. `itemsize` is
+bytes an element of the model's dtype. Tests compare it with running code: FLOPs, kernels and messages are equal, memory
+passes differ by the few rows that do not grow with the tokens.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from parallel.mesh import Degrees
 
 FP32 = 4
 PASSES = ("copy", "norm", "rotation", "activation")
-"""Kinds of passes over memory. Copies stand for all that is as simple: sums, casts, joins. A GPU waits for the memory
-in each of them; a CPU computes the others more slowly than it reads."""
+"""Kinds of passes over memory. "copy" stands for all that is as simple: sums, casts, joins. A GPU waits for the memory
+in each kind. A CPU reads faster than it computes the other three."""
 
 LSE_BYTES = 54  # of a query's scores in one merge: log-add, difference, exponential, mask and weight
 
@@ -81,7 +81,7 @@ class Traffic:
 
 @dataclass(frozen=True)
 class ForwardCost:
-    """One forward on one rank. `passes` are bytes by kind, `traffic` is by the axis of the mesh that it crosses."""
+    """One forward on one rank. `passes`: bytes by kind. `traffic`: messages by axis of the mesh."""
 
     products: tuple[Product, ...]
     attentions: tuple[AttentionCall, ...]
@@ -106,7 +106,7 @@ class ForwardCost:
         return sum(self.traffic.values(), Traffic())
 
     def of_batch(self, samples: int) -> ForwardCost:
-        """That of so many samples at once: larger products, passes and messages, and no more of them."""
+        """The cost of so many samples at once: products, passes and messages get larger, not more."""
         if samples == 1:
             return self
         return ForwardCost(
@@ -132,43 +132,62 @@ def forward_cost(
     )
 
 
+@dataclass(frozen=True)
+class Blocks:
+    """`times` blocks in which as many tokens of a rank take part.
+
+    `queries` ask in self-attention, `row_queries` are those of its Ulysses group together, `text_queries` ask the text,
+    and `fed` pass its feed-forward layer.
+    """
+
+    times: int
+    queries: int
+    row_queries: int
+    text_queries: int
+    fed: int
+
+
+def _blocks(config: TransformerConfig, own: Share) -> tuple[Blocks, Blocks]:
+    """All blocks but the last, and the last, in which history tokens are keys only."""
+    asking = own.noisy if config.guidance_cross_attn else own.tokens
+    return (
+        Blocks(config.num_layers - 1, own.tokens, own.row_tokens, asking, own.gathered_tokens),
+        Blocks(1, own.noisy, own.row_noisy, own.noisy, own.gathered_noisy),
+    )
+
+
 def _products(config: TransformerConfig, own: Share) -> Iterator[Product]:
-    dim, inner, patch = config.dim, config.num_layers - 1, math.prod(config.patch_size)
+    dim, patch = config.dim, math.prod(config.patch_size)
+    inner, last = _blocks(config, own)
     # The timestep's embedding keeps its weights in fp32.
     yield from (Product(1, config.freq_dim, dim, in_fp32=True), Product(1, dim, dim, in_fp32=True))
     yield Product(1, dim, 6 * dim)
     yield Product(own.noisy, config.in_channels * patch, dim)
-    asking = own.noisy if config.guidance_cross_attn else own.tokens
-    yield from (Product(own.tokens, dim, 3 * dim, inner), Product(own.tokens, dim, dim, inner))
-    yield Product(asking, dim, dim, 2 * inner)
-    yield from _feed_forward(own.gathered_tokens, dim, own.hidden, inner)
-    # History tokens of the last block are keys only.
-    yield from (Product(own.noisy, dim, dim, 4), Product(own.tokens, dim, 2 * dim))
-    yield from _feed_forward(own.gathered_noisy, dim, own.hidden, 1)
+    yield Product(own.tokens, dim, 3 * dim, inner.times)
+    yield Product(own.noisy, dim, dim)
+    yield Product(own.tokens, dim, 2 * dim)
+    for each in (inner, last):
+        yield Product(each.queries, dim, dim, each.times)
+        yield Product(each.text_queries, dim, dim, 2 * each.times)
+        yield Product(each.fed, dim, own.hidden, each.times)
+        yield Product(each.fed, own.hidden, dim, each.times)
     yield Product(own.noisy, dim, config.out_channels * patch)
 
 
-def _feed_forward(tokens: int, dim: int, hidden: int, times: int) -> tuple[Product, Product]:
-    return Product(tokens, dim, hidden, times), Product(tokens, hidden, dim, times)
-
-
 def _attentions(config: TransformerConfig, own: Share, text_tokens: int) -> Iterator[AttentionCall]:
-    inner, head_dim = config.num_layers - 1, config.attention_head_dim
-    asking = own.noisy if config.guidance_cross_attn else own.tokens
-    for block, steps in own.blocks:
-        yield AttentionCall(own.row_tokens, block, own.heads, head_dim, inner * steps)
-        yield AttentionCall(own.row_noisy, block, own.heads, head_dim, steps)
-    for queries, times in ((asking, inner), (own.noisy, 1)):
-        yield AttentionCall(queries, text_tokens, config.num_attention_heads, head_dim, times)
+    for each in _blocks(config, own):
+        for keys, steps in own.blocks:
+            yield AttentionCall(each.row_queries, keys, own.heads, config.attention_head_dim, each.times * steps)
+        heads = config.num_attention_heads
+        yield AttentionCall(each.text_queries, text_tokens, heads, config.attention_head_dim, each.times)
 
 
 def _passes(config: TransformerConfig, own: Share, degrees: Degrees, itemsize: int) -> Counter[str]:
     """Bytes read and written by all that is neither a product nor attention, in eager PyTorch, by kind of `PASSES`."""
-    asking = own.noisy if config.guidance_cross_attn else own.tokens
-    block = functools.partial(_block_passes, config, own, degrees, itemsize)
-    inner = block(own.tokens, own.row_tokens, asking, own.gathered_tokens)
-    last = block(own.noisy, own.row_noisy, own.noisy, own.gathered_noisy)
-    total = Counter({kind: (config.num_layers - 1) * inner[kind] + last[kind] for kind in PASSES})
+    total: Counter[str] = Counter()
+    for each in _blocks(config, own):
+        for kind, moved in _block_passes(config, own, degrees, itemsize, each).items():
+            total[kind] += each.times * moved
     joined = own.tokens * (2 * itemsize * config.dim + 2 * FP32 * config.attention_head_dim)  # with the rotary table
     # patches, cut, joined, put back
     ends = config.in_channels + (2 if degrees.sequence > 1 else 1) * config.out_channels
@@ -179,38 +198,33 @@ def _passes(config: TransformerConfig, own: Share, degrees: Degrees, itemsize: i
 
 
 def _block_passes(
-    config: TransformerConfig,
-    own: Share,
-    degrees: Degrees,
-    itemsize: int,
-    queries: int,
-    row_queries: int,
-    asking: int,
-    fed: int,
+    config: TransformerConfig, own: Share, degrees: Degrees, itemsize: int, block: Blocks
 ) -> dict[str, int]:
+    """Of one of the blocks."""
     dim, cast = config.dim, _cast(itemsize)
-    normed = own.tokens + queries
-    norms = normed * _norm(dim) + (normed + asking) * 2 * itemsize * dim  # RMSNorms of q, k and cross-attention's q
+    normed = own.tokens + block.queries
+    norms = normed * _norm(dim)
+    norms += (normed + block.text_queries) * 2 * itemsize * dim  # RMSNorms of q, k and cross-attention's q
     copies = normed * dim * (cast + FP32 + itemsize)  # cast to fp32 before LayerNorm, copied into place after
     if config.cross_attn_norm:
-        norms += asking * _norm(dim)
-        copies += asking * dim * 2 * cast
+        norms += block.text_queries * _norm(dim)
+        copies += block.text_queries * dim * 2 * cast
     rotated = normed * (dim * 2 * FP32 + FP32 * config.attention_head_dim)
     copies += normed * dim * 2 * cast
     copies += own.history * 2 * itemsize * dim if config.is_amplify_history else 0
-    copies += (2 * queries + asking) * 3 * itemsize * dim
+    copies += (2 * block.queries + block.text_queries) * 3 * itemsize * dim
     width = own.heads * config.attention_head_dim
     if degrees.ulysses > 1:  # packed and put in order, on the way in and out
-        copies += 2 * itemsize * dim * (2 * queries + 2 * own.tokens)
-        copies += 2 * itemsize * width * (2 * row_queries + 2 * own.row_tokens)
+        copies += 2 * itemsize * dim * (2 * block.queries + 2 * own.tokens)
+        copies += 2 * itemsize * width * (2 * block.row_queries + 2 * own.row_tokens)
     if degrees.ring > 1:  # keys and values stacked, partial results merged in fp32
         copies += 4 * itemsize * width * own.row_tokens
-        copies += row_queries * width * ((degrees.ring - 1) * (cast + 3 * FP32) + 2 * cast)
-        copies += row_queries * own.heads * (degrees.ring - 1) * LSE_BYTES
+        copies += block.row_queries * width * ((degrees.ring - 1) * (cast + 3 * FP32) + 2 * cast)
+        copies += block.row_queries * own.heads * (degrees.ring - 1) * LSE_BYTES
     if degrees.ffn_tp > 1:  # gathered, then summed in fp32, with a bias
-        copies += fed * 2 * itemsize * dim
-        copies += queries * dim * (2 * cast + (degrees.ffn_tp - 1) * (2 * FP32 + itemsize) + 2 * FP32)
-    return {"copy": copies, "norm": norms, "rotation": rotated, "activation": fed * 2 * itemsize * own.hidden}
+        copies += block.fed * 2 * itemsize * dim
+        copies += block.queries * dim * (2 * cast + (degrees.ffn_tp - 1) * (2 * FP32 + itemsize) + 2 * FP32)
+    return {"copy": copies, "norm": norms, "rotation": rotated, "activation": block.fed * 2 * itemsize * own.hidden}
 
 
 def _norm(dim: int) -> int:
@@ -226,36 +240,49 @@ def _cast(itemsize: int) -> int:
 def _kernels(config: TransformerConfig, own: Share, degrees: Degrees, itemsize: int) -> int:
     """Kernels of a forward in eager PyTorch, products and attention included, messages not.
 
-    Casts are kernels of their own below fp32, and history tokens are normed, scaled and added to apart from noisy ones.
+    Below fp32 casts are kernels of their own. History tokens are normed, scaled and added to apart from noisy ones, but
+    for most of the last block.
     """
-    casts, history = itemsize < FP32, own.history > 0
-    block = 23 + 6 * casts + (6 + 2 * casts) * history
-    block += (1 + 2 * casts) * config.cross_attn_norm + 4 * (history and config.is_amplify_history)
-    uneven_heads = config.num_attention_heads % degrees.ulysses > 0
-    block += (3 * (1 + uneven_heads) + 5) * (degrees.ulysses > 1)
-    block += (1 + (7 + casts) * (degrees.ring - 1) + 2 * casts) * (degrees.ring > 1)
-    block += (1 + degrees.ffn_tp + 2 * casts) * (degrees.ffn_tp > 1)
-    pruned = 1 - (4 + casts) * history
-    return config.num_layers * block + pruned + 25 + 4 * casts + (degrees.sequence > 1)
+    casts = int(itemsize < FP32)
+    block, ends = 23 + 6 * casts, 26 + 4 * casts
+    if own.history > 0:
+        block += 6 + 2 * casts + 4 * config.is_amplify_history
+        ends -= 4 + casts
+    if config.cross_attn_norm:
+        block += 1 + 2 * casts
+    if degrees.ulysses > 1:
+        uneven_heads = config.num_attention_heads % degrees.ulysses > 0
+        block += 8 + 3 * uneven_heads
+    if degrees.ring > 1:
+        block += 1 + (7 + casts) * (degrees.ring - 1) + 2 * casts
+    if degrees.ffn_tp > 1:
+        block += 1 + degrees.ffn_tp + 2 * casts
+    if degrees.sequence > 1:
+        ends += 1
+    return config.num_layers * block + ends
 
 
 def forward_traffic(config: TransformerConfig, own: Share, degrees: Degrees, itemsize: int) -> dict[str, Traffic]:
     """Messages of one forward of one sample, by axis; what guidance exchanges after it is `guidance_traffic`."""
-    dim, layers, inner = config.dim, config.num_layers, config.num_layers - 1
-    others, width = config.num_attention_heads - own.heads, own.heads * config.attention_head_dim
-    asked = inner * own.tokens + own.noisy  # queries of all blocks
-    row_asked = inner * own.row_tokens + own.row_noisy
-    ulysses = (asked + 2 * layers * own.tokens) * others * config.attention_head_dim + (row_asked - asked) * width
-    fed = inner * own.gathered_tokens + own.gathered_noisy
-    feed_forward = asked * dim * (degrees.ffn_tp - 1) + (fed - asked) * dim
-    velocity = own.noisy * config.out_channels * math.prod(config.patch_size)
-    found = {
-        "ulysses": (2 * layers, ulysses) if degrees.ulysses > 1 else None,
-        "ring": (layers * (degrees.ring - 1), 2 * layers * own.passed_tokens * width) if degrees.ring > 1 else None,
-        "ffn_tp": (2 * layers, feed_forward) if degrees.ffn_tp > 1 else None,
-        "sequence": (1, velocity * (degrees.sequence - 1)) if degrees.sequence > 1 else None,
-    }
-    return {axis: Traffic(each[0], each[1] * itemsize) for axis, each in found.items() if each is not None}
+    dim, head_dim, layers = config.dim, config.attention_head_dim, config.num_layers
+    width, others = own.heads * head_dim, (config.num_attention_heads - own.heads) * head_dim
+    blocks = _blocks(config, own)
+    queries = sum(each.times * each.queries for each in blocks)
+    row_queries = sum(each.times * each.row_queries for each in blocks)
+    fed = sum(each.times * each.fed for each in blocks)
+    found = {}
+    if degrees.ulysses > 1:
+        sent = (queries + 2 * layers * own.tokens) * others + (row_queries - queries) * width
+        found["ulysses"] = Traffic(2 * layers, sent * itemsize)
+    if degrees.ring > 1:
+        found["ring"] = Traffic(layers * (degrees.ring - 1), 2 * layers * own.passed_tokens * width * itemsize)
+    if degrees.ffn_tp > 1:
+        sent = queries * dim * (degrees.ffn_tp - 1) + (fed - queries) * dim
+        found["ffn_tp"] = Traffic(2 * layers, sent * itemsize)
+    if degrees.sequence > 1:
+        velocity = guidance_traffic(config, own.noisy, itemsize)
+        found["sequence"] = Traffic(1, velocity.sent_bytes * (degrees.sequence - 1))
+    return found
 
 
 def guidance_traffic(config: TransformerConfig, noisy_tokens: int, itemsize: int) -> Traffic:

@@ -1,8 +1,8 @@
-"""How long a chunk takes and what a rank holds in one layout on one kind of machine. All of it is modelled.
+"""How long a layout takes for a chunk on one kind of machine, and what a rank holds. All of it is modelled.
 
-Each matrix product takes as long as its FLOPs or its bytes, whichever is more; passes over memory, their bytes. A rank
-waits for messages, but as far as the hardware can do both at once a ring's travel beside the attention, and sharded
-weights beside all of a forward.
+A matrix product takes as long as its FLOPs or its bytes, whichever takes longer. A pass over memory takes as long as
+its bytes. A rank waits for its messages, but two kinds travel while it computes, as far as the hardware can do both: a
+ring's messages beside the attention, and gathered weights beside the whole forward.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from parallel.mesh import Degrees, axis_groups
 from parallel.segments import split
 
 EXCHANGES = ("ring", "vae")
-"""Axes on which ranks exchange messages two by two."""
+"""Axes on which two ranks exchange messages; on the others a whole group does."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class StageCost:
-    """One forward of a stage on the rank for which it takes longest, and its seconds by what they go to."""
+    """One forward of a stage on the slowest rank, and its seconds by what takes them."""
 
     cost: ForwardCost
     seconds: Mapping[str, float]
@@ -52,10 +52,11 @@ class StageCost:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Seconds are modelled. `seconds` are of one chunk, by what they go to; `interval` lies between two chunks.
+    """What is modelled of one layout, all times in seconds.
 
-    `fps` counts the frames of all videos of a batch. `memory` is bytes on the rank that holds most when it holds most,
-    by what they are; `sent_bytes` leave the rank that waits longest, in one chunk.
+    `seconds` of one chunk, by what takes them. `interval`: from one finished chunk to the next. `latency`: from the
+    first step of a chunk to its last frame. `fps` counts the frames of all videos of a batch. `memory`: bytes on the
+    fullest rank at its fullest moment, by what they are. `sent_bytes`: what the slowest rank sends in one chunk.
     """
 
     candidate: Candidate
@@ -78,7 +79,7 @@ class Prediction:
 
 
 def predict(workload: Workload, candidate: Candidate, hardware: Hardware, execution: Execution = PLAIN) -> Prediction:
-    """One layout, which must be one that the engine accepts. Of the execution, only the memory is modelled."""
+    """Predict a layout that the engine accepts. The execution changes the memory alone: its speed is not modelled."""
     degrees, shard = candidate.layout.degrees, candidate.layout.shard_weights
     stages = _stage_costs(workload, replace(degrees, vae=1), shard, hardware)  # the VAE changes no forward
     own_branches = max(1, workload.branches // degrees.cfg)  # a request without guidance leaves a half idle
@@ -133,7 +134,7 @@ def _stage_costs(workload: Workload, degrees: Degrees, shard: bool, hardware: Ha
 def forward_seconds(
     workload: Workload, cost: ForwardCost, degrees: Degrees, shard: bool, hardware: Hardware
 ) -> dict[str, float]:
-    """Seconds of one forward by what they go to; with no wait for other ranks but for messages."""
+    """Seconds of one forward by what takes them. The rank waits for messages, and for nothing else of other ranks."""
     itemsize = workload.dtype.itemsize
     bandwidth = hardware.memory_bandwidth
     products = sum(
@@ -181,7 +182,7 @@ def message_seconds(traffic: Traffic, degrees: Degrees, axis: str, hardware: Har
 
 @functools.lru_cache(maxsize=4096)
 def _share_on_other_nodes(degrees: Degrees, axis: str, ranks_per_node: int) -> float:
-    """Of what the worst placed rank of an axis sends, the part that leaves its node."""
+    """The part of a rank's messages that leaves its node, for the rank with most partners elsewhere."""
     worst = 0.0
     for group in axis_groups(degrees, axis):
         nodes = [rank // ranks_per_node for rank in group]
@@ -206,5 +207,5 @@ def _decode(workload: Workload, degrees: Degrees, hardware: Hardware) -> tuple[f
 
 
 def limit_fps(frames: int, transformer_flops: float, vae_flops: float, rate: float, vae_rate: float) -> float:
-    """FPS that no program exceeds that computes so many FLOPs a chunk, transformer and VAE in series."""
+    """The most FPS that so many FLOPs a chunk allow, where transformer and VAE run one after the other."""
     return frames / (transformer_flops / rate + vae_flops / vae_rate)

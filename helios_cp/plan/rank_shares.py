@@ -1,12 +1,13 @@
-"""What each rank of a sequence group holds: its tokens, heads and features, by the plans that the engine cuts with.
+"""What each rank of a sequence group holds: tokens, heads and features, cut as the engine cuts them.
 
-Integer arithmetic on the config alone; no model is built.
+This is integer arithmetic on the config; no model is built.
 """
 
 from __future__ import annotations
 
 import functools
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from helios_cp.config.checkpoint import TransformerConfig
@@ -17,12 +18,12 @@ from parallel.tensor import shard_sizes
 
 @dataclass(frozen=True)
 class Share:
-    """What one rank of the sequence group holds: its tokens, and those it meets in its collectives.
+    """The tokens of one rank, and those that its collectives bring to it.
 
-    `all_noisy` are the noisy tokens of all ranks, whose latents each has before and after. `row_*` are of its Ulysses
-    group together, `gathered_*` of the ranks that share a feed-forward layer. `blocks` are the keys that it has at the
-    steps of the ring, as (tokens, steps), and `passed_tokens` those that it passes on. `heads` are its own in
-    attention, `hidden` its own features of a feed-forward layer.
+    `history`, `noisy`: its own tokens. `all_noisy`: the noisy tokens of all ranks, because each holds all latents.
+    `row_*`: of its Ulysses group together. `gathered_*`: of the ranks that share a feed-forward layer with it.
+    `blocks`: (keys, steps) of its ring: how many keys it has in how many steps. `passed_tokens`: what it passes on
+    in the ring. `heads`: its own in attention. `hidden`: its own features of a feed-forward layer.
     """
 
     history: int
@@ -44,33 +45,29 @@ class Share:
 
 @functools.lru_cache(maxsize=1024)
 def shares(config: TransformerConfig, lengths: tuple[int, ...], degrees: Degrees) -> tuple[Share, ...]:
-    """What each rank of a sequence group holds, by the plans with which the engine cuts sequence, heads and layers."""
-    every, last = _local_lengths(lengths, degrees.sequence)
-    rows = range(0, degrees.sequence, degrees.ulysses)
-    row_tokens = [sum(every[first : first + degrees.ulysses]) for first in rows]
-    row_noisy = [sum(last[first : first + degrees.ulysses]) for first in rows]
-    blocks = tuple(sorted(Counter(row_tokens).items()))
+    """The share of each rank of a sequence group."""
+    tokens, noisy = _local_lengths(lengths, degrees.sequence)
+    row_tokens, row_noisy = (_sums(each, degrees.ulysses) for each in (tokens, noisy))
+    gathered_tokens, gathered_noisy = (_sums(each, degrees.ffn_tp) for each in (tokens, noisy))
     heads = split(config.num_attention_heads, degrees.ulysses)
     hidden = shard_sizes(config.ffn_dim, degrees.ffn_tp)
-    groups = range(0, degrees.sequence, degrees.ffn_tp)
-    gathered = [sum(every[first : first + degrees.ffn_tp]) for first in groups]
-    gathered_noisy = [sum(last[first : first + degrees.ffn_tp]) for first in groups]
+    blocks = tuple(sorted(Counter(row_tokens).items()))
     found = []
     for rank in range(degrees.sequence):
-        row, own = divmod(rank, degrees.ulysses)
+        row, place = divmod(rank, degrees.ulysses)
         group, part = divmod(rank, degrees.ffn_tp)
         found.append(
             Share(
-                history=every[rank] - last[rank],
-                noisy=last[rank],
+                history=tokens[rank] - noisy[rank],
+                noisy=noisy[rank],
                 all_noisy=lengths[-1],
                 row_tokens=row_tokens[row],
                 row_noisy=row_noisy[row],
                 blocks=blocks,
                 passed_tokens=sum(row_tokens) - row_tokens[(row + 1) % degrees.ring],  # the last goes no further
-                gathered_tokens=gathered[group],
+                gathered_tokens=gathered_tokens[group],
                 gathered_noisy=gathered_noisy[group],
-                heads=heads[own],
+                heads=heads[place],
                 hidden=hidden[part],
             )
         )
@@ -84,6 +81,11 @@ def whole(config: TransformerConfig, lengths: tuple[int, ...]) -> Share:
 
 @functools.lru_cache(maxsize=1024)
 def _local_lengths(lengths: tuple[int, ...], ranks: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """All tokens, and the noisy ones, of each rank."""
+    """All tokens, and the noisy ones, of each rank. Kept, as many layouts cut a sequence alike."""
     plan = SegmentPlan(lengths, ranks)
     return plan.local_lengths, plan.only(len(lengths) - 1).local_lengths
+
+
+def _sums(values: Sequence[int], size: int) -> list[int]:
+    """Of each `size` values in a row."""
+    return [sum(values[first : first + size]) for first in range(0, len(values), size)]

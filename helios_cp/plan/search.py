@@ -1,7 +1,7 @@
 """Which layouts of some ranks are possible, and how fast each is modelled to be.
 
-A layout must do for every request of a call, so that several kinds of requests are predicted side by side: memory is
-that of the one that needs most, and what is compared is the seconds of a chunk of each kind.
+A call can have several kinds of requests, and its layout must do for all of them. Each kind is predicted. The one that
+needs most memory decides what fits, and the sum of their seconds a chunk decides what is fastest.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ def make_plan(
     refused: list[Refused] = []
     limits = limits_of(workloads)
     usable = FITTING_SHARE * hardware.memory_bytes
+    can_misfit = "vae" in given or "ffn_tp" in given  # those tried otherwise fit
     for decoders, core in _cores(ranks, given):
         reason = _refusal(core, limits)
         if reason is not None:
@@ -63,7 +64,7 @@ def make_plan(
             continue
         for layout in _layouts(core, decoders, workloads[0], limits["vae_rows"], given, execution):
             candidate = Candidate(layout, decoders)
-            reason = _refusal(layout.degrees, limits)
+            reason = _refusal(layout.degrees, limits) if can_misfit else None
             if reason is not None:
                 refused.append(Refused(candidate, reason))
                 continue
@@ -101,9 +102,9 @@ def _refusal(degrees: Degrees, limits: Mapping[str, Any]) -> str | None:
 
 
 def _cores(ranks: int, given: Given) -> Iterator[tuple[int, Degrees]]:
-    """Decoders beside the ranks that denoise, with every way to divide these; possible or not.
+    """Numbers of decoders, each with every way to divide the ranks that denoise; possible or not.
 
-    Decoders are powers of two, up to half of all ranks, where their number is not given.
+    Where their number is not given, decoders are powers of two, up to half of all ranks.
     """
     kept = {name: value for name, value in given.items() if name in ("cfg", "ring", "ulysses")}
     powers = [2**power for power in range(ranks.bit_length()) if 2 * 2**power <= ranks]
@@ -119,10 +120,10 @@ def _cores(ranks: int, given: Given) -> Iterator[tuple[int, Degrees]]:
 def _layouts(
     core: Degrees, decoders: int, workload: Workload, vae_rows: int, given: Given, execution: Execution
 ) -> Iterator[Layout]:
-    """With the VAE split over as many ranks as it can be, or not at all, and weights sharded or not.
+    """The layouts that divide the ranks like `core`.
 
-    Feed-forward layers are split over 2, 4, 8, or all ranks of a sequence group, or not. Weights are not sharded beside
-    an execution that cannot have them so.
+    The VAE is split over as many ranks as it can be, or not at all; feed-forward layers over 2, 4, 8 or all ranks of a
+    sequence group, or not at all. Weights are sharded or not, where the execution allows that.
     """
     vae_degrees = [1] if decoders else sorted({1, max(d for d in _divisors(core.sequence) if d <= vae_rows)})
     can_shard = execution.offload == "none" and execution.quantize is None and not execution.cuda_graphs

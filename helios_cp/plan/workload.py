@@ -1,4 +1,4 @@
-"""What a request asks of whatever it runs on: tokens and forwards of each stage, and what is decoded."""
+"""The work of one chunk, whatever it runs on: tokens and forwards of each stage, and what is decoded."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from helios_cp.plan.configs import TextEncoderConfig, part_configs
 
 @dataclass(frozen=True)
 class PyramidStage:
-    """Tokens of a pyramid stage (long · mid · short · noisy), and its forwards in a chunk, those of one branch."""
+    """Tokens of a pyramid stage (long · mid · short · noisy), and how many forwards a branch of guidance has there."""
 
     lengths: tuple[int, ...]
     forwards: int
@@ -29,7 +29,7 @@ class PyramidStage:
 
 @dataclass(frozen=True)
 class Workload:
-    """What a steady chunk asks for, of `batch` videos at once, whatever it runs on."""
+    """The work of a chunk other than the first, of `batch` videos at once."""
 
     config: TransformerConfig
     vae: VaeConfig

@@ -172,7 +172,7 @@ def test_every_plan_is_accepted_by_the_engine_and_no_other_is(presets):
                 shard_weights=candidate.layout.shard_weights,
             )
             try:
-                chosen = choose_layout(flags, checkpoint, [request], ranks, torch.device("cpu"), torch.float32)
+                chosen = choose_layout(flags, checkpoint, [request], ranks, torch.float32)
             except RequestError:
                 assert not is_possible
             else:
