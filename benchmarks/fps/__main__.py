@@ -35,14 +35,14 @@ from benchmarks.fps.measure import (
     video_path,
 )
 from benchmarks.fps.videos import OurVideo, PeerVideo, Video, repaired
-from benchmarks.measuring.machine import RESULTS, write_result
+from benchmarks.measuring.output import add_output, write_output
 from benchmarks.models import full_size
 from helios_cp.config.arguments import OneLineParser, add_flags, check_bounds, given, whole_number
 from helios_cp.config.checkpoint import Checkpoint
 from helios_cp.config.errors import CheckpointError, RequestError
 from helios_cp.config.execution import Execution
 from helios_cp.config.layout import AskedLayout, Layout, segment_lengths
-from helios_cp.config.paths import cache_folder, user_path
+from helios_cp.config.paths import cache_folder
 from helios_cp.config.ranks import Ranks, parse_on_rank
 from helios_cp.config.request import Request
 from helios_cp.config.sampling_plan import SamplingPlan
@@ -52,7 +52,7 @@ from helios_cp.pipeline.environment import prepare
 from helios_cp.pipeline.parallelize import ParallelPipeline, load_parallel
 from helios_cp.pipeline.start import Inputs
 from helios_cp.pipeline.world import World, pick_backend
-from helios_cp.plan.choose import choose_layout
+from helios_cp.plan.choose import choose_layout, planning_hardware
 from helios_cp.plan.predict import Workload
 from helios_cp.weights.check import check_execution, with_stored_quantization
 from helios_cp.weights.load import resolve
@@ -127,13 +127,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--warmup", type=whole_number, default=1, metavar="N", help="dropped after the first chunk (default: 1)")
     add("--dtype", default="auto", help="bfloat16, float16 or float32 (default: bfloat16 on a GPU, float32 on a CPU)")
     add("--device", default="auto", metavar="NAME", help="cpu, cuda, … (default: auto, the best present)")
-    add(
-        "--output",
-        type=user_path,
-        default=RESULTS / "fps.json",
-        metavar="FILE",
-        help="JSON to write (default: benchmarks/results/fps.json)",
-    )
+    add_output(parser, "fps")
     add_flags(parser, AskedLayout)
     add_flags(parser, Execution)
     return parser
@@ -158,7 +152,7 @@ def main(argv: list[str] | None = None) -> int:
         from benchmarks.fps.table import print_tables
 
         print_tables(results, NOTES)
-        print(f"written to {write_result(arguments.output.stem, results, arguments.output.parent)}")
+        print(f"written to {write_output(arguments.output, results)}")
     return 0
 
 
@@ -183,7 +177,8 @@ def check(arguments: argparse.Namespace, ranks: Ranks) -> Job:
     execution = Execution(**given(Execution, arguments))
     if execution.compile_cache is not None:
         check_folder_target("--compile-cache", execution.compile_cache)
-    layout = choose_layout(asked, checkpoint, list(requests.values()), ranks.size, device, dtype, execution)
+    hardware = planning_hardware(asked, device.type, ranks.local_size)
+    layout = choose_layout(asked, checkpoint, list(requests.values()), ranks.size, dtype, execution, hardware)
     backend = pick_backend(asked.backend, device, ranks)
     sequences = {lengths for request in requests.values() for lengths in segment_lengths(request, checkpoint)}
     execution = check_execution(checkpoint, execution, device, dtype, layout, backend=backend, sequences=sequences)
@@ -235,7 +230,12 @@ def run(job: Job, mesh: Mesh) -> dict[str, Any]:
     rates = Rates.measure(job.device, job.dtype, job.execution)
     pipelines, text_seconds = build(job, mesh)
     results = describe(job.model, job.device, job.dtype, job.layout, rates, job.is_random)
-    results |= {"execution": job.execution.to_json(), "text_seconds": text_seconds, "notes": NOTES, "settings": {}}
+    results |= {
+        "execution": dataclasses.asdict(job.execution),
+        "text_seconds": text_seconds,
+        "notes": NOTES,
+        "settings": {},
+    }
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         peer = None

@@ -247,7 +247,7 @@ def describe(
         "random_weights": is_random,
         "device": device.type,
         "dtype": dtype_name(dtype),
-        "layout": layout.to_json(),
+        "layout": asdict(layout),
         "ranks": layout.degrees.world,
         "gemm_flops_per_second": asdict(rates),
     }

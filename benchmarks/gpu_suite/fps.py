@@ -11,7 +11,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ def measure_fps(
             pipelines[name] = scope.build(execution, like=pipelines[EAGER])
         except Exception as error:
             record.values["errors"][name] = one_line(error)
-    record.update(executions={name: execution.to_json() for name, execution in variants.items()})
+    record.update(executions={name: asdict(execution) for name, execution in variants.items()})
     deadline = record.latest_start(COMPILING_SHARE)
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())

@@ -20,10 +20,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from benchmarks.calibrate.__main__ import KEEP_FREED_MEMORY, calibrate, count_cores, say
-from benchmarks.measuring.machine import RESULTS, write_result
+from benchmarks.measuring.output import add_output, table_console, write_output
 from benchmarks.ranks.pool import RankPool
 from benchmarks.validate_plan.errors import (
     Comparison,
@@ -39,7 +38,6 @@ from helios_cp.config.arguments import OneLineParser, whole_number
 from helios_cp.config.checkpoint import Checkpoint, TransformerConfig
 from helios_cp.config.errors import RequestError
 from helios_cp.config.layout import Layout
-from helios_cp.config.paths import user_path
 from helios_cp.device.device import dtype_name
 from helios_cp.files.whole_files import check_file_target
 from helios_cp.model.vae.config import VaeConfig
@@ -53,7 +51,6 @@ RANKS = 2
 GOAL = 0.15
 """Largest median of the relative errors that is accepted."""
 
-WIDTH = 118
 
 SECONDS_OF_CHUNK = 60.0
 """A chunk that takes longer hangs."""
@@ -119,13 +116,7 @@ def build_parser() -> OneLineParser:
     )
     parser.add_argument("--chunks", type=whole_number, default=3, metavar="N", help="timed a layout (default: 3)")
     parser.add_argument("--quick", action="store_true", help="one tiny model in two layouts: to try it out")
-    parser.add_argument(
-        "--output",
-        type=user_path,
-        default=RESULTS / "validate_plan.json",
-        metavar="FILE",
-        help="JSON to write (default: benchmarks/results/validate_plan.json)",
-    )
+    add_output(parser, "validate_plan")
     return parser
 
 
@@ -147,9 +138,7 @@ def main(argv: list[str] | None = None, pool: RankPool | None = None) -> int:
         if count_cores() < RANKS:
             parser.error(f"{count_cores()} core(s) here: {RANKS} are needed, one a rank, or times mean nothing")
         os.environ.update({name: os.environ.get(name, value) for name, value in KEEP_FREED_MEMORY.items()})
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(width=WIDTH, highlight=False)
+    console = table_console()
     load = [os.getloadavg()[0]]
     with contextlib.nullcontext(pool) if pool else contextlib.closing(RankPool()) as running:
         measured: dict[str, Any] | None = None
@@ -184,7 +173,7 @@ def main(argv: list[str] | None = None, pool: RankPool | None = None) -> int:
         "hardware": hardware.to_json(),
         "calibration": measured,
     }
-    path = write_result(options.output.stem, results, options.output.parent)
+    path = write_output(options.output, results)
     console.print(f"written to {path}", style="dim", soft_wrap=True)
     return 0 if median <= GOAL or options.quick else 1
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.table import Table
@@ -41,7 +41,7 @@ class Comparison:
     def to_json(self) -> dict[str, Any]:
         return {
             "case": self.case,
-            "layout": self.layout.to_json(),
+            "layout": asdict(self.layout),
             "modelled_seconds": self.modelled.interval,
             "measured_seconds": self.seconds,
             "error": self.error,
@@ -103,7 +103,7 @@ class Choice:
         )
 
     def to_json(self) -> dict[str, Any]:
-        return {"case": self.case, "taken": self.taken.to_json(), "best": self.best.to_json(), "lost": self.lost}
+        return {"case": self.case, "taken": asdict(self.taken), "best": asdict(self.best), "lost": self.lost}
 
 
 def best_layouts(comparisons: Sequence[Comparison]) -> list[Choice]:

@@ -5,7 +5,6 @@ Nothing here imports torch: a wrong combination is refused before anything heavy
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 from dataclasses import dataclass
@@ -14,7 +13,6 @@ from typing import Any
 from helios_cp.config.arguments import flag
 from helios_cp.config.checkpoint import DTYPES
 from helios_cp.config.errors import RequestError
-from helios_cp.config.json_types import from_json
 from helios_cp.config.paths import absolute_path_text, expand
 
 QUANTIZATIONS = ("fp8", "int8", "int4")
@@ -127,12 +125,3 @@ class Execution:
         """What decides bits of the video, by flag: a resumed run must not change it."""
         free = ("compile_cache", "offload", "cuda_graphs")
         return {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in free}
-
-    def to_json(self) -> dict[str, Any]:
-        """A dictionary of plain JSON values; `from_json` reads it back to an equal execution."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Execution:
-        """Raises `TypeError` for names or types that an execution does not have."""
-        return from_json(cls, values)

@@ -9,16 +9,21 @@ from itertools import zip_longest
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
+NONE = dataclasses.MISSING
 
 
 def from_json(cls: type[T], values: Mapping[str, Any]) -> T:
     """A dataclass from what `dataclasses.asdict` made of it, also by way of JSON; what is left out has its default.
 
-    Raises `TypeError` for names or types that the dataclass, or one inside of it, does not have.
+    Raises `TypeError` for names or types that the dataclass, or one inside of it, does not have, and for fields without
+    a default that are left out.
     """
     hints = get_type_hints(cls)
     read = {name: _read(value, hints.get(name)) for name, value in values.items()}
     check_types(cls, read)
+    needed = [each.name for each in dataclasses.fields(cls) if (each.default, each.default_factory) == (NONE, NONE)]
+    if missing := [name for name in needed if name not in values]:
+        raise TypeError(f"{', '.join(missing)} missing")
     return cls(**read)
 
 
@@ -39,8 +44,8 @@ def _read(value: Any, hint: Any) -> Any:
 def check_types(cls: type, values: Mapping[str, Any]) -> None:
     """Raises `TypeError` for a name that is no field of the dataclass `cls`, or a value of another type than declared.
 
-    Understands plain classes, unions, `tuple[X, ...]` and tuples of a fixed length. An int passes for a float, a bool
-    for a bool only.
+    Understands plain classes, unions, mappings, `tuple[X, ...]` and tuples of a fixed length. An int passes for a
+    float, a bool for a bool only.
     """
     hints = get_type_hints(cls)
     for name, value in values.items():
@@ -62,6 +67,9 @@ def _fits(value: Any, hint: Any) -> bool:
             and len(value) == len(arguments)
             and all(_fits(item, each) for item, each in zip(value, arguments, strict=True))
         )
+    if get_origin(hint) is Mapping:
+        pairs = value.items() if isinstance(value, Mapping) else [(None, None)]
+        return all(_fits(each, one) for pair in pairs for each, one in zip(pair, arguments, strict=True))
     if isinstance(value, bool):
         return hint is bool
     return isinstance(value, (int, float) if hint is float else hint)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from helios_cp.config.arguments import flag, flag_name
 from helios_cp.config.checkpoint import Checkpoint
 from helios_cp.config.errors import RequestError
 from helios_cp.config.execution import Execution
-from helios_cp.config.json_types import from_json
 from helios_cp.config.paths import user_path_text
 from helios_cp.config.request import Request
 from parallel.degrees import Degrees, default_degrees
@@ -79,18 +78,10 @@ class Layout:
     attention: str = "native"
     shard_weights: bool = False
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
     def as_planned(self, hardware: str) -> str:
         """One line for the user of `--layout auto`."""
         shards = ", weights sharded" if self.shard_weights else ""
         return f"--layout auto: {self.degrees}{shards} is modelled as fastest on {hardware}"
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Layout:
-        """Raises `TypeError` for names or types that a layout does not have."""
-        return from_json(cls, values)
 
 
 def complete_degrees(given: dict[str, int], world_size: int, **limits: Any) -> Degrees:

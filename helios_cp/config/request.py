@@ -14,7 +14,6 @@ from helios_cp.config.checkpoint import VAE_SPATIAL, VAE_TEMPORAL, Checkpoint
 from helios_cp.config.console import typed
 from helios_cp.config.errors import RequestError
 from helios_cp.config.execution import Adapter
-from helios_cp.config.json_types import from_json
 from helios_cp.config.paths import absolute_path_text
 
 MAX_SIDE = 16384
@@ -361,12 +360,3 @@ class Request:
                 )
         if self.sigmas is not None and len(self.sigmas) != self.num_inference_steps:
             raise RequestError(f"sigmas: {len(self.sigmas)} given for --num-inference-steps {self.num_inference_steps}")
-
-    def to_json(self) -> dict[str, Any]:
-        """A dictionary of plain JSON values; `from_json` reads it back to an equal request."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Request:
-        """Raises `TypeError` for names or types that a request does not have."""
-        return from_json(cls, values)

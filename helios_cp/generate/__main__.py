@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from helios_cp.config.arguments import OneLineParser
 from helios_cp.config.call import Call
 from helios_cp.config.console import quiet_imports, say, unfailing_output
 from helios_cp.config.errors import CheckpointError, RequestError
+from helios_cp.config.json_types import from_json
 from helios_cp.config.paths import cache_folder
 from helios_cp.config.ranks import Ranks, parse_on_rank
 from helios_cp.generate.stopping import exit_late, handled, stop_at_once
@@ -80,7 +82,7 @@ def _run(parser: OneLineParser, call: Call, cache: Path | None, ranks: Ranks, cl
                 claims.enter_context(claimed(session.jobs[0], session.run_folders[0]))
         except RequestError as error:
             return {"refused": str(error)}
-        return {"work": session.work.to_json()}
+        return {"work": asdict(session.work)}
 
     try:
         world = World(ranks, call.layout.timeout)
@@ -91,7 +93,7 @@ def _run(parser: OneLineParser, call: Call, cache: Path | None, ranks: Ranks, cl
         decided = world.share(decide)
         if "refused" in decided:
             parser.error(decided["refused"])
-        work = Work.from_json(decided["work"])
+        work = from_json(Work, decided["work"])
         prepare(work.execution, ranks.size, os.environ)
         if session is not None:
             device = session.device

@@ -158,10 +158,9 @@ def check(call: Call, cache: Path | None, ranks: Ranks | None = None, target: Ta
         checkpoint,
         requests,
         ranks.size,
-        device,
         dtype,
         with_stored_quantization(checkpoint, execution),
-        ranks_of_node=ranks.local_size,
+        planned,
     )
     execution = check_execution(
         checkpoint,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import Any
 
@@ -26,6 +27,7 @@ def versions() -> dict[str, str]:
     return {"helios_cp": helios_cp.__version__, "torch": str(torch.__version__), **libraries}
 
 
+@dataclass
 class Report:
     """Collects the seconds of each chunk of one video and works out the FPS.
 
@@ -33,31 +35,20 @@ class Report:
     in `output`.
     """
 
-    def __init__(
-        self,
-        request: Request,
-        checkpoint: Checkpoint,
-        layout: Layout,
-        dtype: torch.dtype,
-        device: torch.device,
-        output: list[str],
-        execution: Execution | None = None,
-        remarks: Sequence[str] = (),
-    ) -> None:
-        self.request = request
-        self.checkpoint = checkpoint
-        self.layout = layout
-        self.dtype = dtype
-        self.device = device
-        self.output = output
-        self.execution = execution or Execution()
-        self.remarks = list(remarks)
-        self.resumed_from_chunk = 0
-        self.peak_bytes = 0
-        self.vae_group: int | None = None
-        self.error: str | None = None
-        self.playable: str | None = None
-        self.chunks: list[dict[str, Any]] = []
+    request: Request
+    checkpoint: Checkpoint
+    layout: Layout
+    dtype: torch.dtype
+    device: torch.device
+    output: list[str]
+    execution: Execution
+    remarks: list[str]
+    resumed_from_chunk: int = 0
+    peak_bytes: int = 0
+    vae_group: int | None = None
+    error: str | None = None
+    playable: str | None = None
+    chunks: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, index: int, seconds: float, stages: dict[str, float], skipped: Sequence[int] = ()) -> None:
         """A chunk is finished: `seconds` of wall time after the one before, or after the start.
@@ -109,11 +100,11 @@ class Report:
             "random_weights": self.checkpoint.random_weights,
             "dtype": dtype_name(self.dtype),
             "device": device_name(self.device),
-            "layout": {"ranks": self.layout.degrees.world, **self.layout.to_json()},
-            "execution": self.execution.to_json(),
+            "layout": {"ranks": self.layout.degrees.world, **asdict(self.layout)},
+            "execution": asdict(self.execution),
             "vae": {**vae_settings(self.execution, self.device), "latent_frames_together": self.vae_group},
             "seed": list(self.request.seeds),
-            "request": self.request.to_json(),
+            "request": asdict(self.request),
             "output": self.output,
             "remarks": self.remarks,
             "complete": self.finished_chunks == self.request.num_chunks,

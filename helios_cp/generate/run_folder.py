@@ -24,7 +24,7 @@ from torch import Tensor
 
 from helios_cp.config.errors import RequestError
 from helios_cp.config.execution import Execution
-from helios_cp.config.json_types import check_types, from_json
+from helios_cp.config.json_types import from_json
 from helios_cp.config.layout import Layout
 from helios_cp.config.request import Request, ScheduledPrompt
 from helios_cp.files.chunk_files import ChunkFiles
@@ -51,16 +51,6 @@ class MadeWith:
             pairs.insert(0, ("", _told(self.layout), _told(now.layout)))
         return [f"{name}{was}, now {now}" for name, was, now in pairs if was and now and was != now]
 
-    def to_json(self) -> dict[str, Any]:
-        layout = None if self.layout is None else self.layout.to_json()
-        return {"layout": layout, "device": self.device, "versions": dict(self.versions)}
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> MadeWith:
-        """Raises `KeyError` or `TypeError` for other values than those of `to_json`."""
-        layout = None if values["layout"] is None else Layout.from_json(values["layout"])
-        return cls(layout, values["device"], dict(values["versions"]))
-
 
 def _told(layout: Layout) -> str:
     return f"{layout.degrees}, attention {layout.attention}" + ", weights sharded" * layout.shard_weights
@@ -80,31 +70,6 @@ class Run:
     execution: Execution = field(default_factory=Execution)
     made_with: MadeWith = field(default_factory=MadeWith)
 
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "model": self.model,
-            "dtype": self.dtype,
-            "output": self.output,
-            "execution": self.execution.to_json(),
-            "made_with": self.made_with.to_json(),
-            "request": self.request.to_json(),
-        }
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Run:
-        """Raises `KeyError`, `TypeError` or `ValueError` for values that are no run's."""
-        plain = {name: values[name] for name in ("model", "dtype")} | {"output": tuple(values["output"])}
-        check_types(cls, plain)
-        run = cls(
-            Request.from_json(values["request"]),
-            execution=Execution.from_json(values.get("execution", {})),
-            made_with=MadeWith.from_json(values["made_with"]) if "made_with" in values else MadeWith(),
-            **plain,
-        )
-        if len(run.output) != run.request.batch_size:
-            raise ValueError(f"{len(run.output)} outputs for {run.request.batch_size} video(s)")
-        return run
-
 
 class RunFolder(ChunkFiles):
     """Reads and writes one run. A kill at any moment leaves the last committed chunk intact."""
@@ -121,7 +86,7 @@ class RunFolder(ChunkFiles):
     @classmethod
     def create(cls, path: Path, run: Run) -> RunFolder:
         """Start a new run in a folder that holds none."""
-        write_json(path / "run.json", {"format": FORMAT, **run.to_json()})
+        write_json(path / "run.json", {"format": FORMAT, **asdict(run)})
         return cls(path, run)
 
     @classmethod
@@ -129,9 +94,11 @@ class RunFolder(ChunkFiles):
         """Open a run to go on with. Raises `RequestError` if `path` holds none, or it is not whole."""
         try:
             values = json.loads((path / "run.json").read_text(encoding="utf-8"))
-            if values["format"] != FORMAT:
-                raise RequestError(f"run folder {path}: it has format {values['format']}, this version reads {FORMAT}")
-            run = Run.from_json(values)
+            if (format := values.pop("format")) != FORMAT:
+                raise RequestError(f"run folder {path}: it has format {format}, this version reads {FORMAT}")
+            run = from_json(Run, values)
+            if len(run.output) != run.request.batch_size:
+                raise ValueError(f"{len(run.output)} outputs for {run.request.batch_size} video(s)")
         except (FileNotFoundError, NotADirectoryError):
             raise RequestError(
                 f"run folder {path}: no run is kept there (run.json is missing); --checkpoint-dir starts one"
@@ -163,7 +130,7 @@ class RunFolder(ChunkFiles):
         """Make the video longer or shorter than it was begun; no chunk depends on how many there are."""
         if num_frames != self.run.request.num_frames:
             self.run = replace(self.run, request=replace(self.run.request, num_frames=num_frames))
-            write_json(self.path / "run.json", {"format": FORMAT, **self.run.to_json()})
+            write_json(self.path / "run.json", {"format": FORMAT, **asdict(self.run)})
 
     def commit(self, chunk: Chunk, segments: Sequence[bytes], schedule: Sequence[ScheduledPrompt] = ()) -> None:
         """Save a chunk with its MP4 segments, one a video of the batch, and count it as finished.

@@ -30,19 +30,17 @@ def choose_layout(
     checkpoint: Checkpoint,
     requests: Sequence[Request],
     world_size: int,
-    device: torch.device,
     dtype: torch.dtype,
     execution: Execution = PLAIN,
-    ranks_of_node: int | None = None,
+    hardware: Hardware | None = None,
 ) -> Layout:
     """The layout of the flags given, or a sound default for `world_size` ranks. Raises `RequestError`.
 
     By default guidance is split first where it is on, then the sequence by Ulysses; a degree that is given is kept and
-    the others follow from it. With `--layout auto` they are what `helios_cp.plan` models as fastest here, in memory's
-    bounds, which depend on the execution and on how many of the ranks share a node: all, unless told otherwise.
+    the others follow from it. With `hardware`, see `planning_hardware`, they are what `helios_cp.plan` models as
+    fastest there of what fits in memory, which depends on the execution.
     """
     attention = asked.attention or "native"
-    hardware = planning_hardware(asked, device.type, ranks_of_node or world_size)
     if hardware is not None:
         kept = asked.degrees if asked.shard_weights is None else {**asked.degrees, "shard_weights": asked.shard_weights}
         best = best_prediction(checkpoint, requests, dtype, world_size, hardware, kept, execution=execution)

@@ -1,7 +1,7 @@
-"""What a kind of machine can do, as numbers with their sources, and as the JSON that a calibration writes.
+"""What a kind of machine can do: numbers with their sources, and the JSON file that a calibration writes.
 
-Rates are what a program reaches, not what a data sheet promises; `peak_*` are the data sheet's. "Seconds" and rates are
-of one rank, which is one GPU, or on a CPU one process of one thread.
+Rates are what a program reaches. Only `peak_*` are what the data sheet promises. Rates and seconds are those of one
+rank: one GPU, or on a CPU one process with one thread.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 import json
 import math
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,10 @@ SHARES = {
 """Fields of pairs, and what the first of a pair is."""
 
 MOST_SHARE = 1.5
-"""Of a full rate, which is that of large sizes; middle ones may be a little faster."""
+"""A full rate is that of large sizes. Middle sizes may be a little faster, so shares above 1 are allowed."""
 
 MEASUREMENTS = "calibration"
-"""The key of a profile's file under which a calibration keeps what it measured; no part of the profile."""
+"""The key in a profile's file where a calibration keeps what it measured. The planner does not read it."""
 
 NUMBERS = ("float", "int", "float | None")
 
@@ -39,15 +39,15 @@ NUMBERS = ("float", "int", "float | None")
 class Hardware:
     """One kind of machine. Rates in FLOP/s and bytes/s, latencies in seconds.
 
-    `matmul_*`: products of many rows, by dtype. `matmul_shares`: (rows, share of that rate) for fewer, interpolated in
-    the logarithm of the rows; `matmul_fp32_shares` where they differ in fp32. Small products are bound by memory
-    besides. `attention_*`: likewise, attention, with shares by the geometric mean of queries and keys. `vae_flops`: the
-    VAE's decoding in fp32 as a whole, its memory passes included, with shares by its channels. `memory_bandwidth`: of
-    copies and sums; `pass_shares`: (kind, share of it) of other passes over memory, see `plan.forward_cost.PASSES`.
-    `kernel_seconds`: of launching one kernel, beside computing where `launches_overlap`. `node_*`: messages within a
-    node, of one rank; `node_exchange_latency`: of those between two ranks, as of a ring or a halo, where it differs
-    from that of collectives. `network_*`: between nodes. `overlap`: the share of a message's time that can pass beside
-    computing. `memory_bytes`: of the device, or a rank's share. `sources`: where each number comes from.
+    `matmul_*`: products of many rows, by dtype. `matmul_shares`: (rows, share of that rate) for fewer rows,
+    interpolated in the logarithm of the rows; `matmul_fp32_shares` where fp32 differs. `attention_*`: likewise, with
+    shares by the geometric mean of queries and keys. `vae_flops`: the VAE's decoding in fp32, its memory passes
+    included, with shares by channels. `memory_bandwidth`: of copies and sums; `pass_shares`: (kind, share of it) for
+    other passes over memory, see `plan.forward_cost.PASSES`. `kernel_seconds`: to launch one kernel; if
+    `launches_overlap`, launches run while the device computes. `node_*`: a rank's messages within a node;
+    `node_exchange_latency` where two ranks exchange, as in a ring or a halo, and that differs from a collective.
+    `network_*`: between nodes. `overlap`: the share of a message's time that can pass while a rank computes.
+    `memory_bytes`: of the device, or a rank's share of it. `sources`: where each number comes from.
     """
 
     name: str
@@ -157,7 +157,4 @@ def _from_json(values: Any) -> Hardware:
         if not isinstance(pairs, dict):
             raise TypeError(f"{name}: an object of {of} is allowed")
         values[name] = list(pairs.items())
-    missing = [field.name for field in fields(Hardware) if field.default is MISSING and field.name not in values]
-    if missing:
-        raise TypeError(f"{', '.join(missing)}: missing; write the file with a calibration")
     return from_json(Hardware, values)

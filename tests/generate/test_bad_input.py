@@ -461,15 +461,13 @@ def _write_models(models: Path, whole: Path) -> None:
 
 
 @pytest.fixture
-def place(workplace, tmp_path, cache, monkeypatch, no_weights) -> Path:
-    """A copy of the workplace to run in, without a network and with nothing that loads weights."""
-    folder = tmp_path / "place"
-    shutil.copytree(workplace, folder, symlinks=True)
-    monkeypatch.chdir(folder)
+def place(workplace, cache, monkeypatch, no_weights) -> Path:
+    """The workplace to run in, without a network and with nothing that loads weights; no test may change it."""
+    monkeypatch.chdir(workplace)
     monkeypatch.setenv("HELIOS_CP_CACHE", str(cache))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # the variable was read on import
-    return folder
+    return workplace
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:
@@ -533,8 +531,9 @@ def test_cuda_without_cuda(place, capfd):
     assert "--device cuda: " in line and "auto, cpu" in line
 
 
-def test_a_state_of_another_shape_of_file(place, capfd):
+def test_a_state_of_another_shape_of_file(place, tmp_path, capfd):
     """A safetensors file that is whole but holds no state."""
-    header = b"{}      "
-    (place / "run" / "state-00001.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
-    assert "'history' is missing" in refusal(["--resume", "run"], place, capfd)
+    run, header = tmp_path / "run", b"{}      "
+    shutil.copytree(place / "run", run)
+    (run / "state-00001.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    assert "'history' is missing" in refusal(["--resume", str(run)], place, capfd)

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import asdict
 from pathlib import Path
 
 import av
@@ -24,6 +25,7 @@ import torch
 from safetensors.torch import load_file
 
 import helios_cp
+from helios_cp.config.json_types import from_json
 from helios_cp.config.request import Request, ScheduledPrompt
 from helios_cp.files.chunk_files import ChunkFiles
 from helios_cp.files.mp4 import encode_segment
@@ -137,7 +139,7 @@ def _check_report(report: dict) -> None:
     assert report["seed"] == [7] and report["output"] == ["new/fox.mp4"]
     assert (report["frames"], report["complete"], report["error"]) == (66, True, None)
     assert (report["finished_chunks"], report["resumed_from_chunk"]) == (2, 0)
-    assert Request.from_json(report["request"]).num_frames == 34
+    assert from_json(Request, report["request"]).num_frames == 34
     assert report["peak_memory_bytes"] > 50e6  # torch alone is more
     first, second = report["chunks"]
     assert [first["index"], second["index"]] == [0, 1]
@@ -190,12 +192,12 @@ def test_a_schedule_file_makes_a_live_video_again(folder, distilled):
     """What changes left of a request, with transitions; a flag that is given wins."""
     request = Request(prompt=("a fox",), num_frames=99, fps=12, **FIELDS)
     changed = request.with_change(1, "an owl", 2).with_change(2, "a cat", 3)
-    Path("live.json").write_text(json.dumps(changed.to_json()))
+    Path("live.json").write_text(json.dumps(asdict(changed)))
     arguments = ["--prompt-schedule-file", "live.json", "--save-latents", "l.safetensors"]
     assert main([*MODEL, *arguments]) == 0
     latents = torch.cat([chunk.latents for chunk in distilled.stream(changed, output_type="latent")], dim=2)
     assert torch.equal(load_file("l.safetensors")["latents"], latents)
-    Path("list.json").write_text(json.dumps(changed.to_json()["prompt_schedule"]))
+    Path("list.json").write_text(json.dumps(asdict(changed)["prompt_schedule"]))
     assert (
         generate("--prompt-schedule-file", "list.json", "--num-frames", "99", "--save-latents", "again.safetensors")
         == 0

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 
 import av
@@ -188,7 +189,7 @@ def test_a_run_keeps_what_it_was_made_with_and_says_what_differs(capfd):
     assert made_with.layout == Layout() and made_with.versions["torch"] == torch.__version__
     values = json.loads(Path("run/run.json").read_text())
     values["made_with"]["versions"]["torch"] = "1.0"
-    values["made_with"]["layout"] = Layout(Degrees(ulysses=2), attention="flash").to_json()
+    values["made_with"]["layout"] = asdict(Layout(Degrees(ulysses=2), attention="flash"))
     Path("run/run.json").write_text(json.dumps(values))
     with pytest.raises(SystemExit):
         main(["--resume", "run"])

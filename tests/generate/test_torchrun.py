@@ -212,28 +212,3 @@ def test_bad_input_is_said_once(tmp_path, environment):
     lines = [line for line in stderr.splitlines() if "helios_cp.generate: error" in line]
     assert len(lines) == 1 and "--ulysses 3" in lines[0] and "ring 1 ulysses 2" in lines[0]
     assert not list(tmp_path.iterdir())
-
-
-REFUSED = {
-    "degrees of more ranks": ["--ulysses", "2"],
-    "guidance without guidance": ["--cfg-parallel", "2"],
-    "a degree of zero": ["--ring", "0"],
-    "feed-forward over more ranks": ["--ffn-tp", "2"],
-    "VAE over more ranks": ["--vae-parallel", "3"],
-    "an engine without its card": ["--attention", "flash"],
-    "NCCL without CUDA": ["--backend", "nccl"],
-    "no time to wait": ["--timeout", "0"],
-}
-
-
-@pytest.mark.parametrize("flags", REFUSED.values(), ids=REFUSED)
-@pytest.mark.skipif(torch.cuda.is_available(), reason="some of these flags are fine on a GPU")
-def test_layouts_that_one_process_refuses(flags, cache, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("HELIOS_CP_CACHE", str(cache))
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as refusal:
-        main([*REQUEST, *flags])
-    assert refusal.value.code == 2
-    stderr = capsys.readouterr().err
-    assert stderr.count("\n") == 1 and flags[0] in stderr, stderr
-    assert not list(tmp_path.iterdir())

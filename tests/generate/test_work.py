@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import pytest
 
 from helios_cp.config.execution import Adapter, Execution
+from helios_cp.config.json_types import from_json
 from helios_cp.config.layout import Layout
 from helios_cp.config.request import Request, ScheduledPrompt
 from helios_cp.generate.work import Work
@@ -23,7 +25,7 @@ WORK = Work(
 
 
 def test_work_travels_as_json():
-    assert Work.from_json(json.loads(json.dumps(WORK.to_json()))) == WORK
+    assert from_json(Work, json.loads(json.dumps(asdict(WORK)))) == WORK
 
 
 @pytest.mark.parametrize(
@@ -40,4 +42,4 @@ def test_work_travels_as_json():
 )
 def test_other_names_and_types_are_found_at_any_depth(change, said):
     with pytest.raises(TypeError, match=said):
-        Work.from_json({**WORK.to_json(), **change})
+        from_json(Work, {**asdict(WORK), **change})

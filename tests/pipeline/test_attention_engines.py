@@ -74,7 +74,7 @@ def test_segment_lengths_of_the_default_size(presets):
 def choose(presets, sizes, ranks, **flags):
     checkpoint = Checkpoint.read(presets["random-distilled"])
     requests = [Request(prompt=("a fox",), height=h, width=w).resolve(checkpoint) for h, w in sizes]
-    layout = choose_layout(AskedLayout(**flags), checkpoint, requests, ranks, CPU, torch.float32)
+    layout = choose_layout(AskedLayout(**flags), checkpoint, requests, ranks, torch.float32)
     sequences = [lengths for request in requests for lengths in segment_lengths(request, checkpoint)]
     check_execution(checkpoint, Execution(), CPU, torch.float32, layout, sequences=sequences)
     return layout

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+
 import pytest
 import torch
 
 from helios_cp.config.checkpoint import Checkpoint
 from helios_cp.config.errors import RequestError
+from helios_cp.config.json_types import from_json
 from helios_cp.config.layout import AskedLayout, Layout, smallest_tokens
 from helios_cp.config.ranks import Ranks
 from helios_cp.config.request import Request
@@ -22,7 +26,7 @@ GUIDED, PLAIN = "random-mid", "random-distilled"
 def choose(presets, name: str, ranks: int, size=(64, 64), **flags) -> Layout:
     checkpoint = Checkpoint.read(presets[name])
     request = Request(prompt=("a fox",), height=size[0], width=size[1]).resolve(checkpoint)
-    return choose_layout(AskedLayout(**flags), checkpoint, [request], ranks, CPU, torch.float32)
+    return choose_layout(AskedLayout(**flags), checkpoint, [request], ranks, torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +80,7 @@ def test_smallest_stage(presets):
 
 def test_layouts_travel_as_json():
     layout = Layout(Degrees(cfg=2, ring=3, ulysses=4, ffn_tp=2, vae=6), "flash", True)
-    assert Layout.from_json(layout.to_json()) == layout
+    assert from_json(Layout, json.loads(json.dumps(dataclasses.asdict(layout)))) == layout
 
 
 def test_devices_and_backends(monkeypatch):

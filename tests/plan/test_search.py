@@ -28,7 +28,8 @@ def auto(presets, name: str, ranks: int, **flags) -> Layout:
     checkpoint = Checkpoint.read(presets[name])
     request = Request(prompt=("a fox",), height=64, width=64).resolve(checkpoint)
     arguments = AskedLayout(layout="auto", **flags)
-    return choose_layout(arguments, checkpoint, [request], ranks, torch.device("cpu"), torch.float32)
+    hardware = planning_hardware(arguments, "cpu", ranks)
+    return choose_layout(arguments, checkpoint, [request], ranks, torch.float32, hardware=hardware)
 
 
 def test_layout_auto_takes_the_best_plan(presets):
@@ -142,7 +143,8 @@ def test_hardware_given_is_planned_for(presets, tmp_path):
 
     def planned(**given):
         arguments = AskedLayout(**given)
-        return choose_layout(arguments, checkpoint, [request], 2, torch.device("cpu"), torch.float32)
+        hardware = planning_hardware(arguments, "cpu", 2)
+        return choose_layout(arguments, checkpoint, [request], 2, torch.float32, hardware=hardware)
 
     assert planned(layout="auto", hardware="h100").degrees.world == 2
     with pytest.raises(RequestError, match="GB of small that each may use"):

@@ -16,6 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from helios_cp.config.json_types import from_json
 from helios_cp.config.request import Request, ScheduledPrompt
 from helios_cp.files.whole_files import write_json
 from launchers.serve.sessions.changes import Change, with_change
@@ -56,7 +57,7 @@ class Recording:
 
     def to_json(self) -> dict[str, Any]:
         values = {name: value for name, value in vars(self).items() if name not in ("folder", "request")}
-        values |= {"takes": [asdict(take) for take in self.takes], "request": self.request.to_json()}
+        values |= {"takes": [asdict(take) for take in self.takes], "request": asdict(self.request)}
         values["changes"] = [change.to_json() for change in self.changes]
         return {"format": FORMAT, **values}
 
@@ -71,7 +72,7 @@ class Recording:
             values = json.loads((folder / FILE).read_text(encoding="utf-8"))
             if values.pop("format") != FORMAT or values["state"] not in STATES:
                 raise ValueError("it is of another version")
-            values["request"] = Request.from_json(values["request"])
+            values["request"] = from_json(Request, values["request"])
             values["takes"] = [Take(**each) for each in values["takes"]]
             values["changes"] = [Change(**each) for each in values["changes"]]
             return cls(folder=folder, **values)
@@ -136,7 +137,7 @@ class Recording:
 
 def for_viewers(request: Request) -> dict[str, Any]:
     """A request for those who may watch: files by their names alone."""
-    values = request.to_json()
+    values = asdict(request)
     values |= {name: Path(values[name]).name for name in ("image", "video") if values[name] is not None}
     if request.lora is not None:
         values["lora"] = [{"path": Path(each.path).name, "weight": each.weight} for each in request.lora]

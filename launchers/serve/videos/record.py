@@ -9,10 +9,11 @@ video.mp4     when it is completed
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from helios_cp.config.json_types import from_json
 from helios_cp.config.request import Request
 from helios_cp.files.whole_files import write_json
 
@@ -51,7 +52,7 @@ class Record:
     def save(self) -> None:
         """Whole or as it was before, whenever the process is killed."""
         values = {name: value for name, value in vars(self).items() if name not in ("folder", "chunks")}
-        write_json(self.folder / FILE, {"format": FORMAT, **values, "request": self.request.to_json()})
+        write_json(self.folder / FILE, {"format": FORMAT, **values, "request": asdict(self.request)})
 
     @classmethod
     def load(cls, folder: Path) -> Record:
@@ -60,7 +61,7 @@ class Record:
             values = json.loads((folder / FILE).read_text(encoding="utf-8"))
             if values.pop("format") != FORMAT or values["status"] not in STATUSES:
                 raise ValueError("it is of another version")
-            values["request"] = Request.from_json(values["request"])
+            values["request"] = from_json(Request, values["request"])
             return cls(folder=folder, **values)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{folder / FILE}: this is no record of a video: {error}") from None
