@@ -69,45 +69,29 @@ PARSERS: dict[str, Callable[[str], Any]] = {"int": whole_number, "float": number
 class Flag:
     """What is known of a flag beside the name, type and default of its field.
 
-    `sets` are the fields that the values of one flag set in turn. `convert` makes the value of a field, or each of a
-    flag that is repeated, from what was parsed. `group` is the heading in `--help` from this flag on.
+    `name` is that of the field unless given. `sets` are the fields that the values of one flag set in turn. `convert`
+    makes the value of a field, or each of a flag that is repeated, from what was parsed. `group` is the heading in
+    `--help` from this flag on.
     """
 
     help: str
-    metavar: str | tuple[str, ...] | None
-    name: str | None
-    group: str | None
-    choices: tuple[str, ...] | None
-    parse: Callable[[str], Any] | None
-    convert: Callable[[Any], Any] | None
-    nargs: int | str | None
-    repeat: bool
-    sets: tuple[str, ...]
-    least: float | None
-    most: float | None
-    above: float | None
+    metavar: str | tuple[str, ...] | None = None
+    name: str | None = None
+    group: str | None = None
+    choices: tuple[str, ...] | None = None
+    parse: Callable[[str], Any] | None = None
+    convert: Callable[[Any], Any] | None = None
+    nargs: int | str | None = None
+    repeat: bool = False
+    sets: tuple[str, ...] = ()
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
 
 
-def flag(
-    default: Any,
-    help: str,
-    metavar: str | tuple[str, ...] | None = None,
-    *,
-    name: str | None = None,
-    group: str | None = None,
-    choices: tuple[str, ...] | None = None,
-    parse: Callable[[str], Any] | None = None,
-    convert: Callable[[Any], Any] | None = None,
-    nargs: int | str | None = None,
-    repeat: bool = False,
-    sets: tuple[str, ...] = (),
-    least: float | None = None,
-    most: float | None = None,
-    above: float | None = None,
-) -> Any:
-    """A field of a dataclass that a flag sets. See `Flag`; the name is that of the field unless given."""
-    about = Flag(help, metavar, name, group, choices, parse, convert, nargs, repeat, sets, least, most, above)
-    return dataclasses.field(default=default, metadata={"flag": about})
+def flag(default: Any, help: str, metavar: str | tuple[str, ...] | None = None, **about: Any) -> Any:
+    """A field of a dataclass that a flag sets. `about` are further fields of `Flag`."""
+    return dataclasses.field(default=default, metadata={"flag": Flag(help, metavar, **about)})
 
 
 def flags_of(cls: type) -> dict[str, Flag]:

@@ -119,20 +119,9 @@ def check(call: Call, cache: Path | None, ranks: Ranks | None = None, target: Ta
     finished = [prompt_file is not None and is_finished(job) for job in jobs]
     skipped = [job for job, is_done in zip(jobs, finished, strict=True) if is_done]
     waiting = [job for job, is_done in zip(jobs, finished, strict=True) if not is_done]
-    for name, path, suffix in (
-        ("--save-latents", call.save_latents, ".safetensors"),
-        ("--report", call.report, ".json"),
-    ):
-        if path is not None:
-            check_file_target(name, path, suffix)
-    if execution.compile_cache is not None:
-        check_folder_target("--compile-cache", execution.compile_cache)
-    _check_media(waiting)
-    _check_outputs(waiting)
     folder = resume or call.checkpoint_dir
     folders = [folder / job.output[0].stem if folder and prompt_file else folder for job in waiting]
-    for each in filter(None, folders):
-        check_folder_target("--checkpoint-dir" if resume is None else "--resume", each)
+    _check_files(call, execution, waiting, folders)
 
     runs = {each: RunFolder.open(each).run for each in folders if each is not None and RunFolder.is_run(each)}
     model = _with_commit(model, runs.values())
@@ -295,18 +284,24 @@ def _jobs(call: Call, saved: Run | None) -> list[Job]:
     return [Job(request, tuple(Path(path) for path in saved.output))]
 
 
-def _check_media(jobs: list[Job]) -> None:
+def _check_files(call: Call, execution: Execution, jobs: list[Job], folders: list[Path | None]) -> None:
+    """Whether what is to be read can be, and what is to be written has a place."""
+    if call.save_latents is not None:
+        check_file_target("--save-latents", call.save_latents, ".safetensors")
+    if call.report is not None:
+        check_file_target("--report", call.report, ".json")
+    if execution.compile_cache is not None:
+        check_folder_target("--compile-cache", execution.compile_cache)
     for image in sorted({job.request.image for job in jobs if job.request.image is not None}):
         check_image(image)
     clips = {(job.request.video, job.request.frames_per_chunk) for job in jobs if job.request.video is not None}
     for video, frames in sorted(clips):
         check_video(video, frames)
-
-
-def _check_outputs(jobs: list[Job]) -> None:
     for job in jobs:
         for output in job.output:
             check_file_target("--output", output, ".mp4")
             for flag, source in (("--image", job.request.image), ("--video", job.request.video)):
                 if source is not None and output.exists() and output.samefile(source):
                     raise RequestError(f"--output {output}: that is the {flag} to start from; give another name")
+    for folder in filter(None, folders):
+        check_folder_target("--checkpoint-dir" if call.resume is None else "--resume", folder)

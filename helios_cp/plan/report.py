@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import textwrap
 from collections import defaultdict
 from collections.abc import Iterator
@@ -161,9 +162,7 @@ def command(candidate: Candidate, call: PlanCall) -> str:
 def print_tables(plan: Plan, subject: Subject) -> None:
     """The `--top` fastest layouts, what to type for the best, and as many reasons why others are impossible."""
     top = subject.call.top
-    console = Console(soft_wrap=False, highlight=False)
-    if not console.is_terminal:
-        console = Console(width=WIDTH, highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
 
     def say(line: str) -> None:
         console.print("\n".join(textwrap.wrap(line, console.width, break_on_hyphens=False)), soft_wrap=True)

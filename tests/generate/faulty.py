@@ -2,6 +2,7 @@
 
 On the given rank the eighth forward of the transformer, in the second chunk, raises, kills its process, or hangs. By
 then the others are in it too, where they miss that rank before they look for a signal; and they have time to say so.
+With `kill-once` it is the second forward, and only before torchrun starts the ranks again.
 """
 
 import os
@@ -16,6 +17,7 @@ from helios_cp.generate.__main__ import main
 from helios_cp.model.transformer import HeliosTransformer
 
 FAULT, RANK, *ARGUMENTS = sys.argv[1:]
+WHEN = 2 if FAULT == "kill-once" else 8
 
 
 def faulty(forward):
@@ -24,9 +26,9 @@ def faulty(forward):
     def run(*args, **kwargs):
         nonlocal calls
         calls += 1
-        if calls == 8:
+        if calls == WHEN:
             dist.barrier()
-        if calls == 8 and os.environ["RANK"] == RANK:
+        if calls == WHEN and os.environ["RANK"] == RANK:
             print(f"fault at {time.time()}", flush=True)
             if FAULT == "raise":
                 raise ArithmeticError("broken on purpose")

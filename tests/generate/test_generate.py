@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -447,6 +448,42 @@ def test_other_errors_are_one_line_and_exit_code_1(folder, presets, monkeypatch,
     assert "out.mp4" not in names(folder)
 
 
+def test_a_bar_on_a_terminal(folder, monkeypatch, capfd):
+    """On a pseudo-terminal; the odd name would be markup to the library that draws the bar."""
+    terminal, side = pty.openpty()
+    drawn: list[bytes] = []
+
+    def read() -> None:
+        with suppress(OSError):  # how Linux says that the other side is closed
+            while part := os.read(terminal, 4096):
+                drawn.append(part)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    with open(side, "w") as stream, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", stream)
+        patch.setenv("TERM", "xterm")
+        patch.setenv("COLUMNS", "100")
+        assert generate("--prompt", "a", "--num-frames", "66", "--output", "[bold]fox[red].mp4") == 0
+    reader.join()
+    os.close(terminal)
+    bar, out = b"".join(drawn).decode(), capfd.readouterr().out
+    text = re.sub(r"\033\[[0-9;?]*[A-Za-z]", "", bar)
+    assert "\033[" in bar and "━" in text
+    assert "[bold]fox[red].mp4: chunks" in text and "2/2" in text and "stage 3 of 3" in text
+    assert "[bold]fox[red].mp4: 66 frames" in out and "\033" not in out
+    assert whole("[bold]fox[red].mp4", 66)
+
+
+def test_torchrun_with_one_rank(folder, monkeypatch, capfd):
+    """In the environment that torchrun sets; `test_torchrun.py` starts it, with more ranks."""
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    for name, value in {**ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert generate("--prompt", "a", "--num-frames", "33") == 0
+    assert "out.mp4: 33 frames" in capfd.readouterr().out and whole("out.mp4", 33)
+
+
 # Processes of their own
 
 COMMAND = [sys.executable, "-m", "helios_cp.generate"]
@@ -479,34 +516,3 @@ def test_sigint_in_a_process(folder):
     assert 1 <= chunks < 1000 and whole("out.mp4", 33 * chunks)
     assert f"{chunks} of 1000 chunks are finished" in lines[-1] and "--resume run" in lines[-1]
     assert "Traceback" not in "".join(lines)
-
-
-def test_a_bar_on_a_terminal(folder):
-    """On a pseudo-terminal; the odd name would be markup to the library that draws the bar."""
-    terminal, side = pty.openpty()
-    command = [*COMMAND, *QUICK, "--prompt", "a", "--num-frames", "66", "--output", "[bold]fox[red].mp4"]
-    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
-    with subprocess.Popen(command, stderr=side, stdout=subprocess.PIPE, env=environment) as process:
-        os.close(side)
-        drawn = b""
-        while True:
-            try:
-                part = os.read(terminal, 4096)
-            except OSError:  # how Linux says that the other side is closed
-                break
-            drawn += part
-        os.close(terminal)
-        out = process.stdout.read().decode()
-    assert process.returncode == 0
-    text = re.sub(r"\033\[[0-9;?]*[A-Za-z]", "", drawn.decode())
-    assert "\033[" in drawn.decode() and "━" in text
-    assert "[bold]fox[red].mp4: chunks" in text and "2/2" in text and "stage 3 of 3" in text
-    assert "[bold]fox[red].mp4: 66 frames" in out and "\033" not in out
-    assert whole("[bold]fox[red].mp4", 66)
-
-
-def test_torchrun(folder):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "1", *COMMAND[1:], *QUICK]
-    run = subprocess.run([*command, "--prompt", "a", "--num-frames", "33"], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert "out.mp4: 33 frames" in run.stdout and whole("out.mp4", 33)

@@ -81,31 +81,23 @@ def alone(presets, cache, tmp_path_factory):
     return load_file(folder / "out.safetensors")["latents"]
 
 
-def test_three_ranks_make_the_video_of_one_and_resume(alone, tmp_path, environment):
-    """An uneven layout; stopped by a fault after its first chunk, and then gone on with."""
-    arguments = [*REQUEST, "--ulysses", "3", "--ffn-tp", "3", "--save-latents", "out.safetensors"]
-    faulty = ["-m", "tests.generate.faulty", "raise", "1", *arguments, "--checkpoint-dir", "run"]
+def test_three_ranks_make_the_video_of_one_and_go_on(alone, tmp_path, environment):
+    """An uneven layout. An error ends it after a chunk; then a rank is killed, and torchrun starts all again."""
+    arguments = ["--ulysses", "3", "--ffn-tp", "3", "--save-latents", "out.safetensors"]
+    faulty = ["-m", "tests.generate.faulty", "raise", "1", *REQUEST, *arguments, "--checkpoint-dir", "run"]
     code, _, stderr = torchrun(3, faulty, tmp_path, environment)
     assert code != 0
     assert stderr.count("ArithmeticError: broken on purpose") == 1, stderr
     assert "rank 1 failed:" in stderr and "tests/generate/faulty.py" in stderr
     assert frames_in(tmp_path / "out.mp4") == 33, "the finished chunk is playable"
 
-    resume = ["-m", "helios_cp.generate", "--resume", "run", "--ulysses", "3", "--ffn-tp", "3"]
-    code, stdout, stderr = torchrun(3, [*resume, "--save-latents", "out.safetensors"], tmp_path, environment)
+    resume = ["--max-restarts", "1", "-m", "tests.generate.faulty", "kill-once", "1", "--resume", "run", *arguments]
+    code, stdout, stderr = torchrun(3, resume, tmp_path, environment)
     assert code == 0, stderr
-    assert "out.mp4: 66 frames" in stdout and frames_in(tmp_path / "out.mp4") == 99
+    assert stdout.count("fault at") == 2 and "out.mp4: 66 frames" in stdout and frames_in(tmp_path / "out.mp4") == 99
+    assert not list(tmp_path.glob(".*")) and not (tmp_path / "run" / "lock").exists()
     latents = load_file(tmp_path / "out.safetensors")["latents"]
     assert (latents - alone).abs().max() <= 1e-4 * (alone.max() - alone.min())
-
-
-def test_torchrun_starts_a_job_again_that_goes_on(tmp_path, environment):
-    """Rank 1 is killed once in the second chunk; torchrun gives the same command to all ranks again."""
-    faulty = ["--max-restarts", "1", "-m", "tests.generate.faulty", "kill-once", "1"]
-    code, stdout, stderr = torchrun(2, [*faulty, *REQUEST, "--checkpoint-dir", "run"], tmp_path, environment)
-    assert code == 0, stderr
-    assert "out.mp4: 66 frames" in stdout and frames_in(tmp_path / "out.mp4") == 99
-    assert not list(tmp_path.glob(".*")) and not (tmp_path / "run" / "lock").exists()
 
 
 @pytest.mark.parametrize("fault", ["kill", "hang"])
@@ -125,25 +117,11 @@ def test_a_lost_rank_ends_the_job(tmp_path, environment, fault):
         assert f"rank {1 - rank}: another rank does not answer" in stderr
 
 
-LATE = """
-import os, time
-import torch
-import torch.distributed as dist
-from helios_cp.config.ranks import Ranks
-from helios_cp.pipeline.world import World
-
-ranks, leave = Ranks.of(os.environ), dist.destroy_process_group
-dist.destroy_process_group = lambda: (print("a rank leaves", flush=True), leave())
-with World(ranks, 60).connected("gloo", torch.device("cpu")):
-    if ranks.is_first:
-        time.sleep(1)
-        print("rank 0 is done", flush=True)
-"""
-
-
-SLOW = """
+TOGETHER = """
 import os, time
 from datetime import timedelta
+import torch
+import torch.distributed as dist
 from helios_cp.config.ranks import Ranks
 from helios_cp.pipeline import world
 
@@ -151,30 +129,32 @@ def decide():
     time.sleep(7)  # longer than anybody waits for one who gives no sign of life
     return {"rank": 0}
 
-world.BEAT, ranks = 0.1, Ranks.of(os.environ)
+def wait_at_most(seconds):
+    found.timeout = timedelta(seconds=seconds)
+    found._store.set_timeout(found.timeout)
+
+world.BEAT, ranks, leave = 0.1, Ranks.of(os.environ), dist.destroy_process_group
 found = world.World(ranks, 60)
-found.timeout = timedelta(seconds=5)
-found._store.set_timeout(found.timeout)
+wait_at_most(5)
 print(ranks.rank, found.share(decide), flush=True)
+wait_at_most(60)
+dist.destroy_process_group = lambda: (print("a rank leaves", flush=True), leave())
+with found.connected("gloo", torch.device("cpu")):
+    if ranks.is_first:
+        time.sleep(1)
+        print("rank 0 is done", flush=True)
 """
 
 
-def test_ranks_wait_for_a_decision_that_takes_long(tmp_path, environment):
-    """As a clip that rank 0 looks through before anything is loaded."""
-    script = tmp_path / "slow.py"
-    script.write_text(SLOW)
+def test_ranks_wait_for_a_long_decision_and_leave_together(tmp_path, environment):
+    """A decision is long when rank 0 looks through a clip. A rank that left early would close connections in use."""
+    script = tmp_path / "together.py"
+    script.write_text(TOGETHER)
     code, stdout, stderr = torchrun(2, [str(script)], tmp_path, environment)
     assert code == 0, stderr
-    assert sorted(stdout.splitlines()) == ["0 {'rank': 0}", "1 {'rank': 0}"]
-
-
-def test_no_rank_leaves_before_all_are_done(tmp_path, environment):
-    """It would close connections that others may still read from."""
-    script = tmp_path / "late.py"
-    script.write_text(LATE)
-    code, stdout, stderr = torchrun(2, [str(script)], tmp_path, environment)
-    assert code == 0, stderr
-    assert stdout.splitlines() == ["rank 0 is done", "a rank leaves", "a rank leaves"]
+    lines = stdout.splitlines()
+    assert sorted(lines[:2]) == ["0 {'rank': 0}", "1 {'rank': 0}"]
+    assert lines[2:] == ["rank 0 is done", "a rank leaves", "a rank leaves"]
 
 
 @pytest.mark.gpu
