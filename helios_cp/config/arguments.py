@@ -62,7 +62,7 @@ def frame_rate(text: str) -> float:
 
 
 PARSERS: dict[str, Callable[[str], Any]] = {"int": whole_number, "float": number, "Path": user_path, "str": str}
-"""By the type of a field, of which `None` and `tuple[…]` are left away."""
+"""By the type of a field without its `None` and `tuple[…]`."""
 
 
 @dataclass(frozen=True)

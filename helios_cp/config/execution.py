@@ -20,14 +20,14 @@ FEATURE_MULTIPLES = {"fp8": 16, "int8": 1, "int4": 32}
 """The features of a quantised linear layer are a multiple of this; with fp8 on CUDA only."""
 OFFLOADS = ("none", "model", "group")
 OWN_ENGINES = ("native", "cudnn", "flash")
-"""Attention whose messages are our own, of which it is known what a graph makes of them."""
+"""Engines that use our own collectives; these can be captured in a CUDA graph."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """The kind of device that work is done on, which the machine that checks a call need not have.
+    """The kind of device that does the work. The machine that checks a call need not have one.
 
-    `capability` is the CUDA compute capability of the card, if it is one and it is known.
+    `capability` is the card's CUDA compute capability; `None` where there is no such card, or it is not known.
     """
 
     kind: str

@@ -1,4 +1,4 @@
-"""Dataclasses from JSON, and whether its values are of the types that they declare."""
+"""Dataclasses from JSON, with every value checked against the type that its field declares."""
 
 from __future__ import annotations
 

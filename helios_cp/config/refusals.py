@@ -23,7 +23,7 @@ Row = tuple[str, bool, str]
 
 @dataclass(frozen=True)
 class Setting:
-    """What is about to run, as far as it is known: what is left at its default refuses nothing.
+    """What is about to run, as far as it is known. A field at its default refuses nothing.
 
     `stored` is how the weights in `folder` are quantised already. `features` are the sizes of linear layers by name.
     `unavailable` says by flag what this machine and its libraries cannot do. `backend` is that of several ranks.

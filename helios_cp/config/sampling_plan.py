@@ -1,4 +1,4 @@
-"""How the chunks of a request are denoised: arithmetic alone, which nothing need be loaded for."""
+"""How the chunks of a request are denoised. This is arithmetic; nothing is loaded for it."""
 
 from __future__ import annotations
 

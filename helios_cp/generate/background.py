@@ -21,10 +21,9 @@ T = TypeVar("T")
 class BackgroundWriter(Generic[T]):
     """Calls `write` for one item after the other, in a thread of its own; a context manager.
 
-    At most one item is in hand: `put` waits until the one before is written, so that a slow writer slows down what
-    makes the items, and no memory fills up. An error of `write` is raised by the next `check`, `put` or `wait`, or at
-    the end of the `with`; nothing is written after it. When the `with` ends, by an error or an interrupt too, the item
-    in hand is written first.
+    At most one item is in hand. `put` waits until the one before is written, so a slow writer slows down the maker of
+    the items and no memory fills up. The next `check`, `put` or `wait`, or the end of the `with`, raises an error of
+    `write`; nothing is written after it. The end of the `with` waits for the item in hand, after an error too.
     """
 
     def __init__(self, write: Callable[[T], None]) -> None:
@@ -52,7 +51,7 @@ class BackgroundWriter(Generic[T]):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
         try:
-            # An error under way is told rather than one of writing; a mere interrupt is not.
+            # An error under way hides one of writing, because it came first. An interrupt hides none.
             if not isinstance(error, Exception):
                 self.wait()
         finally:

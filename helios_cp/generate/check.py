@@ -93,9 +93,9 @@ class Session:
 def check(call: Call, cache: Path | None, ranks: Ranks | None = None, target: Target | None = None) -> Session:
     """Everything that can be found wrong before weights are loaded. Raises `RequestError`; writes nothing.
 
-    With several ranks it is called on rank 0. `cache` is where presets are kept. What needs no checkpoint is checked
-    first, then what needs its configuration, which is all that is downloaded of a hub id. `target` is what the work is
-    done on, where that is not the device given, as with a cluster's cards seen from a machine without one.
+    With several ranks, rank 0 calls it. `cache` is where presets are kept. It checks first what needs no checkpoint,
+    then what needs its configuration; of a hub id nothing else is downloaded. `target` is what does the work, where
+    that is not the device given: a cluster's cards, seen from a machine without one.
     """
     ranks = ranks or Ranks()
     check_call(call)

@@ -1,4 +1,4 @@
-"""What is worth telling of a request before its video is made, though nothing is wrong with it."""
+"""What a user should know of a request before its video is made, though nothing is wrong with it."""
 
 from __future__ import annotations
 
