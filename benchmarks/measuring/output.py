@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
-
-from rich.console import Console
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.measuring.machine import RESULTS, write_result
 from helios_cp.config.paths import user_path
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 WIDTH = 118
 """Of tables where there is no terminal."""
@@ -29,4 +30,6 @@ def write_output(path: Path, results: Any) -> Path:
 
 
 def table_console() -> Console:
+    from rich.console import Console  # which may be missing where GPU tests import the benchmarks
+
     return Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
