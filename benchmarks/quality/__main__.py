@@ -3,6 +3,8 @@
 python -m benchmarks.quality              60 prompts, 20 of them of combinations that no clip of the training shows
 python -m benchmarks.quality --quick      12 prompts, drift over 4 chunks
 
+Before them the VAE alone: rendered clips of held-out combinations, encoded and decoded.
+
 A choice beside the exact run of its model is measured on the first third of the prompts.
 
 A classifier that was trained on rendered clips says what a video shows. Its own figures, on rendered clips of the same
@@ -25,6 +27,7 @@ from benchmarks.measuring.output import add_output, table_console, write_output
 from benchmarks.quality.cases import HEIGHT, LONG, STEPS, WIDTH, Case, cases_for, make_videos
 from benchmarks.quality.figures import drift, likeness, motion
 from benchmarks.quality.plot import LABELS, draw
+from benchmarks.quality.reconstruction import reconstruction, to_bytes
 from helios_cp.config.arguments import OneLineParser, whole_number
 from helios_cp.config.errors import RequestError
 from helios_cp.device.device import pick_device
@@ -37,6 +40,8 @@ from helios_cp.tiny.sheet import write_sheet
 from helios_cp.tiny.world import Scene
 
 CHUNKS = 2
+CLIPS = 12
+"""What the VAE is measured on, at most."""
 COLUMNS, ROWS = 8, 6
 """Of a contact sheet."""
 
@@ -81,6 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
         "chunks": CHUNKS,
         "steps": STEPS,
         "judge": rendered(judge, prompts),
+        "vae": reconstruction(min(len(prompts), CLIPS), device),
         "cases": {},
         "drift": {},
     }
@@ -103,6 +109,7 @@ def main(arguments: list[str] | None = None) -> int:
         some, within = prompts[: 2 if options.quick else 4], [count for count in lengths if count <= LONG[case]]
         path = keep("drift", case, drifted(case, some, within, judge, device))
     console.print(table_of(results))
+    console.print(f"VAE: {results['vae']}", style="dim", soft_wrap=True)
     draw(results, path.with_suffix(".png"))
     console.print(f"written to {path}; contact sheets in {folder}", style="dim", soft_wrap=True)
     return 0
@@ -115,9 +122,7 @@ def third(prompts: Prompts) -> Prompts:
 
 def rendered(judge: Judge, prompts: Prompts) -> dict[str, float]:
     """What the classifier says of rendered clips of the prompts' scenes: what no model can be above."""
-    videos = [
-        ((render(s, range(CHUNKS * FRAMES), HEIGHT, WIDTH) + 1) * 127.5).round().astype("uint8") for _, s in prompts
-    ]
+    videos = [to_bytes(render(scene, range(CHUNKS * FRAMES), HEIGHT, WIDTH)) for _, scene in prompts]
     said = verdict(judge, videos, prompts)
     return {**said["accuracy"], "seam": said["seam"], "motion": float(np.mean([motion(video) for video in videos]))}
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import random
 
 import numpy as np
 import pytest
+import torch
+from diffusers import AutoencoderKLWan
 
+from benchmarks.quality import reconstruction
 from benchmarks.quality.__main__ import main
 from benchmarks.quality.cases import CASES, Case, parse
 from benchmarks.quality.figures import contrast, drift, likeness, motion, sharpness
@@ -15,6 +19,8 @@ from benchmarks.report.quality_section import quality_section
 from helios_cp.tiny.clips import render
 from helios_cp.tiny.judge import compare, embedded_judge, name
 from helios_cp.tiny.judging import test_prompts
+from helios_cp.tiny.world import draw_scene
+from helios_cp.weights.load import load_vae, resolve
 
 
 def grey(value: float, frames: int = 33) -> np.ndarray:
@@ -43,6 +49,31 @@ def test_likeness():
     assert likeness([noise], [noise]) == {"psnr": None, "ssim": pytest.approx(1)}
     other = likeness([noise + 10], [noise])
     assert other["psnr"] == pytest.approx(20 * np.log10(25.5), abs=1e-3) and 0.9 < other["ssim"] < 1
+
+
+def test_the_vae_alone(cache, monkeypatch):
+    """Against diffusers' class on the same weights, whose bytes differ by rounding alone; a VAE with another decoder
+    is seen to be worse."""
+    monkeypatch.setattr("helios_cp.weights.load.DEFAULT_CACHE", cache)
+    monkeypatch.setattr("helios_cp.weights.presets.DEFAULT_CACHE", cache)
+    found = reconstruction.reconstruction(1, torch.device("cpu"))
+    scene = draw_scene(random.Random(reconstruction.SEED), held_out=True)
+    clip = render(scene, range(66), 64, 128)
+    vae = AutoencoderKLWan.from_pretrained(resolve(reconstruction.MODEL).folder / "vae")
+    with torch.no_grad():
+        chunks = torch.from_numpy(clip.reshape(2, 33, 64, 128, 3)).permute(0, 4, 1, 2, 3)
+        decoded = vae.decode(vae.encode(chunks).latent_dist.mean).sample.permute(0, 2, 3, 4, 1).flatten(0, 1).numpy()
+    expected = likeness([reconstruction.to_bytes(decoded)], [reconstruction.to_bytes(clip)])
+    assert found["psnr"] == pytest.approx(expected["psnr"], abs=0.01)
+    assert found["seam_rendered"] < found["seam"]
+
+    def broken(*arguments):
+        made = load_vae(*arguments)
+        made.post_quant_conv.weight.mul_(0.5)
+        return made
+
+    monkeypatch.setattr(reconstruction, "load_vae", broken)
+    assert reconstruction.reconstruction(1, torch.device("cpu"))["psnr"] < found["psnr"] - 3
 
 
 def test_the_embedded_classifier_reads_rendered_clips():
@@ -82,11 +113,13 @@ def test_a_run(cache, tmp_path, monkeypatch):
         "tiny-distilled-match-seams.jpg",
         "tiny-distilled.jpg",
     ]
+    assert results["vae"]["clips"] == 2 and results["vae"]["psnr"] > 20
     section = quality_section(read_results(tmp_path)[0]["quality"])
     assert (
         "| `tiny-distilled --match-seams` | " in section
         and "| rendered clips | " in section
         and "(quality/tiny-distilled.jpg)" in section
+        and f"PSNR {results['vae']['psnr']:.2f} dB" in section
     )
     more = ["--case", "tiny-distilled --pyramid-steps 1 1 1", "--prompts", "2", "--output", str(file)]
     assert main([*more, "--keep"]) == 0
