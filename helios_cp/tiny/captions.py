@@ -46,7 +46,7 @@ FILLERS = ("very", "shiny", "bright", "big", "slowly", "gently", "4k", "cinemati
 def caption(scene: Scene, generator: random.Random) -> tuple[str, dict[str, str | None]]:
     """A sentence about a scene, and its labels with None for what the sentence leaves open.
 
-    A direction is often unsaid where it is to the right, because prompts rarely name one.
+    A direction is at times unsaid where it is to the right, because prompts rarely name one.
     """
     named: dict[str, str | None] = dict(scene.labels)
 
@@ -66,7 +66,7 @@ def caption(scene: Scene, generator: random.Random) -> tuple[str, dict[str, str 
     else:
         colour = unless("colour", 0.04, scene.colour)
         where = unless("ground", 0.04, f"{generator.choice(PREPOSITIONS[scene.subject])} {place}")
-        way = unless("direction", 0.6 if scene.direction == "right" else 0.0, f"to the {scene.direction}")
+        way = unless("direction", 0.3 if scene.direction == "right" else 0.0, f"to the {scene.direction}")
         noun, verb = generator.choice(NOUNS[scene.subject]), generator.choice(VERBS[scene.subject])
         article = "the" if generator.random() < 0.08 else "a"
         sentence = generator.choice(

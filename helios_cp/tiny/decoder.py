@@ -1,4 +1,4 @@
-"""The VAE's decoder alone, trained on while its latents, which the transformers know, stay as they are.
+"""The VAE's decoder, trained on short rendered clips.
 
 Chunks are encoded and decoded alone, so the decoder meets a border as two unlike latents: the last, of four frames, and
 the first of the next chunk, of one. It learns here to decode both so that the picture goes on, and to see past some
@@ -16,18 +16,17 @@ from torch import Tensor
 from helios_cp.tiny.clips import render
 from helios_cp.tiny.subjects import PERIOD
 from helios_cp.tiny.vae import decode, psnr, reconstruction_loss
-from helios_cp.tiny.world import draw_scene
+from helios_cp.tiny.world import TRAINED_SIZE, draw_scene
 
-NOISE = 0.4
-"""The largest noise on latents, as a share of their spread; its square root is uniform, so most is small."""
+NOISE = 0.2
+"""The largest noise on latents; its square root is uniform, so most is small."""
 BORDER_WEIGHT, FIRST_WEIGHT = 2.0, 2.0
-SIZES = ((64, 128), (64, 128), (64, 128), (128, 192))
 
 
-def draw_neighbours(generator: random.Random, pixels: int = 36 * 64 * 128) -> tuple[Tensor, Tensor]:
+def draw_neighbours(generator: random.Random, pixels: int = 28 * 64 * 128) -> tuple[Tensor, Tensor]:
     """The end of a chunk and the start of the next, `[B, 3, T, H, W]` each, of 9 or 13 and of 5 frames."""
     frames, following = generator.choice((9, 13)), 5
-    height, width = generator.choice(SIZES)
+    height, width = TRAINED_SIZE
     clips = []
     for _ in range(max(1, pixels // ((frames + following) * height * width))):
         first = generator.randrange(PERIOD)
@@ -38,13 +37,13 @@ def draw_neighbours(generator: random.Random, pixels: int = 36 * 64 * 128) -> tu
     return video[:, :, :frames], video[:, :, frames:]
 
 
-def training_loss(vae, std: Tensor, generator: random.Random) -> tuple[Tensor, dict[str, float]]:
-    """One batch; `std` `[C]` is the spread of the VAE's latents."""
+def training_loss(vae, generator: random.Random) -> tuple[Tensor, dict[str, float]]:
+    """One batch."""
     device = next(vae.parameters()).device
     targets = [
         video.to(device).contiguous(memory_format=torch.channels_last_3d) for video in draw_neighbours(generator)
     ]
-    level = NOISE * generator.random() ** 2 * std.view(1, -1, 1, 1, 1).to(device)
+    level = NOISE * generator.random() ** 2
     outs = []
     with torch.autocast(device.type, torch.bfloat16):
         for target in targets:

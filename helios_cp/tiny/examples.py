@@ -19,6 +19,10 @@ EMPTY_TEXT = 0.1
 """The share of examples without a caption, which guidance needs."""
 
 
+CLEAN_PAST = 0.5
+"""The share of pasts without noise."""
+
+
 @dataclass(frozen=True)
 class Batch:
     """`clean` `[B, C, 9, h, w]`, `subject` `[B, 1, 9, h, w]`, the past, and the text's states and mask `[B, L, …]`."""
@@ -99,11 +103,12 @@ def past_of(clips: Clips, places: list[Place], generator: random.Random) -> Past
 
 
 def corrupted(latents: Tensor, generator: random.Random) -> Tensor:
-    """σ·ε + (1 − σ)·x with σ ~ U(0, 1/3) a frame, as Helios does to history; one in ten stays clean, and so do zeros.
+    """σ·ε + (1 − σ)·x with σ ~ U(0, 1/3) a frame, as Helios does to history; half stay clean, and so do zeros.
 
-    So the model learns to go on from its own, imperfect frames.
+    So the model learns to go on from its own, imperfect frames. Noise also hides how light a frame was, by as much as a
+    seam needs to be seen, so half of the pasts show what a sampler sees.
     """
-    if generator.random() < 0.1:
+    if generator.random() < CLEAN_PAST:
         return latents
     sigma = torch.rand(latents.shape[1]).view(1, -1, 1, 1) / 3
     is_blank = latents.abs().amax((0, 2, 3), keepdim=True) == 0

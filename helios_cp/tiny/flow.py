@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from helios_cp.model.transformer import HeliosTransformer
@@ -22,7 +23,9 @@ BATCH = {"base": (6,), "mid": (20, 14, 6)}
 SUBJECT_WEIGHT = 4.0
 """What an error on the subject counts, where one elsewhere counts 1."""
 FIRST_WEIGHT = 3.0
-"""What an error in a chunk's first latent frame counts: it is coded otherwise than the others, and seams show there."""
+"""What an error in a chunk's first latent frame counts, because seams show there."""
+COARSE_WEIGHT = 1.0
+"""What errors of whole regions count beside single ones: light or colour that is off is what most shows at a seam."""
 
 Loss = Callable[[random.Random], tuple[Tensor, dict[str, float]]]
 
@@ -38,7 +41,7 @@ def make_loss(variant: str, model: HeliosTransformer, clips: Clips, text_encoder
         device = noisy.device
         with torch.autocast(device.type, torch.bfloat16):
             text = embed_text(model, batch.states, batch.mask)
-            errors = (velocity(model, noisy, timestep, text, batch.past) - target).square()
+            errors = velocity(model, noisy, timestep, text, batch.past) - target
         losses = weighted(errors, batch.subject) / target.square().mean()
         starts = torch.tensor([kind == "text" for kind in batch.kinds], device=device)
         figures = {
@@ -52,7 +55,8 @@ def make_loss(variant: str, model: HeliosTransformer, clips: Clips, text_encoder
 
 
 def weighted(errors: Tensor, subject: Tensor) -> Tensor:
-    """The mean `[B]` of errors `[B, C, T, h, w]`, more weight where the subject is and in the first frame.
+    """The mean square `[B]` of errors `[B, C, T, h, w]`, more weight where the subject is and in the first frame, and
+    that of their means over regions of 4 × 4, as if they added up there like noise.
 
     `subject` `[B or 1, 1, T or 1, h, w]` may be larger.
     """
@@ -60,7 +64,14 @@ def weighted(errors: Tensor, subject: Tensor) -> Tensor:
         subject = halve(subject)
     weight = (1 + (SUBJECT_WEIGHT - 1) * subject).expand(-1, -1, errors.shape[2], -1, -1).clone()
     weight[:, :, 0] *= FIRST_WEIGHT
-    return (errors * weight).mean((1, 2, 3, 4)) / weight.mean((1, 2, 3, 4))
+    single = (errors.square() * weight).mean((1, 2, 3, 4)) / weight.mean((1, 2, 3, 4))
+    region = min(4, errors.shape[-2] // 2)
+    if region == 1:
+        return single
+    coarse = F.avg_pool3d(errors, (1, region, region)).square() * region**2
+    coarse = coarse.mean((1, 3, 4))
+    coarse = (coarse.sum(1) + (FIRST_WEIGHT - 1) * coarse[:, 0]) / (coarse.shape[1] + FIRST_WEIGHT - 1)
+    return single + COARSE_WEIGHT * coarse
 
 
 def _evenly(count: int, device: torch.device) -> Tensor:

@@ -23,7 +23,7 @@ SHARD = 40
 
 
 class Clips:
-    """All clips of a folder, normalised by the statistics of its first shard.
+    """All clips of a folder, less the mean of its first shard.
 
     `chunks` `[N, 2, C, 9, h, w]`, `stills` `[N, C, 1, h, w]` (what a picture repeated for a chunk ends in), and
     `subject` `[N, 2, 1, 9, h, w]`, 1 where the subject is.
@@ -42,8 +42,9 @@ class Clips:
 
 
 def statistics(chunks: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation `[C]` of `[N, 2, C, T, h, w]`."""
-    return chunks.mean((0, 1, 3, 4, 5)), chunks.std((0, 1, 3, 4, 5))
+    """Mean `[C]` of `[N, 2, C, T, h, w]`, and what latents are divided by: 1, because the encoder scales them."""
+    mean = chunks.mean((0, 1, 3, 4, 5))
+    return mean, torch.ones_like(mean)
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], list[Scene]]:

@@ -8,24 +8,24 @@ from pathlib import Path
 
 NEEDS: Mapping[str, tuple[str, ...]] = {
     "text": (),
-    "vae": (),
-    "latents": ("vae",),
-    "decoder": ("vae", "latents"),
+    "encoder": (),
+    "decoder": ("encoder",),
+    "latents": ("encoder",),
     "judge": (),
     "mid": ("text", "latents"),
     "base": ("text", "latents", "mid"),
     "trajectories": ("text", "latents", "mid"),
     "distilled": ("text", "latents", "mid", "trajectories"),
-    "sheet": ("text", "vae", "latents", "judge", "mid"),
-    "embed": ("text", "vae", "latents", "judge", "mid"),
+    "sheet": ("text", "encoder", "decoder", "latents", "judge", "mid"),
+    "embed": ("text", "encoder", "decoder", "latents", "judge", "mid"),
 }
 """The stages in order, each with those whose results it starts from."""
 
 AMOUNTS: Mapping[str, int] = {
     "text": 300,
-    "vae": 3000,
-    "latents": 1200,
+    "encoder": 400,
     "decoder": 4000,
+    "latents": 1200,
     "judge": 600,
     "mid": 12000,
     "base": 6000,
@@ -34,7 +34,7 @@ AMOUNTS: Mapping[str, int] = {
     "sheet": 60,
     "embed": 0,
 }
-"""How much a stage does unless told otherwise: steps, or clips, trajectories, prompts."""
+"""How much a stage does unless told otherwise: steps, or scenes, clips, trajectories, prompts."""
 
 
 @dataclass(frozen=True)

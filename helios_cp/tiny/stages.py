@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from helios_cp.files.whole_files import write_json
-from helios_cp.tiny import decoder, distill, flow, forward, judge, sample, text, vae
+from helios_cp.files.whole_files import write_json, write_tensors
+from helios_cp.tiny import components, decoder, distill, flow, forward, judge, sample, text, vae
 from helios_cp.tiny.embed import write_embedded
 from helios_cp.tiny.judging import test_prompts, verdict
 from helios_cp.tiny.latents import Clips, write_clips
@@ -36,21 +36,28 @@ def _text(options: Options) -> None:
     print("held-out captions:", _percent(text.accuracy(load_reader(options))), flush=True)
 
 
-def _vae(options: Options) -> None:
-    torch.manual_seed(options.seed)
+def _encoder(options: Options) -> None:
     made = vae.make_vae()
-    vae.to_channels_last(made)
-    _train(options, "vae", made, vae.is_matrix, lambda generator: vae.training_loss(made, generator), Rates())
+    found, deviations = components.principal_components(
+        vae.CONFIG["z_dim"], seed=options.seed, scenes=options.amount_of("encoder")
+    )
+    components.set_encoder(made, found, components.scales_of(deviations))
+    weights = {
+        f"average.{name}": parameter.detach().contiguous()
+        for name, parameter in made.named_parameters()
+        if name.startswith(("encoder.", "quant_conv."))
+    }
+    write_tensors(options.state("encoder"), weights)
 
 
 def _decoder(options: Options) -> None:
     torch.manual_seed(options.seed)
-    made, clips = load_vae(options), Clips(options.output / "latents")
+    made = _averaged(vae.make_vae(), options.state("encoder"), options.device)
+    vae.to_channels_last(made)
     made.requires_grad_(False)
     for part in (made.post_quant_conv, made.decoder):
         part.requires_grad_(True)
-    loss = lambda generator: decoder.training_loss(made, clips.std, generator)  # noqa: E731
-    _train(options, "decoder", made, vae.is_matrix, loss, Rates(0.01, 1e-3))
+    _train(options, "decoder", made, vae.is_matrix, lambda generator: decoder.training_loss(made, generator), Rates())
 
 
 def _latents(options: Options) -> None:
@@ -133,7 +140,7 @@ def load_reader(options: Options) -> text.Reader:
 
 
 def load_vae(options: Options):
-    made = _averaged(vae.make_vae(), options.state("vae"), options.device)
+    made = _averaged(vae.make_vae(), options.state("encoder"), options.device)
     if options.has("decoder"):
         _averaged(made, options.state("decoder"), options.device)
     vae.to_channels_last(made)
@@ -181,9 +188,9 @@ def _percent(shares: dict[str, float]) -> str:
 
 STAGES = {
     "text": _text,
-    "vae": _vae,
-    "latents": _latents,
+    "encoder": _encoder,
     "decoder": _decoder,
+    "latents": _latents,
     "judge": _judge,
     "mid": _mid,
     "base": _base,

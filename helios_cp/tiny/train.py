@@ -14,9 +14,9 @@ from helios_cp.tiny.options import NEEDS, Options
 
 STAGES = """stages, in order:
   text          the text encoder, on captions
-  vae           the VAE, on short clips
+  encoder       the VAE's encoder, the principal components of pictures
+  decoder       the VAE's decoder, on short clips, their borders, and noisy latents
   latents       clips encoded by the VAE, to disk
-  decoder       the VAE's decoder alone, on borders of chunks and on noisy latents
   judge         the classifier that says what a video shows
   mid           the transformer of Mid: flow matching on a pyramid
   base          the transformer of Base, from that of Mid
@@ -37,7 +37,12 @@ def build_parser() -> OneLineParser:
     add = parser.add_argument
     add("stages", nargs="+", choices=(*NEEDS, "all"), metavar="STAGE", help="some of the stages below, or all")
     add("--output", type=user_path, required=True, metavar="DIR", help="the folder that all stages share")
-    add("--steps", type=whole_number, metavar="N", help="steps, or clips, trajectories, prompts, of the stages named")
+    add(
+        "--steps",
+        type=whole_number,
+        metavar="N",
+        help="steps, scenes, clips, trajectories or prompts of the stages named",
+    )
     add("--init", type=user_path, metavar="FILE", help="weights (.safetensors) that the stage named starts from")
     add("--seed", type=whole_number, default=0, metavar="N", help="of all random numbers (default: 0)")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")

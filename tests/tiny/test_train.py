@@ -37,7 +37,7 @@ def trained(tmp_path_factory) -> Path:
 
 
 def test_every_stage_leaves_its_work(trained):
-    for stage in ("text", "vae", "decoder", "judge", *VARIANTS):
+    for stage in ("text", "encoder", "decoder", "judge", *VARIANTS):
         assert (trained / stage / "state.safetensors").is_file()
     for variant in VARIANTS:
         assert (trained / f"{variant}.png").stat().st_size > 1000
@@ -75,8 +75,8 @@ def test_weights_that_are_no_weights_are_refused(trained, tmp_path, capsys):
     [
         (["mid"], "mid: text, latents must be in"),
         (["text", "--steps", "0"], "--steps 0: give at least 1"),
-        (["vae", "--width", "100"], "--width 100: give a multiple of 64"),
-        (["vae", "--init", "nowhere.safetensors"], "--init nowhere.safetensors: give a file that exists"),
+        (["latents", "--width", "100"], "--width 100: give a multiple of 64"),
+        (["decoder", "--init", "nowhere.safetensors"], "--init nowhere.safetensors: give a file that exists"),
         (["paint"], "invalid choice: 'paint'"),
     ],
 )
