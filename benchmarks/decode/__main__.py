@@ -32,7 +32,7 @@ SECONDS_OF_TURN = 120  # a rank that takes longer for all programs once hangs
 NOTES = (
     "From latents to frames on the device: bytes of ours, fp32 in [0, 1] of diffusers. Programs take turns; medians.",
     "One rank has all cores of a CPU, several have one each.",
-    "Limit: the frames/s if every FLOP ran at the rate of large products on as many ranks at once, in that precision.",
+    "Limit: the frames/s if every FLOP ran as fast as those of large convolutions or products, whichever are faster.",
     "Levels: the largest difference of a pixel from diffusers' in the same precision and in fp32, of 255.",
     "MB = 1e6 bytes that a rank sends for a chunk, on average; calls: messages that it takes part in.",
 )

@@ -6,6 +6,7 @@ The functions here run on every rank of one world at once, in step.
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from diffusers.video_processor import VideoProcessor
 from torch import Tensor
 
+from benchmarks.measuring.convolution import Convolution
 from benchmarks.measuring.device_rates import tf32
 from benchmarks.measuring.product import Product
 from benchmarks.measuring.timing import Timing, interleave
@@ -31,7 +33,10 @@ from helios_cp.runtime.compilation import compile_vae
 from parallel.collectives import Meter
 
 WARMUP = 0  # every program runs once before, for its frames to be compared
-PRODUCTS = 8  # in a row
+BOUNDS = {"product": Product, "convolution": Convolution}
+"""What says how fast the device can compute; of the two the faster one counts."""
+
+IN_A_ROW = 8
 FRAMES_PER_LATENT = 4
 
 
@@ -88,14 +93,14 @@ class RankTimes:
     """As one rank sees them, by program. `traffic` is (collectives, bytes sent) of the rank in one call.
 
     `levels` is by how many levels of grey a pixel differs at most from diffusers' in the same precision, and
-    `levels_of_fp32` from its fp32; both as rank 0 finds them.
+    `levels_of_fp32` from its fp32; both as rank 0 finds them. `bound_flops` are those of a call of each of `BOUNDS`.
     """
 
     timings: dict[str, Timing]
     traffic: dict[str, tuple[int, int]]
     levels: dict[str, int]
     levels_of_fp32: dict[str, int]
-    product_flops: int
+    bound_flops: dict[str, int]
 
 
 def theirs(precision: str) -> str:
@@ -121,8 +126,9 @@ def names(case: Case, precision: str) -> list[str]:
     return [*found, compiled(precision)] if case.compiles else found
 
 
-def product_at_once(precision: str, ranks: int) -> str:
-    return f"product, {precision}, {ranks} at once"
+def bound(kind: str, precision: str, ranks: int) -> str:
+    """One of `BOUNDS` on so many ranks at once."""
+    return f"{kind}, {precision}, {ranks} at once"
 
 
 @torch.inference_mode()
@@ -174,20 +180,21 @@ def time_decoders(rank: int, case: Case, repeats: int) -> RankTimes:
                     exact = expected if is_exact else _bytes(_with_tf32(lambda: decode_theirs(peer, latents), False)())
             if frames is not None:
                 levels[key], levels_of_fp32[key] = (_levels(_bytes(frames), other) for other in (expected, exact))
-        product = Product(device, precision.dtype, PRODUCTS, precision.tf32)
-        for ranks in groups:
-            run = _with_all_cores(product) if ranks == 1 else product
-            calls[product_at_once(name, ranks)] = run if rank < ranks else nothing
+        bounds = {kind: make(device, precision.dtype, IN_A_ROW, precision.tf32) for kind, make in BOUNDS.items()}
+        for kind, ranks in itertools.product(bounds, groups):
+            run = _with_all_cores(bounds[kind]) if ranks == 1 else bounds[kind]
+            calls[bound(kind, name, ranks)] = run if rank < ranks else nothing
         for key in (*names(case, name), *(ours(name, ranks) for ranks in groups if ranks > 1)):
             programs[key] = calls.get(key, nothing)
-        programs |= {key: calls[key] for key in (product_at_once(name, ranks) for ranks in groups)}
+        bound_names = [bound(kind, name, ranks) for kind, ranks in itertools.product(bounds, groups)]
+        programs |= {key: calls[key] for key in bound_names}
     wrong = {key: value for key, value in levels.items() if value > LEVELS[key.split(", ")[1]]}
     if wrong:
         raise RuntimeError(f"frames differ from diffusers' by {wrong} levels of grey; allowed are {LEVELS}")
     if dist.is_initialized():
         dist.barrier()
     timings = interleave({name: in_step(each, device) for name, each in programs.items()}, repeats, device, WARMUP)
-    return RankTimes(timings, traffic, levels, levels_of_fp32, product.flops)
+    return RankTimes(timings, traffic, levels, levels_of_fp32, {kind: each.flops for kind, each in bounds.items()})
 
 
 def decode_theirs(vae, latents: Tensor, memory_format: torch.memory_format = torch.preserve_format) -> Tensor:
@@ -232,7 +239,7 @@ def _levels(frames: Tensor, expected: Tensor) -> int:
 
 @dataclass(frozen=True)
 class Row:
-    """One program. `limit` is the FPS if all its FLOPs ran at the rate of products on as many ranks at once."""
+    """One program. `limit` is the FPS if its FLOPs ran as fast as the faster of `BOUNDS` on as many ranks at once."""
 
     name: str
     precision: str
@@ -270,15 +277,15 @@ def rows(case: Case, found: Sequence[RankTimes]) -> list[Row]:
 
     def row(name: str, precision: str, ranks: int) -> Row:
         timing = first.timings[name]
-        product = first.timings[product_at_once(precision, ranks)].median
-        fps, rate = case.frames / timing.median, ranks * first.product_flops / product
+        bounds = {kind: first.timings[bound(kind, precision, ranks)].median for kind in BOUNDS}
+        rate = ranks * max(first.bound_flops[kind] / seconds for kind, seconds in bounds.items())
         sent = [each.traffic[name][1] for each in found[:ranks]]
         return Row(
             name=name,
             precision=precision,
             ranks=ranks,
             timing=timing,
-            fps=fps,
+            fps=case.frames / timing.median,
             limit=case.frames * rate / case.flops,
             speedup=first.timings[theirs(precision)].median / timing.median,
             speedup_over_channels_last=first.timings[channels_last(precision)].median / timing.median,

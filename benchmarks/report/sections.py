@@ -179,7 +179,7 @@ def decode_section(result: Result) -> str:
     text = (
         f"Measured on {result.where}: one chunk of {result.results['frames']} frames of {case['size'][0]} × "
         f"{case['size'][1]}, VAE of width {case['vae']['base_dim']}, {result.results['flops'] / 1e12:.3g} TFLOP. "
-        "Limit: all of them at the rate of matrix products.\n\n"
+        "Limit: all of them as fast as those of large convolutions or products, whichever are faster.\n\n"
     )
     headings = ("", "median s", "frames/s", "limit", "of it", "× diffusers", "levels of grey from diffusers", "MB")
     return text + table(

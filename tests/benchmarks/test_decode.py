@@ -18,10 +18,10 @@ from benchmarks.decode.counts import ON_CARD, ON_CPU, count_decodes
 from benchmarks.decode.ranks import (
     Case,
     RankTimes,
+    bound,
     channels_last,
     names,
     ours,
-    product_at_once,
     rows,
     theirs,
     time_decoders,
@@ -41,13 +41,17 @@ TINY = Case(VaeConfig(8, 16, (1, 1, 1, 1), 0), (32, 24), ("fp32",), (2,), latent
 
 
 def test_limits():
-    """One rank decodes in 10 s, two in 6 s; products of half the chunk's FLOPs take 1 s, or two at once 2 s."""
+    """One rank decodes in 10 s, two in 6 s; convolutions of half the chunk's FLOPs take 1 s, or two at once 2 s, and
+    products of as many FLOPs longer."""
     seconds = {theirs("fp32"): 12.0, channels_last("fp32"): 10.0, ours("fp32"): 5.0, ours("fp32", 2): 6.0}
-    seconds |= {product_at_once("fp32", 1): 1.0, product_at_once("fp32", 2): 2.0}
+    seconds |= {bound("convolution", "fp32", 1): 1.0, bound("convolution", "fp32", 2): 2.0}
+    seconds |= {bound("product", "fp32", 1): 1.5, bound("product", "fp32", 2): 2.5}
     timings = {name: Timing((value, value)) for name, value in seconds.items()}
     levels = dict.fromkeys(seconds, 0)
     traffic = dict.fromkeys(seconds, (0, 0)) | {ours("fp32", 2): (7, 50)}
-    found = rows(TINY, [RankTimes(timings, traffic, levels, levels, TINY.flops // 2)] * 2)
+    found = rows(
+        TINY, [RankTimes(timings, traffic, levels, levels, dict.fromkeys(decode_ranks.BOUNDS, TINY.flops // 2))] * 2
+    )
     names = ["diffusers, fp32", "diffusers, fp32, channels last", "ours, fp32, 1 rank", "ours, fp32, 2 ranks"]
     assert [row.name for row in found] == names
     assert [row.fps for row in found] == [5 / 12, 5 / 10, 5 / 5, 5 / 6]
