@@ -35,6 +35,7 @@ LONGEST_FIRST = (
     "launchers/serve/test_nginx.py",
     "launchers/serve/videos/test_bodies.py",
     "launchers/serve/uploads/test_uploads.py",
+    "browser/test_live_docs.py",
     "generate/test_generate.py",
     "benchmarks/test_scaling.py",
     "benchmarks/test_gpu_suite_runner.py",
@@ -52,6 +53,14 @@ LONGEST_FIRST = (
     "model/vae/test_autoencoder.py",
     "runtime/test_offload.py",
     "tiny/test_train.py",
+    "pipeline/test_split_codec.py",
+    "weights/test_lora.py",
+    "weights/test_presets.py",
+    "benchmarks/test_guard.py",
+    "model/test_block_cache.py",
+    "benchmarks/test_quality.py",
+    "pipeline/test_host_waits.py",
+    "generate/test_runs.py",
 )
 
 ONE_SERVER = (
