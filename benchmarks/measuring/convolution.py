@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from helios_cp.model.codec import convolution_tf32
 
 CHANNELS, FRAMES = 192, 6
-SIZE = {"cpu": 64, "cuda": 256}
+PIXELS_ON_CPU, PIXELS_ON_CARD = 64, 256
+"""To a side of a frame."""
 
 
 class Convolution:
@@ -19,7 +20,7 @@ class Convolution:
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype, times: int = 1, tf32_allowed: bool = False) -> None:
-        size = SIZE["cpu" if device.type == "cpu" else "cuda"]
+        size = PIXELS_ON_CPU if device.type == "cpu" else PIXELS_ON_CARD
         self.times = times
         self.flops = times * 2 * 27 * CHANNELS**2 * (FRAMES - 2) * (size - 2) ** 2
         self.tf32_allowed = tf32_allowed

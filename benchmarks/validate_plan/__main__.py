@@ -51,7 +51,6 @@ RANKS = 2
 GOAL = 0.15
 """Largest median of the relative errors that is accepted."""
 
-
 SECONDS_OF_CHUNK = 60.0
 """A chunk that takes longer hangs."""
 

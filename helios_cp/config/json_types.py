@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import types
 from collections.abc import Mapping
+from dataclasses import MISSING
 from itertools import zip_longest
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
-NONE = dataclasses.MISSING
 
 
 def from_json(cls: type[T], values: Mapping[str, Any]) -> T:
@@ -21,7 +21,7 @@ def from_json(cls: type[T], values: Mapping[str, Any]) -> T:
     hints = get_type_hints(cls)
     read = {name: _read(value, hints.get(name)) for name, value in values.items()}
     check_types(cls, read)
-    needed = [each.name for each in dataclasses.fields(cls) if (each.default, each.default_factory) == (NONE, NONE)]
+    needed = [field.name for field in dataclasses.fields(cls) if field.default is field.default_factory is MISSING]
     if missing := [name for name in needed if name not in values]:
         raise TypeError(f"{', '.join(missing)} missing")
     return cls(**read)

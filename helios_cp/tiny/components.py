@@ -1,8 +1,8 @@
 """The VAE's encoder in closed form: a latent holds the first principal components of a square of 8 × 8 pixels.
 
-Sixteen components of rendered clips keep more of the picture than an encoder that was trained for an hour did. And a
-latent frame is the mean of its frames: the first of a chunk, which holds one frame, is coded as those of four are. Were
-it coded otherwise, a transformer's error there would show as a seam.
+Sixteen components of rendered clips keep more of the picture than an encoder did that was trained for some 1000 steps.
+And a latent frame is the mean of its frames: the first of a chunk, which holds one frame, is coded as those of four
+are. Were it coded otherwise, a transformer's error there would show as a seam.
 """
 
 from __future__ import annotations

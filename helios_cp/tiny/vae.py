@@ -1,4 +1,4 @@
-"""The embedded VAE: `AutoencoderKLWan` without residual blocks in the encoder, which `components.py` fills in."""
+"""The embedded VAE: `AutoencoderKLWan` without residual blocks. `components.py` sets its encoder."""
 
 from __future__ import annotations
 

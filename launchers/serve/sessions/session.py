@@ -24,8 +24,8 @@ from launchers.serve.sessions.pacer import Pacer
 from launchers.serve.sessions.recording import Recording, Take
 
 BEGIN_SECONDS = 15.0
-"""That what a controller asks for waits for a session that is about to run. Meanwhile no ping of it is answered, so it
-must not take the connection for a lost one."""
+"""How long a request of a controller waits for a session that is about to run. The server answers no ping of it
+meanwhile, so a longer wait would look like a lost connection."""
 
 
 class Session:
