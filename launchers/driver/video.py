@@ -51,6 +51,7 @@ class Video:
         self.admitted = asyncio.Event()
         self.is_wanted = False
         self.task: asyncio.Task[None] | None = None
+        self._making: asyncio.Task[None] | None = None
         self.denoised = self.begun = submission.first + len(submission.denoised)
         self.ready = self.delivered = submission.first
         self._crew = crew
@@ -86,9 +87,11 @@ class Video:
         self._news.set()
 
     def stop(self) -> None:
-        """No further chunk begins."""
+        """No further chunk begins, and the video does not wait for what the next one needed."""
         self.chunks = self.begun
         self.admitted.set()
+        if self._making is not None and self.denoised == self.begun:
+            self._making.cancel()
         self._news.set()
 
     def taken(self) -> None:
@@ -102,7 +105,7 @@ class Video:
         error: Exception | None = None
         try:
             async with asyncio.TaskGroup() as finishing:
-                await self._make_chunks(finishing)
+                self._making = finishing.create_task(self._make_chunks(finishing))
         except ExceptionGroup as errors:
             error = errors.exceptions[0]  # it had the other chunks cancelled
         if error is not None:

@@ -210,18 +210,61 @@ def test_stop_between_two_chunks(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
 
 
-@pytest.mark.parametrize("active", [1, 2], ids=["waiting", "admitted"])
-def test_stop_before_the_first_chunk(tmp_path, active):
+@pytest.mark.parametrize("waits_for", ["admission", "its text", "a worker"])
+def test_stop_before_the_first_chunk(tmp_path, waits_for):
+    """What the video waits for is busy with another one, and stays so."""
+    active = 1 if waits_for == "admission" else 2
     with Studio(limits=Limits(active=active), group={"denoise"}) as studio:
-        other = studio.submit(1)
+        other, text = studio.submit(1), studio.workers["text"]
         denoised(studio, 1)
+        if waits_for == "its text":
+            text.held.add("encode")
         handle = studio.submit(9, tmp_path / "a.mp4")
+        if waits_for == "its text":
+            studio.until(lambda: text.waiting)
+        elif waits_for == "a worker":
+            studio.until(lambda: studio.conductor.status()["queue"]["denoise"] == 1)
         handle.stop()
         handle.stop()
         assert handle.result(PATIENCE).chunks == 0
+        text.release()
         studio.workers["group-0"].release()
         assert other.result(PATIENCE).chunks == 1
+        assert studio.workers["group-0"].calls.count("denoise") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_stop_while_the_next_chunk_waits_for_a_worker(tmp_path):
+    """Another video has it. The file is finished, and the next video gets the place that was asked for."""
+    with Studio(group={"denoise"}) as studio:
+        handle = studio.submit(9, tmp_path / "a.mp4")
+        denoised(studio, 1)
+        other = studio.submit(1)
+        studio.until(lambda: studio.conductor.status()["queue"]["denoise"] == 1)
+        go_on(studio)
+        denoised(studio, 2)
+        studio.until(lambda: studio.conductor.status()["queue"]["denoise"] == 1)
+        handle.stop()
+        assert handle.result(PATIENCE).chunks == 1
+        studio.workers["group-0"].release()
+        assert other.result(PATIENCE).chunks == 1
+        assert studio.submit(1).result(PATIENCE).chunks == 1
+    assert frames_in(tmp_path / "a.mp4") == FRAMES
+
+
+def test_stop_ends_after_a_chunk_that_is_made_again(tmp_path):
+    """Its worker died: it has begun, so it is finished."""
+    with Studio(group={"denoise"}) as studio:
+        handle, group = studio.submit(9, tmp_path / "a.mp4"), studio.workers["group-0"]
+        denoised(studio, 1)
+        lose(group)
+        handle.stop()
+        studio.conductor.status()
+        group.says("ready")
+        denoised(studio, 2)
+        group.release()
+        assert handle.result(PATIENCE).chunks == 1
+    assert frames_in(tmp_path / "a.mp4") == FRAMES
 
 
 def test_stop_of_a_stream_and_cancel_after_it():
