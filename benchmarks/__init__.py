@@ -1,3 +1,5 @@
 """Measurements of this project, run from the checkout: `python -m benchmarks.forward`."""
 
-import helios_cp  # noqa: F401 - first, as it silences what diffusers imports
+from helios_cp.config.imports import quiet_imports
+
+quiet_imports()

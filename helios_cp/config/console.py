@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -69,32 +68,3 @@ def _empty(stream: TextIO) -> None:
     except (OSError, ValueError):
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-NOISY = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
-"""diffusers imports torchao wherever it is installed, which then warns of its binaries for other cards."""
-
-
-def quiet_imports() -> None:
-    """For commands, before anything imports diffusers: a library leaves the loggers of others alone.
-
-    What the user's environment says of them holds.
-    """
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    for name in NOISY:
-        logging.getLogger(name).setLevel(logging.ERROR)
-
-
-@contextmanager
-def without_progress_bars() -> Iterator[None]:
-    """transformers draws one for each load and save, however small; its setting is that of the whole process."""
-    from transformers.utils import logging
-
-    were_shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if were_shown:
-            logging.enable_progress_bar()

@@ -15,8 +15,9 @@ from typing import Any
 
 from helios_cp.config.arguments import OneLineParser
 from helios_cp.config.call import Call
-from helios_cp.config.console import quiet_imports, say, unfailing_output
+from helios_cp.config.console import say, unfailing_output
 from helios_cp.config.errors import CheckpointError, RequestError
+from helios_cp.config.imports import quiet_imports
 from helios_cp.config.json_types import from_json
 from helios_cp.config.paths import cache_folder
 from helios_cp.config.ranks import Ranks, parse_on_rank

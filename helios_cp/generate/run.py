@@ -14,6 +14,7 @@ import torch
 from helios_cp.config.checkpoint import Checkpoint
 from helios_cp.config.console import say
 from helios_cp.config.errors import CheckpointError, RequestError
+from helios_cp.config.imports import import_text_encoder
 from helios_cp.device.device import dtype_name, pick_dtype
 from helios_cp.files.chunk_files import ChunkFiles
 from helios_cp.files.mp4 import encode_segment
@@ -197,6 +198,7 @@ def _load(session: Session, world: World) -> ParallelPipeline | None:
         return None
     layout = f", {session.layout.degrees}" if session.layout.degrees.world > 1 else ""
     say(f"loading {session.model} as {dtype_name(session.dtype)} on {session.device}{layout}")
+    import_text_encoder()
     return load_pipeline(session.work, session.checkpoint, session.device, world)
 
 

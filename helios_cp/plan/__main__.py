@@ -12,8 +12,8 @@ from __future__ import annotations
 import sys
 
 from helios_cp.config.arguments import OneLineParser
-from helios_cp.config.console import quiet_imports
 from helios_cp.config.errors import RequestError
+from helios_cp.config.imports import quiet_imports
 from helios_cp.plan.flags import PlanCall
 
 PROGRAM = "helios_cp.plan"

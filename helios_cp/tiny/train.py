@@ -9,6 +9,7 @@ import argparse
 import sys
 
 from helios_cp.config.arguments import OneLineParser, number, whole_number
+from helios_cp.config.imports import quiet_imports
 from helios_cp.config.paths import user_path
 from helios_cp.tiny.options import NEEDS, Options
 
@@ -71,6 +72,7 @@ def main(argv: list[str] | None = None) -> int:
         given.rate,
     )
     _check(parser, options, stages, given.threads)
+    quiet_imports()
     import torch
 
     if options.device == "cuda" and not torch.cuda.is_available():

@@ -10,9 +10,9 @@ import os
 import sys
 
 from helios_cp.config.arguments import OneLineParser
-from helios_cp.config.console import quiet_imports
 from helios_cp.config.errors import CheckpointError, RequestError
 from helios_cp.config.execution import QUANTIZATIONS, Adapter
+from helios_cp.config.imports import quiet_imports
 from helios_cp.config.paths import cache_folder, user_path
 from helios_cp.files.whole_files import check_folder_target
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helios_cp.config.checkpoint import VAE_SPATIAL, VAE_TEMPORAL, WEIGHT_STEMS, Checkpoint
-from helios_cp.config.console import without_progress_bars
 from helios_cp.config.errors import CheckpointError, RequestError
+from helios_cp.config.imports import without_progress_bars
 from helios_cp.files.tensor_files import Reader, and_others, check_fit, read_json, stored_tensors, weight_files
 from helios_cp.weights.hub import HubId, describe, download_weights, snapshot_in
 from helios_cp.weights.presets import DEFAULT_CACHE, PRESETS, preset_folder

@@ -17,8 +17,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from helios_cp.config.console import without_progress_bars
 from helios_cp.config.errors import RequestError
+from helios_cp.config.imports import without_progress_bars
 from helios_cp.config.paths import user_path
 
 LAYOUT = 1

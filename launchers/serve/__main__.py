@@ -9,7 +9,8 @@ from __future__ import annotations
 import sys
 
 from helios_cp.config.arguments import OneLineParser
-from helios_cp.config.console import quiet_imports, unfailing_output
+from helios_cp.config.console import unfailing_output
+from helios_cp.config.imports import quiet_imports
 from helios_cp.generate.stopping import handled, stop_at_once
 from launchers.generate.flags import parse_call
 from launchers.serve.flags import ServeCall

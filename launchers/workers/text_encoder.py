@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from helios_cp.config.imports import import_text_encoder
 from helios_cp.config.request import Request
 from helios_cp.pipeline.prompt_mix import texts_from
 from launchers.messages.arrays import Array
@@ -33,6 +34,7 @@ class TextEncoder(Watched):
         from helios_cp.weights.load import load_text_encoder, resolve
 
         checkpoint = resolve(self.model, self.cache, weights=("text_encoder",))
+        import_text_encoder()
         self.encoder = PromptEncoder(*load_text_encoder(checkpoint, self.device, self.dtype))
         return own_info()
 
