@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from helios_cp.files.whole_files import write_tensors
 from helios_cp.model.transformer import HeliosTransformer
-from helios_cp.tiny import forward, text, vae
+from helios_cp.tiny import initial, text, vae
 
 
 def write_embedded(
@@ -30,7 +30,7 @@ def write_embedded(
     statistics = {"latents_mean": mean.tolist(), "latents_std": std.tolist()}
     _write(folder / "vae.safetensors", codec, {**vae.CONFIG, **statistics})
     for name, transformer in transformers.items():
-        _write(folder / f"{name}.safetensors", transformer, forward.CONFIG)
+        _write(folder / f"{name}.safetensors", transformer, initial.CONFIG)
 
 
 def _write(path: Path, module: nn.Module, config: dict[str, Any]) -> None:

@@ -12,30 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from helios_cp.config.checkpoint import TransformerConfig
 from helios_cp.model.embedders import sinusoids
 from helios_cp.model.layers import MAX_HISTORY_KEY_SCALE
 from helios_cp.model.rope import pad_to_multiple
 from helios_cp.model.transformer import HeliosTransformer
 
-CONFIG = {
-    "num_attention_heads": 4,
-    "attention_head_dim": 32,
-    "rope_dim": [12, 10, 10],
-    "rope_theta": 100.0,
-    "ffn_dim": 512,
-    "num_layers": 4,
-    "in_channels": 16,
-    "out_channels": 16,
-    "text_dim": 64,
-    "freq_dim": 256,
-    "cross_attn_norm": True,
-    "guidance_cross_attn": True,
-    "zero_history_timestep": True,
-    "has_multi_term_memory_patch": True,
-    "is_amplify_history": True,
-    "history_scale_mode": "per_head",
-}
 TEXT_LENGTH = 512
 LONG, MID, SHORT, CHUNK = 16, 2, 1, 9
 """Latent frames of a chunk's history and of a chunk."""
@@ -51,23 +32,6 @@ class Past:
 
     def to(self, device: torch.device) -> Past:
         return Past(self.history.to(device), self.anchor.to(device))
-
-
-def make_transformer() -> HeliosTransformer:
-    """Fresh weights that train well: outputs start at 0, gates at one half, and history keys are barely amplified.
-
-    The usual start of `history_key_scale` multiplies untrained history by 7.6.
-    """
-    model = HeliosTransformer(TransformerConfig.from_dict(CONFIG))
-    with torch.no_grad():
-        for parameter in (*model.proj_out.parameters(), model.condition_embedder.time_proj.bias):
-            parameter.zero_()
-        model.condition_embedder.time_proj.weight.normal_(std=0.01)
-        model.norm_out.scale_shift_table.zero_()
-        for block in model.blocks:
-            block.scale_shift_table.zero_()[:, 2::3] = 0.5
-            block.attn1.history_key_scale.fill_(-4.0)
-    return model
 
 
 def is_matrix(name: str) -> bool:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from helios_cp.files.whole_files import write_json, write_tensors
-from helios_cp.tiny import components, decoder, distill, flow, forward, judge, sample, text, vae
+from helios_cp.tiny import components, decoder, distill, flow, forward, initial, judge, sample, text, vae
 from helios_cp.tiny.embed import write_embedded
 from helios_cp.tiny.judging import test_prompts, verdict
 from helios_cp.tiny.latents import Clips, write_clips
@@ -152,12 +152,12 @@ def load_judge(options: Options) -> judge.Judge:
 
 
 def load_transformer(options: Options, variant: str):
-    return _averaged(forward.make_transformer(), options.state(variant), options.device)
+    return _averaged(initial.make_transformer(), options.state(variant), options.device)
 
 
 def _train_flow(options: Options, variant: str, source: str | None) -> None:
     torch.manual_seed(options.seed)
-    model = load_transformer(options, source) if source else forward.make_transformer()
+    model = load_transformer(options, source) if source else initial.make_transformer()
     model.to(options.device)
     encoder, clips = load_reader(options).encoder, Clips(options.output / "latents")
     loss = flow.make_loss(variant, model, clips, encoder, options.scale)

@@ -13,7 +13,7 @@ import torch
 
 from helios_cp.sampling.denoise import set_timesteps
 from helios_cp.sampling.noise import double_nearest
-from helios_cp.tiny import distill, flow, forward, judging
+from helios_cp.tiny import distill, flow, initial, judging
 from helios_cp.tiny.examples import corrupted
 from helios_cp.tiny.forward import Past
 from helios_cp.tiny.pyramid import Stages, halve
@@ -95,7 +95,7 @@ def test_empty_history_stays_empty():
 
 @torch.no_grad()
 def test_a_teacher_that_stands_still_ends_where_it_started():
-    model, stages = forward.make_transformer(), Stages()  # its velocity is 0, as it has learned nothing
+    model, stages = initial.make_transformer(), Stages()  # its velocity is 0, as it has learned nothing
     text = (torch.zeros(2, 3, 128), torch.zeros(2, 1, 1, 3))
     past = Past(torch.zeros(2, 16, 19, 8, 16), torch.zeros(2, 16, 1, 8, 16))
     points = distill.trajectories(model, [text, text], past, torch.randn(2, 16, 9, 8, 16), stages)

@@ -13,7 +13,7 @@ from diffusers import AutoencoderKLWan
 from transformers import ByT5Tokenizer
 
 from helios_cp.model.conditions import History
-from helios_cp.tiny import components, decoder, forward, text, vae
+from helios_cp.tiny import components, decoder, forward, initial, text, vae
 from helios_cp.tiny.clips import render
 from helios_cp.tiny.forward import Past, embed_text, velocity
 from helios_cp.tiny.loop import Learner, Rates
@@ -23,7 +23,7 @@ from helios_cp.tiny.world import draw_scene
 @pytest.fixture(scope="module")
 def transformer():
     torch.manual_seed(0)
-    model = forward.make_transformer()
+    model = initial.make_transformer()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -54,6 +54,29 @@ def test_velocity_is_that_of_the_engine(transformer):
     engines = engine_velocity(transformer, noisy, timestep, states, mask, past)
     assert engines.std() > 0.1
     torch.testing.assert_close(ours, engines, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layer", range(3))
+def test_fresh_weights_copy_the_last_frame(monkeypatch, layer):
+    """One head of a layer looks where its token is, one frame before the chunk, and at no other frame."""
+    torch.manual_seed(0)
+    model, shares = initial.make_transformer(), []
+
+    def look(query, key, value, bias=None):
+        if bias is None:
+            scores = torch.einsum("bshd,bthd->bhst", query, key) / query.shape[-1] ** 0.5
+            shares.append(scores.softmax(-1)[:, initial.COPYING_HEAD])
+        return torch.zeros_like(query).flatten(2)
+
+    monkeypatch.setattr(forward, "_attend", look)
+    past = Past(torch.randn(1, 16, 19, 8, 16), torch.randn(1, 16, 1, 8, 16))
+    text = embed_text(model, torch.randn(1, 4, 64), torch.ones(1, 4))
+    velocity(model, torch.randn(1, 16, 9, 8, 16), torch.tensor([500.0]), text, past)
+    noisy, tokens = 9 * 32, shares[layer].shape[-1]
+    last = shares[layer][0, -noisy:, tokens - noisy - 32 : tokens - noisy].unflatten(0, (9, 32))
+    assert last.sum(-1).min() > 0.9
+    assert last.diagonal(dim1=1, dim2=2).min() > 0.5
 
 
 @torch.no_grad()
