@@ -90,7 +90,7 @@ def complete_degrees(given: dict[str, int], world_size: int, **limits: Any) -> D
         degrees = fill_degrees(given, world_size, **limits)
         degrees.check(world_size, **limits)
     except ValueError as error:
-        raise RequestError(f"{flags_of(given)}: {error}") from None
+        raise RequestError(f"{as_typed(given)}: {error}") from None
     return degrees
 
 
@@ -120,7 +120,8 @@ def fill_degrees(
     return replace(degrees, **{"vae": max(fitting), **rest})
 
 
-def flags_of(given: dict[str, int]) -> str:
+def as_typed(given: dict[str, int]) -> str:
+    """The layout flags of `given`, as a user types them."""
     names = {name: flag_name(AskedLayout, field) for field, name in DEGREES.items()}
     return " ".join(f"{names[name]} {value}" for name, value in given.items()) or "number of ranks"
 
