@@ -274,8 +274,12 @@ def test_stop_of_a_stream_and_cancel_after_it():
         handle.stop()
         assert [chunk.index for chunk in handle] == [0, 1]
         assert handle.result(PATIENCE).chunks == 2
+        group = studio.workers["group-0"]
+        group.held.add("denoise")
         other = studio.submit(9, streams=True)
+        studio.until(lambda: group.waiting)
         other.stop(), other.cancel()
+        group.release()
         with pytest.raises(CancelledError):
             other.result(PATIENCE)
 
