@@ -11,6 +11,10 @@ import site
 import sys
 import tempfile
 
+# One thread, here and in the processes that tests start: the models are tiny, and threads that wait for each other on a
+# busy machine cost more than they do. Set before torch is imported, which reads it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 from PIL import Image
@@ -29,9 +33,6 @@ atexit.register(shutil.rmtree, os.environ["HOME"], ignore_errors=True)
 for number, handler in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, handler)
-
-# One thread: the models are tiny, and threads that wait for each other on a busy machine cost more than they do.
-torch.set_num_threads(1)
 
 if importlib.util.find_spec("hypothesis"):  # a machine with a GPU may lack it, and runs other tests
     from hypothesis import HealthCheck, settings

@@ -41,15 +41,18 @@ def block_noise(gamma, batch, channels, frames, height, width, patch_size, devic
     return noise.permute(0, 1, 2, 3, 5, 4, 6).reshape(batch, channels, frames, height, width)
 
 
-def run_reference(pipeline, seed: int, monkeypatch, **arguments) -> tuple[Tensor, Tensor]:
-    """Latents `[B, C, 9·chunks, h, w]` of the generated chunks and frames `[B, 33·chunks, H, W, 3]` in [0, 1]."""
+def run_reference(pipeline, seed: int, monkeypatch, with_frames: bool = True, **arguments) -> tuple[Tensor, Tensor]:
+    """Latents `[B, C, 9·chunks, h, w]` of the generated chunks and frames `[B, 33·chunks, H, W, 3]` in [0, 1].
+
+    Without frames nothing is decoded, and there is a black one of 1 × 1 a chunk.
+    """
     latents, frames = [], []
     decode = pipeline.vae.decode
     mean = torch.tensor(pipeline.vae.config.latents_mean).view(1, -1, 1, 1, 1)
     inverse_std = 1.0 / torch.tensor(pipeline.vae.config.latents_std).view(1, -1, 1, 1, 1)
 
     def watched_decode(z, return_dict=True):
-        video = decode(z, return_dict=False)[0]
+        video = decode(z, return_dict=False)[0] if with_frames else z.new_full((len(z), 3, 1, 1, 1), -1)
         latents.append((z - mean) * inverse_std)
         frames.append((video / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 4, 1))
         return (video,)

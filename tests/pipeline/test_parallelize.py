@@ -9,17 +9,23 @@ from __future__ import annotations
 
 import itertools
 import json
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
+from PIL import Image
 
 from helios_cp.config.execution import Execution
 from helios_cp.config.request import Request
 from helios_cp.generate.schedule_file import read_schedule_file
+from helios_cp.model.conditions import History
+from helios_cp.model.transformer import HeliosTransformer
+from helios_cp.pipeline.parallelize import load_parallel
+from helios_cp.pipeline.pipeline import Pipeline
 from helios_cp.pipeline.start import Inputs
+from parallel.collectives import Meter
 from parallel.mesh import Degrees, Mesh
 
 LAYOUTS = [
@@ -52,24 +58,35 @@ STEPS = {
 
 
 def build(folder: str, degrees: Degrees, dtype: torch.dtype = torch.float32):
-    from helios_cp.pipeline.parallelize import load_parallel
-
     return load_parallel(folder, Mesh.build(degrees), dtype=dtype)
 
 
+Video = tuple[torch.Tensor, torch.Tensor | None]
+"""Latents, and frames where there are any."""
+
+
 @torch.no_grad()
-def make_videos(rank: int, folders: dict[str, str], degrees: Degrees, image, names: list[str]) -> list:
-    """Latents and frames of two chunks, t2v with a batch of two and i2v with its seam matched, for each checkpoint."""
-    videos = []
-    for name in names:
-        pipeline = build(folders[name], degrees)
-        for inputs, prompts in ((Inputs(), ("a fox", "an owl")), (Inputs(image=image), ("a fox",))):
-            request = Request(prompt=prompts, height=64, width=64, num_frames=66, **STEPS[name])
-            request = replace(request, match_seams=inputs.image is not None)
-            chunks = list(pipeline.stream(request, inputs))
-            frames = None if chunks[0].frames is None else torch.cat([chunk.frames for chunk in chunks], 1)
-            videos.append((torch.cat([chunk.latents for chunk in chunks], 2), frames))
-    return videos
+def make_video(pipeline: Pipeline, image: Image.Image | None) -> Video:
+    """Two chunks of a batch of two; of a picture, and its seam matched, where there is one."""
+    inputs = Inputs(image=image)
+    steps = STEPS[f"random-{pipeline.checkpoint.variant}"]
+    size = {"height": 64, "width": 64, "num_frames": 66}
+    request = Request(prompt=("a fox", "an owl"), match_seams=image is not None, **size, **steps)
+    chunks = list(pipeline.stream(request, inputs))
+    frames = None if chunks[0].frames is None else torch.cat([chunk.frames for chunk in chunks], 1)
+    return torch.cat([chunk.latents for chunk in chunks], 2), frames
+
+
+def try_layout(rank: int, folder: str, degrees: Degrees, image: Image.Image | None) -> tuple[list[torch.Tensor], Video]:
+    """Forwards and a video, on a pipeline that is loaded once."""
+    pipeline = build(folder, degrees)
+    return run_forwards(pipeline.transformer), make_video(pipeline, image)
+
+
+def make_both_videos(rank: int, folder: str, image: Image.Image) -> tuple[list[torch.Tensor], list[Video]]:
+    """As `try_layout` on one rank, without a picture and with one."""
+    pipeline = build(folder, Degrees())
+    return run_forwards(pipeline.transformer), [make_video(pipeline, None), make_video(pipeline, image)]
 
 
 @torch.no_grad()
@@ -86,15 +103,12 @@ def run_broken_forwards(rank: int, folder: str, degrees: Degrees) -> list[torch.
         return (out_a + out_b) / 2, torch.logaddexp(lse_a, lse_b)
 
     with mock.patch("parallel.ring.merge", average):
-        return run_forwards(rank, folder, degrees)
+        return run_forwards(build(folder, degrees).transformer)
 
 
 @torch.no_grad()
-def run_forwards(rank: int, folder: str, degrees: Degrees) -> list[torch.Tensor]:
+def run_forwards(transformer: HeliosTransformer) -> list[torch.Tensor]:
     """One forward at each of several sizes, with batch 2 and every history part."""
-    from helios_cp.model.conditions import History
-
-    transformer = build(folder, degrees).transformer
     generator = torch.Generator().manual_seed(0)
     outputs = []
     for size, history_size in (((2, 2), (8, 8)), ((6, 10), (6, 10)), ((8, 8), (10, 14))):
@@ -109,22 +123,25 @@ def run_forwards(rank: int, folder: str, degrees: Degrees) -> list[torch.Tensor]
     return outputs
 
 
-@pytest.fixture(scope="module")
-def alone(pool, folders, astronaut):
-    """The videos of one rank, by checkpoint; and that plain loading gives the same bits."""
-    from helios_cp.pipeline.pipeline import Pipeline
+@dataclass(frozen=True)
+class Alone:
+    """What one rank makes of a checkpoint."""
 
-    videos = {name: pool.run(make_videos, folders, Degrees(), astronaut, [name], ranks=1)[0] for name in STEPS}
-    request = Request(prompt=("a fox", "an owl"), height=64, width=64, num_frames=66, **STEPS["random-mid"])
-    plain = list(Pipeline.from_pretrained(folders["random-mid"], dtype=torch.float32).stream(request))
-    assert torch.equal(torch.cat([chunk.latents for chunk in plain], 2), videos["random-mid"][0][0])
-    return videos
+    forwards: list[torch.Tensor]
+    from_text: Video
+    from_picture: Video
 
 
 @pytest.fixture(scope="module")
-def forwards_alone(pool, folders):
-    """The forwards of one rank. All checkpoints have one architecture, so one of them is enough."""
-    return pool.run(run_forwards, folders["random-mid"], Degrees(), ranks=1)[0]
+def alone(pool, folders, astronaut) -> dict[str, Alone]:
+    """By checkpoint; and that plain loading gives the same bits."""
+    found = {}
+    for name in STEPS:
+        ((forwards, videos),) = pool.run(make_both_videos, folders[name], astronaut, ranks=1)
+        found[name] = Alone(forwards, *videos)
+    latents, _ = make_video(Pipeline.from_pretrained(folders["random-mid"], dtype=torch.float32), None)
+    assert torch.equal(latents, found["random-mid"].from_text[0])
+    return found
 
 
 def largest_error(results, references) -> float:
@@ -134,33 +151,25 @@ def largest_error(results, references) -> float:
     )
 
 
-@pytest.mark.parametrize("degrees", LAYOUTS, ids=str)
-def test_one_forward(pool, folders, forwards_alone, degrees):
-    for outputs in pool.run(run_forwards, folders["random-mid"], degrees, ranks=degrees.world):
-        assert largest_error(outputs, forwards_alone) <= 1e-5
+@pytest.mark.parametrize(
+    ("degrees", "name"),
+    [*zip(LAYOUTS, itertools.cycle(STEPS)), *((d, name) for d, names in GUIDED_LAYOUTS.items() for name in names)],
+    ids=str,
+)
+def test_layouts(pool, folders, alone, astronaut, degrees, name):
+    """Each checkpoint in every third layout, as how a video is sampled does not depend on the layout of its forwards.
 
-
-def check_videos(results, references) -> None:
-    for rank, videos in enumerate(results):
-        for (latents, frames), (latents_alone, frames_alone) in zip(videos, references, strict=True):
-            assert largest_error([latents], [latents_alone]) <= 1e-4
-            if rank == 0:
-                assert (frames.int() - frames_alone.int()).abs().max() <= 1
-            else:
-                assert frames is None, "frames end on rank 0 only"
-
-
-@pytest.mark.parametrize(("degrees", "name"), list(zip(LAYOUTS, itertools.cycle(STEPS))), ids=str)
-def test_whole_videos(pool, folders, alone, astronaut, degrees, name):
-    """Each checkpoint in every third layout. How a video is sampled does not depend on the layout of its forwards."""
-    results = pool.run(make_videos, folders, degrees, astronaut, [name], ranks=degrees.world, timeout=240)
-    check_videos(results, alone[name])
-
-
-@pytest.mark.parametrize(("degrees", "names"), GUIDED_LAYOUTS.items(), ids=str)
-def test_whole_videos_with_split_guidance(pool, folders, alone, astronaut, degrees, names):
-    results = pool.run(make_videos, folders, degrees, astronaut, names, ranks=degrees.world, timeout=240)
-    check_videos(results, [video for name in names for video in alone[name]])
+    The ranks that split the decoder encode a picture too, so these layouts start from one and the others from text.
+    """
+    image, reference = (astronaut, alone[name].from_picture) if degrees.vae > 1 else (None, alone[name].from_text)
+    results = pool.run(try_layout, folders[name], degrees, image, ranks=degrees.world, timeout=240)
+    for rank, (forwards, (latents, frames)) in enumerate(results):
+        assert largest_error(forwards, alone[name].forwards) <= 1e-5
+        assert largest_error([latents], reference[:1]) <= 1e-4
+        if rank == 0:
+            assert (frames.int() - reference[1].int()).abs().max() <= 1
+        else:
+            assert frames is None, "frames end on rank 0 only"
 
 
 def test_prompts_that_change_in_transitions(pool, folders, tmp_path):
@@ -180,16 +189,14 @@ def test_prompts_that_change_in_transitions(pool, folders, tmp_path):
     assert largest_error(made(1, 3, 1), alone) > 1e-3, "transitions matter"
 
 
-def test_a_broken_merge_shows(pool, folders, forwards_alone):
+def test_a_broken_merge_shows(pool, folders, alone):
     """Partial outputs averaged in place of weighted by their log-sum-exp."""
     outputs = pool.run(run_broken_forwards, folders["random-mid"], Degrees(ring=2), ranks=2)[0]
-    assert largest_error(outputs, forwards_alone) > 1e-3
+    assert largest_error(outputs, alone["random-mid"].forwards) > 1e-3
 
 
 @torch.no_grad()
 def make_video_on_card(rank: int, folder: str, degrees: Degrees, dtype: torch.dtype, image) -> torch.Tensor:
-    from helios_cp.pipeline.parallelize import load_parallel
-
     execution = Execution(tf32=False)
     pipeline = load_parallel(folder, Mesh.build(degrees), dtype=dtype, device="cuda:0", execution=execution)
     request = Request(prompt=("a fox",), height=64, width=64, num_frames=66, **STEPS["random-mid"])
@@ -201,7 +208,7 @@ def make_video_on_card(rank: int, folder: str, degrees: Degrees, dtype: torch.dt
 @pytest.mark.parametrize("degrees", [*LAYOUTS[:8], *GUIDED_LAYOUTS], ids=str)
 def test_whole_videos_with_ranks_that_share_one_card(pool, folders, alone, astronaut, degrees):
     """GPU: gloo stages through pinned memory. fp32 as on the CPU; bf16 rounds to 8 bits at every layer and step."""
-    folder, (reference, _) = folders["random-mid"], alone["random-mid"][1]
+    folder, reference = folders["random-mid"], alone["random-mid"].from_picture[0][:1]
     for dtype, tolerance in ((torch.float32, 1e-3), (torch.bfloat16, 0.1)):
         results = pool.run(make_video_on_card, folder, degrees, dtype, astronaut, ranks=degrees.world, timeout=240)
         for latents in results:
@@ -209,12 +216,7 @@ def test_whole_videos_with_ranks_that_share_one_card(pool, folders, alone, astro
 
 
 def count_collectives(rank: int, folder: str, degrees: Degrees) -> dict:
-    from helios_cp.model.conditions import History
-    from parallel.collectives import Meter
-
     meter = Meter()
-    from helios_cp.pipeline.parallelize import load_parallel
-
     transformer = load_parallel(folder, Mesh.build(degrees, meter=meter), dtype=torch.float32).transformer
     with torch.no_grad():
         text = transformer.encode_text(torch.zeros(1, 11, 32))
