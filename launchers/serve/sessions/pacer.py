@@ -120,6 +120,8 @@ class Pacer:
         return None if self.reader is None else self.reader.next + math.ceil(self.lead) + UNREAD
 
     def _seconds_until_next(self) -> float | None:
+        if self.is_held:
+            return None
         target = (self.first + self.granted - self.lead) * self._store.chunk_seconds
-        wait = self.playhead.seconds_until(target, time.monotonic(), self._store.seconds)
+        wait = self.playhead.seconds_until_past(target, time.monotonic(), self._store.seconds)
         return None if wait is None else wait + 0.001  # so that the clock is past it

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 EXTRAPOLATED_SECONDS = 1.0
 """For how long a player that has moved is taken to play on, until it tells its position again."""
 
+ROUNDING = 1e-6
+"""Seconds: two times that are nearer to each other are the same."""
+
 
 def allowed(played: float, lead: float) -> int:
     """How many chunks may have begun when `played` chunks are played: chunk n begins once n - played < lead.
@@ -57,11 +60,12 @@ class Playhead:
         if not self.is_told:
             self.position, self.at = self.seconds(now, ready), now
 
-    def seconds_until(self, position: float, now: float, ready: float) -> float | None:
-        """How long until it may be there; `None` if only news can bring it there."""
-        missing = position - self.seconds(now, ready)
-        if missing <= 0:
-            return 0.0
-        if position > ready or not self.moves or (self.is_told and position > self.position + EXTRAPOLATED_SECONDS):
+    def seconds_until_past(self, position: float, now: float, ready: float) -> float | None:
+        """How long until it may be past a position; `None` if only news can bring it there."""
+        if position > ready - ROUNDING:
             return None
-        return missing
+        missing = position - self.seconds(now, ready)
+        if missing < 0:
+            return 0.0
+        is_known = not self.is_told or position < self.position + EXTRAPOLATED_SECONDS
+        return missing if self.moves and is_known else None

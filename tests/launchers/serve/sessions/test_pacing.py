@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
+from launchers.serve.media.store import MediaStore
+from launchers.serve.sessions.pacer import Pacer
 from launchers.serve.sessions.pacing import EXTRAPOLATED_SECONDS, Playhead, allowed
 
 CHUNK = 1.375
@@ -97,13 +101,29 @@ def test_when_the_player_goes_the_clock_goes_on():
     assert playhead.seconds(2.5, 9) == 3.5
 
 
-def test_how_long_until_a_position():
+def test_how_long_until_it_is_past_a_position():
     playhead = Playhead()
-    assert playhead.seconds_until(1, 0, 9) == 1
-    assert playhead.seconds_until(10, 0, 9) is None
-    assert playhead.seconds_until(1, 5, 9) == 0
+    assert playhead.seconds_until_past(1, 0, 9) == 1
+    assert playhead.seconds_until_past(10, 0, 9) is None
+    assert playhead.seconds_until_past(1, 5, 9) == 0
     playhead.told(1, 10, 9)
-    assert playhead.seconds_until(1.5, 10, 9) == 0.5
-    assert playhead.seconds_until(3, 10, 9) is None
+    assert playhead.seconds_until_past(1.5, 10, 9) == 0.5
+    assert playhead.seconds_until_past(3, 10, 9) is None
     playhead.told(1, 11, 9)
-    assert playhead.seconds_until(1.5, 11, 9) is None
+    assert playhead.seconds_until_past(1.5, 11, 9) is None
+    assert playhead.seconds_until_past(1, 12, 1) is None, "more has to be ready first"
+
+
+def test_a_session_that_only_news_can_move_looks_at_no_clock(tmp_path):
+    """Else it would look at it again and again: once all is played, and while its controller does not read."""
+    store = MediaStore(tmp_path, b"", 24, 33)
+    pacer = Pacer(store, lead=1)
+    store.chunks += 5 * [{"frames": 33}]
+    pacer.restart(0)
+    for played in (3.5, 5):
+        pacer.told(played * CHUNK)
+        pacer.granted = pacer._may_begin()
+        assert (pacer._seconds_until_next() is None) == (played == 5), "all is played"
+    pacer.granted = 3
+    pacer.reader = SimpleNamespace(next=0)
+    assert pacer.is_held and pacer._seconds_until_next() is None, "the controller reads nothing"
