@@ -13,13 +13,26 @@ import pytest
 
 TESTS = Path(__file__).parent
 
+ONE_SERVER = (
+    "launchers/serve/live/test_sessions.py",
+    "launchers/serve/live/test_changes.py",
+    "launchers/serve/live/test_viewers.py",
+    "launchers/serve/live/test_queue.py",
+    "launchers/serve/live/test_unread.py",
+    "launchers/serve/live/test_refused.py",
+    "launchers/serve/test_observed.py",
+    "launchers/serve/test_nginx.py",
+    "launchers/serve/videos/test_openai.py",
+    "launchers/serve/test_faults.py",
+    "launchers/serve/test_restart.py",
+)
+"""They share a server, which those at the end kill and start again."""
+
 LONGEST_FIRST = (
     "browser/test_live_page.py",
     "generate/test_torchrun.py",
-    "launchers/serve/test_live.py",
+    *ONE_SERVER,
     "benchmarks/test_gpu_suite.py",
-    "launchers/serve/test_restart.py",
-    "launchers/serve/test_faults.py",
     "browser/test_player.py",
     "launchers/test_faults.py",
     "launchers/test_recipes.py",
@@ -29,10 +42,7 @@ LONGEST_FIRST = (
     "weights/test_hub.py",
     "runtime/test_compilation.py",
     "launchers/test_job.py",
-    "launchers/serve/videos/test_openai.py",
     "launchers/serve/test_cluster.py",
-    "launchers/serve/test_observed.py",
-    "launchers/serve/test_nginx.py",
     "launchers/serve/videos/test_bodies.py",
     "launchers/serve/uploads/test_uploads.py",
     "browser/test_live_docs.py",
@@ -61,12 +71,6 @@ LONGEST_FIRST = (
     "benchmarks/test_quality.py",
     "pipeline/test_host_waits.py",
     "generate/test_runs.py",
-)
-
-ONE_SERVER = (
-    "launchers/serve/test_observed.py",
-    "launchers/serve/test_nginx.py",
-    "launchers/serve/videos/test_openai.py",
 )
 
 

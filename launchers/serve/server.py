@@ -62,6 +62,7 @@ class Server:
     def opened(self, pipeline: ChunkPipeline) -> None:
         """The workers are loaded."""
         self.pipeline, self.doing = pipeline, "ready"
+        self.log.event("server.ready")
         self.sessions.opened(pipeline)
         self.videos.opened(pipeline)
 

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import socket
+from contextlib import suppress
 from typing import Any
 
+from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
 PATIENCE = 300
 """Seconds for what takes a few on a quiet machine."""
+
+FRAMES = 33
+"""Of a chunk."""
 
 
 class Client:
@@ -62,10 +67,45 @@ class Client:
             self.receive()
         return self.chunks[-1][0]
 
+    def play(self) -> None:
+        """As a player that has shown the newest chunk to its end would tell."""
+        newest = self.chunks[-1][0]
+        with suppress(ConnectionClosed):  # that was the last chunk
+            self.send("session.position", media_time=newest["media_time"] + newest["duration"])
+
+    def stand(self, chunk: float) -> None:
+        """As a player that stands somewhere in a chunk, such as 1.5, would tell."""
+        self.send("session.position", media_time=chunk * self.chunks[-1][0]["duration"])
+
+    def play_until(self, number: int) -> dict[str, Any]:
+        """Play each chunk as it comes, and those that have come; returns the metadata of the newest."""
+        while not self.chunks or self.chunks[-1][0]["chunk"] < number:
+            if self.chunks:
+                self.play()
+            newest = len(self.chunks)
+            while len(self.chunks) == newest:
+                self.receive()
+        self.play()
+        return self.chunks[-1][0]
+
+    def change(self, event: str, prompt: str, **fields: Any) -> dict[str, Any]:
+        """Change the prompt; returns the receipt."""
+        self.send("session.interaction", interaction={"event_id": event, "event": {"prompt": prompt}, **fields})
+        return self.until("session.interaction.queued", event_id=event)
+
     def start(self, **fields: Any) -> dict[str, Any]:
         """Start a session of small pictures."""
         self.send("session.start", **{"prompt": "a red fox", "height": 64, "width": 64, **fields})
         return self.until("video.start")
+
+    def start_at_rest(self, **fields: Any) -> dict[str, Any]:
+        """Start a session whose player stands in the first chunk: two are there, and no other begins, however long a
+        test takes. At one frame a second the clock stands almost still until the player has told so."""
+        begun = self.start(**{"fps": 1, **fields})
+        self.until_chunk(0)
+        self.stand(0.5)
+        self.until_chunk(1)
+        return begun
 
     def ask(self, kind: str, **fields: Any) -> dict[str, Any]:
         """Send, and wait for the answer of the next ping: whatever the message brought comes before it."""

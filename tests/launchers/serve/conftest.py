@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from websockets.exceptions import ConnectionClosed
 
 from launchers.serve.app import build_app
 from launchers.serve.flags import ServeCall
@@ -39,18 +42,34 @@ def call_of(folder: Path, **values) -> ServeCall:
     return ServeCall(data=folder / "data", **values)
 
 
-RUNNING_KEY = "a-key-of-the-test-0123456789"
+KEY = "a-key-of-the-tests-0123456789"
+QUEUE = 8
+MESSAGE_BYTES = 200_000
 
 
 @pytest.fixture(scope="session")
 def running_server(presets, tmp_path_factory):
-    """With a key, random weights, an adapter, and few places in its queue."""
+    """With a key, random weights, an adapter, places for two sessions at a time, and few in its queue."""
     folder = tmp_path_factory.mktemp("server")
     keys = folder / "keys"
-    keys.write_text(f"{RUNNING_KEY}\n")
+    keys.write_text(f"{KEY}\n")
     keys.chmod(0o600)
     (folder / "loras").mkdir()
     write_adapter(folder / "loras" / "ink.safetensors")
-    flags = ["--api-key-file", str(keys), "--queue", "3", "--lora-folder", str(folder / "loras")]
-    with RunningServer(folder, str(presets["random-distilled"]), *flags) as server:
+    flags = ["--api-key-file", str(keys), "--lora-folder", str(folder / "loras"), "--sessions", "2"]
+    flags += ["--queue", str(QUEUE), "--message-bytes", str(MESSAGE_BYTES), "--requests", "1000000"]
+    flags += ["--longest", "10000"]  # of videos whose chunks last minutes
+    with RunningServer(folder, str(presets["random-distilled"]), *flags, key=KEY) as server:
         yield server
+        assert server.end(signal.SIGINT) == 0
+        assert "server.fault" not in server.log.read_text()
+
+
+@pytest.fixture
+def controller(running_server):
+    """Of a session, which is stopped in the end."""
+    with running_server.connect() as client:
+        yield client
+        with suppress(ConnectionClosed):
+            client.send("session.stop")
+            client.until("session.done")

@@ -14,7 +14,7 @@ import pytest
 
 from tests.launchers.conftest import PATIENCE
 from tests.launchers.serve.client import Client
-from tests.launchers.serve.conftest import RUNNING_KEY
+from tests.launchers.serve.conftest import KEY
 
 CONFIGURATION = Path(__file__).parents[3] / "docs" / "nginx-live.conf"
 NGINX = shutil.which("nginx", path="/usr/sbin:/usr/bin:/usr/local/sbin:/usr/local/bin")
@@ -71,7 +71,7 @@ def nginx(running_server, tmp_path_factory):
 def session(nginx):
     """Two chunks that were made and watched through nginx: id, tokens, and the client that started it."""
     url, _ = nginx
-    headers = {"Authorization": f"Bearer {RUNNING_KEY}", "Origin": url}
+    headers = {"Authorization": f"Bearer {KEY}", "Origin": url}
     with Client(f"{url}/v1/realtime/video", additional_headers=headers) as client:
         start = client.start(num_frames=66)
         client.until("session.done")
@@ -124,6 +124,6 @@ def test_all_else_passes_with_its_headers(nginx):
     assert "default-src 'none'" in page.headers["content-security-policy"]
     assert httpx.get(f"{url}/metrics").status_code == 403
     assert httpx.get(f"{url}/v1/videos").status_code == 401
-    assert httpx.get(f"{url}/v1/videos", headers={"Authorization": f"Bearer {RUNNING_KEY}"}).json()["data"] == []
+    assert httpx.get(f"{url}/v1/videos", headers={"Authorization": f"Bearer {KEY}"}).json()["data"] == []
     other = httpx.post(f"{url}/v1/videos", headers={"Origin": "https://evil.example"})
     assert (other.status_code, other.json()["error"]["code"]) == (403, "forbidden")

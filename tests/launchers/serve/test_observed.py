@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
-
 import httpx
 import pytest
 
 from tests.launchers.serve.client import Client
-from tests.launchers.serve.conftest import RUNNING_KEY
+from tests.launchers.serve.conftest import KEY
 from tests.launchers.serve.test_metrics import read
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-KEY = {"Authorization": f"Bearer {RUNNING_KEY}"}
 PROMPTS = ("a walrus that is in no log", "an okapi that is in no log")
 
 
@@ -27,7 +24,7 @@ def session(running_server, before):
     """Of four chunks, changed once, and watched in every way; `video.start` of its controller."""
     url = running_server.url
     with Client(f"{url}/v1/realtime/video") as client:  # the key in the message, as browsers send it
-        client.send("session.start", prompt=PROMPTS[0], height=64, width=64, num_frames=132, api_key=RUNNING_KEY)
+        client.send("session.start", prompt=PROMPTS[0], height=64, width=64, num_frames=132, api_key=KEY)
         start = client.until("video.start")
         client.until("session.state", state="running")  # before, it takes no change
         client.send("session.interaction", interaction={"event_id": "e", "event": {"prompt": PROMPTS[1]}})
@@ -48,7 +45,7 @@ def session(running_server, before):
 
 
 def figures(server) -> dict[tuple[str, ...], float]:
-    return read(httpx.get(f"{server.url}/metrics", headers=KEY).text)
+    return read(server.ask("/metrics", KEY)[1])
 
 
 def test_figures_of_a_session(running_server, before, session):
@@ -74,10 +71,8 @@ def test_figures_of_a_session(running_server, before, session):
 def test_the_log_has_no_token_no_key_and_no_prompt(running_server, session):
     start, _ = session
     text = running_server.log.read_text()
-    for secret in (RUNNING_KEY, start["control_token"], start["view_token"], "wrong-token", *PROMPTS):
+    for secret in (KEY, start["control_token"], start["view_token"], "wrong-token", *PROMPTS):
         assert secret not in text
-    lines = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
-    of_session = [line for line in lines if line.get("session") == start["session_id"]]
+    of_session = [line for line in running_server.events() if line.get("session") == start["session_id"]]
     assert [line["event"] for line in of_session] == ["session.created", "session.ended"]
     assert (of_session[1]["why"], of_session[1]["chunks"]) == ("finished", 4)
-    assert not [line for line in lines if line["event"] == "server.fault"]

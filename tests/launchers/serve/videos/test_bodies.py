@@ -342,7 +342,7 @@ def test_a_queued_video_is_deleted_with_its_files(client, server):
 
 async def _settled(server) -> None:
     while server.videos._tasks:
-        await next(iter(server.videos._tasks))
+        await asyncio.wait(server.videos._tasks)
 
 
 def test_another_start_takes_up_what_is_there(client, server, checked):
