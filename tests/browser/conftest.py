@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import pytest
 
 from tests.browser.live_page import LivePage
 from tests.launchers.conftest import write_adapter
-from tests.launchers.serve.running import RunningServer
+from tests.launchers.serve.running import RunningServer, free_port
 
 SIZE = ("--height", "64", "--width", "128")
 """That the embedded models know."""
@@ -43,13 +42,11 @@ def browser(chromium):
 @pytest.fixture(scope="package")
 def server(tmp_path_factory, chromium) -> Iterator[RunningServer]:
     """On a port that a second start has too, because pages come back to it."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
     folder = tmp_path_factory.mktemp("live")
     (folder / "loras").mkdir()
     write_adapter(folder / "loras" / "ink.safetensors", width=128)
     flags = [*SIZE, "--lora-folder", str(folder / "loras")]
-    with RunningServer(folder, "tiny-distilled", *flags, port=port) as server:
+    with RunningServer(folder, "tiny-distilled", *flags, port=free_port()) as server:
         yield server
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,14 @@ from tests.launchers.conftest import PATIENCE, QUICK, UNHURRIED
 from tests.launchers.serve.client import Client
 
 ROOT = Path(__file__).parents[3]
+
+
+def free_port() -> int:
+    """Below those that the system gives to clients, so that none of these takes it while no server listens there."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 def wait_until(happens: Callable[[], object]) -> None:

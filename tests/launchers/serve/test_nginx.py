@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import socket
 import subprocess
 import time
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 from tests.launchers.conftest import PATIENCE
 from tests.launchers.serve.client import Client
 from tests.launchers.serve.conftest import KEY
+from tests.launchers.serve.running import free_port
 
 CONFIGURATION = Path(__file__).parents[3] / "docs" / "nginx-live.conf"
 NGINX = shutil.which("nginx", path="/usr/sbin:/usr/bin:/usr/local/sbin:/usr/local/bin")
@@ -24,11 +24,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(NGINX is None, reason="nginx is not installed; apt-get install nginx-light"),
 ]
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -146,10 +145,8 @@ def test_what_is_called_a_picture_is_looked_at(taking, tmp_path):
 def test_a_process_that_takes_too_long_is_killed(tmp_path, monkeypatch):
     """The child decodes a real clip; the parent waits for no time at all."""
     taking = Uploads(tmp_path / "uploads", 2**22, wall_seconds=0.05)
-    begin = time.monotonic()
     with pytest.raises(Refusal, match="too long"):
         take(taking, clip(400), tmp_path / "session")
-    assert time.monotonic() - begin < 60
     assert not list((tmp_path / "uploads").iterdir())
 
 
