@@ -4,7 +4,8 @@ python -m benchmarks.live [--changes 30] [--viewers 1 10 50 100 200] [--queued 2
 
 The server is a process of its own; clients, and a player that plays in real time, are in this one. What the server adds
 is measured twice: as the seconds from a chunk's being handed to the server until its last byte is with the client, and
-as the difference of the seconds a chunk, of the server and of the pipeline alone, which take turns.
+as the difference of the seconds a chunk, of the server and of the pipeline alone, which take turns: both stand ready
+all the time, and the one whose turn it is not has nothing to do.
 """
 
 from __future__ import annotations
@@ -25,23 +26,20 @@ from launchers.cluster.cluster import connected
 from launchers.driver.pipeline import ChunkPipeline
 
 MODEL = "random-distilled"
-SIZE = {"height": 128, "width": 192}
 STEPS = (1, 1, 1)
-SESSION: dict[str, Any] = {"prompt": "a fox", **SIZE, "pyramid_num_inference_steps_list": STEPS, "fps": 24}
 FLAGS = ["--model", MODEL, "--device", "cpu"]
 
 
-def measure_added(chunks: int, turns: int) -> dict[str, Any]:
+def measure_added(server: RunningServer, session: dict[str, Any], chunks: int, turns: int) -> dict[str, Any]:
     """What the server and the network add to a chunk."""
-    request = Request(prompt=("a fox",), **SIZE, pyramid_num_inference_steps_list=STEPS, num_frames=33 * chunks)
+    request = Request(**{**session, "prompt": (session["prompt"],)}, num_frames=33 * chunks)
     served, alone, late = [], [], []
-    for _ in range(turns):
-        with RunningServer(FLAGS) as server:
-            arrivals = asyncio.run(measures.served_chunks(server, SESSION, chunks))
-        served.append(measures.seconds_a_chunk([each.at for each in arrivals]))
-        late += [each.seconds_after_ready for each in arrivals[measures.WARM_UP :]]
-        with connected("local", cpus=3), ChunkPipeline(MODEL) as pipeline:
-            pipeline.wait_until_ready()
+    with connected("local", cpus=3), ChunkPipeline(MODEL) as pipeline:
+        pipeline.wait_until_ready()
+        for _ in range(turns):
+            arrivals = asyncio.run(measures.served_chunks(server, session, chunks))
+            served.append(measures.seconds_a_chunk([each.at for each in arrivals]))
+            late += [each.seconds_after_ready for each in arrivals[measures.WARM_UP :]]
             alone.append(measures.alone(pipeline, request))
     return {
         "chunks": chunks,
@@ -52,13 +50,14 @@ def measure_added(chunks: int, turns: int) -> dict[str, Any]:
     }
 
 
-async def measure_live(changes: int, counts: list[int], queued: int, chunks: int) -> dict[str, Any]:
-    with RunningServer(FLAGS) as server:
-        return {
-            "prompt_to_picture": await measures.prompt_to_picture(server, SESSION, changes),
-            "viewers": await measures.viewers(server, SESSION, counts),
-            "load": await measures.load(server, SESSION, max(counts), queued, chunks),
-        }
+async def measure_live(
+    server: RunningServer, session: dict[str, Any], changes: int, counts: list[int], queued: int, chunks: int
+) -> dict[str, Any]:
+    return {
+        "prompt_to_picture": await measures.prompt_to_picture(server, session, changes),
+        "viewers": await measures.viewers(server, session, counts),
+        "load": await measures.load(server, session, max(counts), queued, chunks),
+    }
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -70,13 +69,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--turns", type=int, default=3, help="of the server and the pipeline alone")
     parser.add_argument("--viewers", type=int, nargs="+", default=[1, 10, 50, 100, 200], metavar="N")
     parser.add_argument("--queued", type=int, default=20, help="sessions that wait beside the most viewers")
+    parser.add_argument("--height", type=int, default=128)
+    parser.add_argument("--width", type=int, default=192)
     parser.add_argument("--output", type=user_path, default=RESULTS, metavar="DIR")
     arguments = parser.parse_args(argv)
     os.environ["OMP_NUM_THREADS"] = "1"
     arguments.output.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = {"model": MODEL, "session": SESSION, "load_before": os.getloadavg()[0]}
-    results |= asyncio.run(measure_live(arguments.changes, arguments.viewers, arguments.queued, arguments.chunks))
-    results["added"] = measure_added(arguments.chunks, arguments.turns)
+    session: dict[str, Any] = {"prompt": "a fox", "height": arguments.height, "width": arguments.width}
+    session |= {"pyramid_num_inference_steps_list": STEPS, "fps": 24}
+    results: dict[str, Any] = {"model": MODEL, "session": session, "load_before": os.getloadavg()[0]}
+    with RunningServer(FLAGS) as server:
+        counts, queued, chunks = arguments.viewers, arguments.queued, arguments.chunks
+        results |= asyncio.run(measure_live(server, session, arguments.changes, counts, queued, chunks))
+        results["added"] = measure_added(server, session, chunks, arguments.turns)
     results["load_after"] = os.getloadavg()[0]
     path = write_result("live", results, arguments.output)
     _tell(results)

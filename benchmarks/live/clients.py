@@ -17,6 +17,9 @@ from websockets.asyncio.client import ClientConnection, connect
 POSITION_SECONDS = 0.25
 """Between two positions that a player tells, as the page does."""
 
+PATIENT = {"max_size": None, "open_timeout": None, "ping_timeout": None}
+"""Of connections: however long an answer takes, it is measured."""
+
 
 @dataclass(frozen=True)
 class Arrival:
@@ -109,7 +112,7 @@ class Controller:
 @asynccontextmanager
 async def controlling(url: str, hurries: bool = False, **session: Any) -> AsyncIterator[Controller]:
     """A session that has begun; it is stopped in the end."""
-    async with connect(f"{url.replace('http', 'ws', 1)}/v1/realtime/video", max_size=None) as socket:
+    async with connect(f"{url.replace('http', 'ws', 1)}/v1/realtime/video", **PATIENT) as socket:
         controller = Controller(socket, hurries)
         running = asyncio.create_task(controller.run())
         await controller.say("session.start", **session)
@@ -143,7 +146,7 @@ async def _watch(url: str, start: dict[str, Any], arrivals: list[Arrival]) -> No
     """A viewer, who keeps no media. Ends with the session, or when it is cancelled."""
     place = f"{url.replace('http', 'ws', 1)}/v1/sessions/{start['session_id']}/watch"
     headers = {"Authorization": f"Bearer {start['view_token']}"}
-    async with connect(place, max_size=None, additional_headers=headers) as socket:
+    async with connect(place, **PATIENT, additional_headers=headers) as socket:
         async for text in socket:
             if isinstance(text, bytes):  # the init segment
                 continue

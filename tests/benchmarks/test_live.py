@@ -11,6 +11,7 @@ from benchmarks.live.clients import Arrival
 from benchmarks.live.measures import WARM_UP, percentiles, seconds_a_chunk
 from benchmarks.report.data import read_results
 from benchmarks.report.sections import live_section
+from tests.launchers.conftest import UNHURRIED
 
 
 def test_percentiles():
@@ -29,8 +30,24 @@ def test_a_chunk_is_late_from_when_it_was_ready():
 
 
 @pytest.mark.ray
-def test_a_run(tmp_path, capsys):
-    flags = ["--changes", "2", "--chunks", "8", "--turns", "1", "--viewers", "1", "3"]
+def test_a_run(tmp_path, capsys, monkeypatch):
+    for name, value in UNHURRIED.items():
+        monkeypatch.setenv(name, value)
+    flags = [
+        "--changes",
+        "2",
+        "--chunks",
+        "6",
+        "--turns",
+        "1",
+        "--viewers",
+        "1",
+        "3",
+        "--height",
+        "64",
+        "--width",
+        "64",
+    ]
     assert main([*flags, "--queued", "2", "--output", str(tmp_path)]) == 0
     told = capsys.readouterr().out
     assert "from a prompt to the screen: p50 " in told and "3 viewers: a chunk comes after " in told
@@ -42,7 +59,7 @@ def test_a_run(tmp_path, capsys):
     assert [row["viewers"] for row in results["viewers"]] == [1, 3]
     assert all(row["late"]["count"] and not row["chunks_missing"] for row in results["viewers"])
     load = results["load"]
-    assert (load["viewers"], load["queued"], load["chunks"]) == (3, 2, 8)
+    assert (load["viewers"], load["queued"], load["chunks"]) == (3, 2, 6)
     assert load["most_behind"] >= 0 and load["memory_begin"] > 0 and load["memory_end"] > 0
     assert results["added"]["from_ready_to_received"]["p50"] > 0
     found, problems = read_results(tmp_path)
