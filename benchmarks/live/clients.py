@@ -6,13 +6,14 @@ import asyncio
 import io
 import json
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import av
 from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosed
 
 POSITION_SECONDS = 0.25
 """Between two positions that a player tells, as the page does."""
@@ -50,16 +51,17 @@ class Controller:
         self.init = b""
         self.receipts: dict[str, dict[str, Any]] = {}
         self.shown: dict[str, Arrival] = {}
-        self.is_done = False
+        self.is_done = self.has_ended = False
         self._ready = self._played = 0.0
         self._looked = time.monotonic()
         self._news = asyncio.Condition()
 
     async def say(self, kind: str, **fields: Any) -> None:
-        await self.socket.send(json.dumps({"type": kind, **fields}))
+        with suppress(ConnectionClosed):  # what has come before tells why
+            await self.socket.send(json.dumps({"type": kind, **fields}))
 
     async def run(self) -> None:
-        """Until the session is done."""
+        """Until the session is done, or its connection closed."""
         telling = asyncio.create_task(self._tell())
         try:
             async for text in self.socket:
@@ -70,10 +72,16 @@ class Controller:
                     return
         finally:
             telling.cancel()
+            self.has_ended = True
+            async with self._news:
+                self._news.notify_all()
 
-    async def until(self, condition) -> None:
+    async def until(self, condition: Callable[[], object]) -> None:
+        """Raises `RuntimeError` where it cannot come any more."""
         async with self._news:
-            await self._news.wait_for(condition)
+            await self._news.wait_for(lambda: condition() or self.has_ended)
+        if not condition():
+            raise RuntimeError("the session has ended before")
 
     def position(self) -> float:
         """Seconds of media played."""
@@ -116,12 +124,8 @@ async def controlling(url: str, hurries: bool = False, **session: Any) -> AsyncI
         controller = Controller(socket, hurries)
         running = asyncio.create_task(controller.run())
         await controller.say("session.start", **session)
-        waiting = asyncio.create_task(controller.until(lambda: controller.start))
-        await asyncio.wait((running, waiting), return_when=asyncio.FIRST_COMPLETED)
-        if running.done():
-            waiting.cancel()
-            running.result()
         try:
+            await controller.until(lambda: controller.start)
             yield controller
         finally:
             if not controller.is_done:
