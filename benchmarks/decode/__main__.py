@@ -157,9 +157,9 @@ def counts_table(counts: dict[str, dict[str, Any]]) -> Table:
     table.add_column(min_width=20, no_wrap=True)
     for heading in ("TFLOP", "elementwise GB", "of diffusers'", "memory GB", "one latent frame at a time"):
         table.add_column(heading, justify="right", no_wrap=True)
-    whole = counts["diffusers"]["elementwise_bytes"]
     for name, each in counts.items():
-        share = each["elementwise_bytes"] / whole
+        _, device = name.split(", ")
+        share = each["elementwise_bytes"] / counts[f"diffusers, {device}"]["elementwise_bytes"]
         sizes = (f"{each[kind] / 1e9:.2f}" for kind in ("memory", "least_memory"))
         table.add_row(
             name, f"{each['flops'] / 1e12:.2f}", f"{each['elementwise_bytes'] / 1e9:.1f}", f"{share:.1%}", *sizes

@@ -4,9 +4,10 @@ All blocks share one compiled function. It is compiled twice for each pyramid st
 last, which drops the history. Shapes are static, and graphs are whole: a graph break is an error, not a slow path.
 Layers and sequence-parallel algorithms that compute in another way when compiled ask `torch.compiler.is_compiling()`.
 
-In the VAE one function is compiled: norm and SiLU before a convolution, because memory bounds it. It is compiled once
-for each number of channels, for all sizes of video. Convolutions stay with their libraries. Ranks that share a VAE
-exchange rows between the two, so a split VAE compiles like a whole one.
+In the VAE one function is compiled: norm and SiLU before a convolution, because memory bounds it, with the sums before
+the norm that a card's convolutions leave to it. It is compiled once for each number of channels and kind of sum, for
+all sizes of video. Convolutions stay with their libraries. Ranks that share a VAE exchange rows between the two, so a
+split VAE compiles like a whole one.
 
 A process that has compiled very many sizes drops its compiled code and starts over, from the cache if there is one.
 
@@ -66,14 +67,16 @@ def compile_blocks(blocks: Iterable[Block], backend: Backend = "inductor") -> No
 
 
 def compile_vae(vae: Autoencoder, backend: Backend = "inductor") -> None:
-    """Have norm and SiLU of a VAE run as one compiled kernel, when it decodes and when it encodes."""
+    """Have each norm of a VAE, with SiLU and sums, run as one compiled kernel, when it decodes and when it encodes."""
     compiled = _compile(fusible_norm_silu, backend, dynamic=True)
 
-    def run(states: Tensor, weight: Tensor, out: Tensor) -> None:
-        tensors = states.data, weight.data, out.data  # else graphs depend on the sizes of what these are views of
+    def run(*tensors: Tensor | None, keep: bool = False) -> None:
+        # data, else graphs depend on the sizes of what these are views of
+        tensors = [None if tensor is None else tensor.data for tensor in tensors]
         for tensor in tensors:
-            torch._dynamo.mark_static(tensor, tensor.dim() - 1)  # the channels, which a kernel goes over in one loop
-        compiled(*tensors)
+            if tensor is not None:  # its channels, which a kernel goes over in one loop
+                torch._dynamo.mark_static(tensor, tensor.dim() - 1)
+        compiled(*tensors, keep=keep)
 
     vae.norm_silu = run
 

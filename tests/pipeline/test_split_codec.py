@@ -22,7 +22,7 @@ from helios_cp.runtime.compilation import compile_vae
 from parallel.collectives import Group, Meter
 from parallel.segments import split
 from tests.model.vae import models
-from tests.model.vae.models import SMALL, error
+from tests.model.vae.models import SMALL, as_on_a_card, error
 from tests.parallel.reference import world_group
 
 TOLERANCE = 1e-5
@@ -123,6 +123,7 @@ def test_one_rank_runs_the_vae_itself():
     assert group.meter.total_calls == 0
 
 
+@as_on_a_card()
 @torch.no_grad()
 def run_compiled(rank: int, shape):
     """Norms compiled by no compiler, so that what is exchanged between them is what is tested."""

@@ -60,7 +60,7 @@ class Autoencoder(nn.Module):
 
         The first latent frame makes one frame, each other makes 4 where two levels double frames.
         """
-        states = self.post_quant_conv(latents.movedim(1, -1).to(self.device, self.dtype).contiguous())
+        states = self.post_quant_conv(latents.movedim(1, -1).to(self.device, self.dtype).contiguous()).total()
         sweep = Sweep(rows or WholeRows(), self.norm_silu)
         parts = states.split(group or states.shape[1], 1)
         for index, part in enumerate(parts):
@@ -86,7 +86,7 @@ class Autoencoder(nn.Module):
             sweep.is_first, sweep.is_last = first == 0, last == steps
             part = video[:, :, max(FRAMES * (first - 1) + 1, 0) : FRAMES * (last - 1) + 1]
             part = patchify(part.movedim(1, -1).to(self.device, self.dtype), self.config.patch_size or 1)
-            means.append(self.quant_conv(self.encoder(part, sweep)))
+            means.append(self.quant_conv(self.encoder(part, sweep)).total())
         return join(means).movedim(-1, 1)
 
 

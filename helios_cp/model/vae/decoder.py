@@ -7,6 +7,7 @@ import itertools
 from torch import Tensor, nn
 
 from helios_cp.model.vae.config import VaeConfig
+from helios_cp.model.vae.kernels import Sum
 from helios_cp.model.vae.layers import CausalConvolution, MiddleBlock, Norm, ResidualBlock
 from helios_cp.model.vae.resampling import Upsample
 from helios_cp.model.vae.sweep import Sweep
@@ -21,7 +22,7 @@ class UpBlock(nn.Module):
         self.resnets = nn.ModuleList([ResidualBlock(*pair) for pair in itertools.pairwise(widths)])
         self.upsamplers = None if upsample is None else nn.ModuleList([upsample])
 
-    def forward(self, states: Tensor, sweep: Sweep) -> Tensor:
+    def forward(self, states: Sum, sweep: Sweep) -> Sum:
         for block in self.resnets:
             states = block(states, sweep)
         return states if self.upsamplers is None else self.upsamplers[0](states, sweep)
@@ -45,7 +46,7 @@ class Decoder(nn.Module):
         self.conv_out = CausalConvolution(widths[-1], config.out_channels)
 
     def forward(self, states: Tensor, sweep: Sweep) -> Tensor:
-        states = self.mid_block(self.conv_in(states, sweep), sweep)
+        states = self.mid_block(self.conv_in(Sum(states), sweep), sweep)
         for block in self.up_blocks:
             states = block(states, sweep)
-        return self.conv_out(states, sweep, self.norm_out)
+        return self.conv_out(states, sweep, self.norm_out).total()

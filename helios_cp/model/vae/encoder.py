@@ -7,7 +7,8 @@ import itertools
 from torch import Tensor, nn
 
 from helios_cp.model.vae.config import VaeConfig
-from helios_cp.model.vae.layers import CausalConvolution, MiddleBlock, Norm, ResidualBlock, with_edge
+from helios_cp.model.vae.kernels import Sum
+from helios_cp.model.vae.layers import CausalConvolution, MiddleBlock, Norm, ResidualBlock
 from helios_cp.model.vae.resampling import Downsample
 from helios_cp.model.vae.sweep import Sweep
 
@@ -30,17 +31,7 @@ class Encoder(nn.Module):
         self.conv_out = CausalConvolution(widths[-1], 2 * config.z_dim)
 
     def forward(self, states: Tensor, sweep: Sweep) -> Tensor:
-        states = self.conv_in(states, sweep)
-        layers = list(self.down_blocks)
-        has_edge = False
-        for layer, following in itertools.zip_longest(layers, layers[1:]):
-            if isinstance(layer, ResidualBlock):
-                has_edge = isinstance(following, Downsample)
-                states = layer(states, sweep, has_edge)
-                continue
-            if not has_edge:  # a level without blocks
-                inner = states
-                states, room = with_edge(inner)
-                room.copy_(inner)
-            states, has_edge = layer(states, sweep), False
-        return self.conv_out(self.mid_block(states, sweep), sweep, self.norm_out)
+        states = self.conv_in(Sum(states), sweep)
+        for layer in self.down_blocks:
+            states = layer(states, sweep)
+        return self.conv_out(self.mid_block(states, sweep), sweep, self.norm_out).total()

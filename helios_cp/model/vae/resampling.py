@@ -8,10 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from helios_cp.model.vae.kernels import convolve
+from helios_cp.model.vae.kernels import Sum, convolve, convolve_transposed
 from helios_cp.model.vae.sweep import PAST, Sweep
 
 
@@ -27,10 +26,11 @@ class Upsample(nn.Module):
         self.resample = nn.Sequential(nn.Identity(), FoldedUpsampling(channels, channels // 2))
         self.time_conv = nn.Conv3d(channels, 2 * channels, (3, 1, 1)) if in_time else None
 
-    def forward(self, states: Tensor, sweep: Sweep) -> Tensor:
+    def forward(self, states: Sum, sweep: Sweep) -> Sum:
+        total = states.total()
         if self.time_conv is not None:
-            states = self._double(states, sweep)
-        return self.resample[1](states, sweep)
+            total = self._double(total, sweep)
+        return self.resample[1](total, sweep)
 
     def _double(self, states: Tensor, sweep: Sweep) -> Tensor:
         """Pairs of frames, of which each is half of the channels of one frame of `time_conv`."""
@@ -43,7 +43,7 @@ class Upsample(nn.Module):
         sweep.fill(self, past)
         seen = torch.cat([past, states[:, single:]], 1)  # at a sixteenth of the largest tensors, so the copy is cheap
         sweep.keep(self, seen)
-        pairs = convolve(seen, self.time_conv.weight, self.time_conv.bias)
+        pairs = convolve(seen, self.time_conv.weight, self.time_conv.bias).total()
         out = states.new_empty(batch, single + 2 * frames, height, width, channels)
         out[:, :single] = states[:, :single]
         out[:, single:].unflatten(1, (frames, 2)).copy_(pairs.unflatten(-1, (2, channels)).movedim(-2, 2))
@@ -69,7 +69,7 @@ class FoldedUpsampling(nn.Conv2d):
         """Make `folded` of the weight."""
         self.folded = fold(self.weight.detach())
 
-    def forward(self, states: Tensor, sweep: Sweep) -> Tensor:
+    def forward(self, states: Tensor, sweep: Sweep) -> Sum:
         batch, border = states.shape[0], sweep.border
         if border:
             own, states = states, states.new_empty(*states.shape[:2], states.shape[2] + 2, *states.shape[3:])
@@ -77,9 +77,8 @@ class FoldedUpsampling(nn.Conv2d):
             sweep.rows.fetch(states, 1, 1)
         # What rows of others make of rows outside of these two is cut off like what columns make beside the picture.
         padding = (1 + 2 * border, 1)
-        pictures = states.flatten(0, 1).movedim(-1, 1)
-        out = F.conv_transpose2d(pictures, self.folded, self.bias, stride=2, padding=padding)
-        return out.movedim(1, -1).unflatten(0, (batch, -1))
+        out = convolve_transposed(states.flatten(0, 1), self.folded, self.bias, padding, stride=2)
+        return Sum(out.states.unflatten(0, (batch, -1)), bias=out.bias)
 
 
 def fold(weight: Tensor) -> Tensor:
@@ -92,8 +91,7 @@ def fold(weight: Tensor) -> Tensor:
 class Downsample(nn.Module):
     """A 3 × 3 convolution of stride 2, which sees zeros below the last row and to the right of the last column.
 
-    It takes pictures with a row and a column more, as `layers.with_edge` makes them. With `in_time` the like among
-    frames follows: frame 0 stays as it is, and is the past of the frames after it.
+    With `in_time` the like among frames follows: frame 0 stays as it is, and is the past of the frames after it.
     """
 
     def __init__(self, channels: int, in_time: bool) -> None:
@@ -101,13 +99,16 @@ class Downsample(nn.Module):
         self.resample = nn.Sequential(nn.Identity(), nn.Conv2d(channels, channels, 3, stride=2))
         self.time_conv = nn.Conv3d(channels, channels, (3, 1, 1), stride=(2, 1, 1)) if in_time else None
 
-    def forward(self, states: Tensor, sweep: Sweep) -> Tensor:
-        batch = states.shape[0]
-        sweep.rows.fetch(states, 0, 1)
+    def forward(self, states: Sum, sweep: Sweep) -> Sum:
+        batch, frames, height, width, channels = states.states.shape
+        buffer = states.states.new_empty(batch, frames, height + 1, width + 1, channels)
+        buffer[:, :, :, width:] = 0
+        states.total(out=buffer[:, :, :height, :width])
+        sweep.rows.fetch(buffer, 0, 1)
         convolution = self.resample[1]
-        pictures = convolve(states.flatten(0, 1), convolution.weight, convolution.bias, stride=(2, 2))
-        states = pictures.unflatten(0, (batch, -1))
-        return states if self.time_conv is None else self._halve(states, sweep)
+        out = convolve(buffer.flatten(0, 1), convolution.weight, convolution.bias, stride=(2, 2))
+        out = Sum(out.states.unflatten(0, (batch, -1)), bias=out.bias)
+        return out if self.time_conv is None else Sum(self._halve(out.total(), sweep))
 
     def _halve(self, states: Tensor, sweep: Sweep) -> Tensor:
         single = 1 if sweep.is_first else 0
@@ -119,5 +120,5 @@ class Downsample(nn.Module):
         sweep.keep(self, seen, frames=1)
         if seen.shape[1] < 3:
             return states[:, :single]
-        halved = convolve(seen, self.time_conv.weight, self.time_conv.bias, stride=(2, 1, 1))
+        halved = convolve(seen, self.time_conv.weight, self.time_conv.bias, stride=(2, 1, 1)).total()
         return torch.cat([states[:, :single], halved], 1) if single else halved

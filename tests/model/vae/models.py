@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from functools import cache
 from typing import Any
+from unittest import mock
 
 import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
+from helios_cp.model.vae import kernels
 from helios_cp.model.vae.autoencoder import Autoencoder
 from helios_cp.model.vae.config import VaeConfig
 
@@ -33,6 +35,11 @@ def _pair(options: tuple[tuple[str, Any], ...]) -> tuple[AutoencoderKLWan, Autoe
 def pair(**options: Any) -> tuple[AutoencoderKLWan, Autoencoder]:
     """Both of the same weights. They are shared between tests: copy one before changing it."""
     return _pair(tuple({**SMALL, **options}.items()))
+
+
+def as_on_a_card():
+    """Convolutions leave their biases and sums to the norms that follow, which on a CPU they do not."""
+    return mock.patch.object(kernels, "_adds", lambda states: False)
 
 
 def make_latents(vae, batch: int = 1, frames: int = 3, rows: int = 3, columns: int = 5) -> Tensor:

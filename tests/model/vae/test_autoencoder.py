@@ -8,6 +8,7 @@ fp64: no further from it than diffusers' own, but for a tenth, as one pixel deci
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from unittest import mock
 
@@ -19,10 +20,10 @@ from helios_cp.model.codec import to_frames
 from helios_cp.model.vae import kernels, layers, resampling
 from helios_cp.model.vae.autoencoder import Autoencoder, patchify, unpatchify
 from helios_cp.model.vae.config import VaeConfig
-from helios_cp.model.vae.kernels import fusible_norm_silu, norm_silu
+from helios_cp.model.vae.kernels import Sum, fusible_norm_silu, norm_silu
 from helios_cp.model.vae.memory import choose_group, group_bytes
 from helios_cp.model.vae.sweep import Sweep
-from tests.model.vae.models import SMALL, error, make_latents, make_video, pair
+from tests.model.vae.models import SMALL, as_on_a_card, error, make_latents, make_video, pair
 
 TOLERANCE = 1e-5
 BROKEN = 1e-3
@@ -70,6 +71,14 @@ def test_every_grouping_of_a_chunk(group):
     check(theirs, ours, make_latents(ours, frames=9, rows=2, columns=3), make_video(1, 33, 16, 24), (group,))
 
 
+@pytest.mark.parametrize("group", [None, 1, 2])
+@pytest.mark.parametrize("name", ["small", "no blocks", "two blocks"])
+def test_equals_diffusers_where_norms_make_the_sums(name, group):
+    theirs, ours = pair(**VAES[name])
+    with as_on_a_card():
+        check(theirs, ours, make_latents(ours, 2, 4), make_video(2, 14), (group,))
+
+
 def test_many_latent_frames():
     theirs, ours = pair()
     check(theirs, ours, make_latents(ours, frames=21, rows=2, columns=2), make_video(1, 81, 16, 16), (None, 4))
@@ -98,13 +107,15 @@ def test_bytes_differ_by_one_level_at_most():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_no_further_from_fp64(dtype):
+@pytest.mark.parametrize("kind", [contextlib.nullcontext, as_on_a_card])
+def test_half_precision_is_no_further_from_fp64(dtype, kind):
     vaes = [copy.deepcopy(each) for each in pair()]
     latents, video = make_latents(vaes[0], 1, 2, 2, 2), make_video(1, 5, 16, 16)
     off = []
     for vae in vaes:
         exact = [vae.double().decode(latents.double()), vae.encode(video.double())]
-        low = [vae.to(dtype).decode(latents.to(dtype)), vae.encode(video.to(dtype))]
+        with kind():
+            low = [vae.to(dtype).decode(latents.to(dtype)), vae.encode(video.to(dtype))]
         if vae is vaes[0]:
             exact, low = ([decoded.sample, encoded.latent_dist.parameters] for decoded, encoded in (exact, low))
         off.append([(a - b).abs().mean().item() for a, b in zip(low, exact, strict=True)])
@@ -137,7 +148,7 @@ def test_a_fold_follows_the_weights():
     other.fold()
     layer, changed = (vae.decoder.up_blocks[2].upsamplers[0].resample[1] for vae in (ours, other))
     states = torch.randn(1, 2, 3, 4, layer.in_channels)
-    assert error(changed(states, Sweep()), -layer(states, Sweep())) < TOLERANCE
+    assert error(changed(states, Sweep()).total(), -layer(states, Sweep()).total()) < TOLERANCE
 
 
 # Broken on purpose
@@ -189,6 +200,19 @@ def test_what_is_broken_is_seen(broken, group):
         assert error(ours.decode(make_latents(ours), group), expected) > BROKEN
 
 
+@pytest.mark.parametrize("broken", [{"addend": None, "keep": False}, {"bias": None}, {"keep": False}])
+def test_a_sum_that_is_broken_is_seen(broken):
+    """Without its addend, without its bias, or not kept for the block that follows."""
+    theirs, ours = pair()
+    latents = make_latents(ours)
+
+    def norm(states, weight, out, addend=None, bias=None, keep=False):
+        norm_silu(states, weight, out, **{"addend": addend, "bias": bias, "keep": keep} | broken)
+
+    with as_on_a_card(), mock.patch.object(ours, "norm_silu", norm):
+        assert error(ours.decode(latents), theirs.decode(latents).sample) > BROKEN
+
+
 @pytest.mark.parametrize("broken", [no_carried_frame, one_carried_frame])
 def test_what_is_broken_is_seen_when_encoding(broken):
     theirs, ours = pair()
@@ -201,18 +225,21 @@ def test_what_is_broken_is_seen_when_encoding(broken):
 
 
 def test_channels_come_last_all_the_way(monkeypatch):
+    """Also where sums are left to norms, so that every convolution goes through `convolve`."""
     _, ours = pair()
     found = []
 
     def note(states, *arguments, **options):
-        out = kernels.convolve(states, *arguments, **options)
-        found.append(out.is_contiguous())
+        out = convolve(states, *arguments, **options)
+        found.append(out.states.is_contiguous())
         return out
 
-    for module in (layers, resampling):
+    convolve = kernels.convolve
+    for module in (kernels, layers, resampling):
         monkeypatch.setattr(module, "convolve", note)
-    ours.decode(make_latents(ours))
-    ours.encode(make_video())
+    with as_on_a_card():
+        ours.decode(make_latents(ours))
+        ours.encode(make_video())
     assert len(found) > 36 and all(found)
     for layer in ours.modules():
         if isinstance(layer, nn.Conv3d) and layer.kernel_size == (3, 3, 3):
@@ -242,18 +269,35 @@ def test_no_tensor_is_larger_than_kernels_can_count():
 
 @pytest.mark.parametrize(("in_cache", "blocks"), [(2**17, 1), (200, 6), (50, 18)])
 def test_norm_and_silu(in_cache, blocks, monkeypatch):
-    """In blocks and at once, into a part of a buffer; zeros stay zeros."""
+    """In blocks and at once, into a part of a buffer, after a sum that is kept or not; zeros stay zeros."""
     monkeypatch.setattr(kernels, "ON_CPU", in_cache)
-    states = torch.randn(2, 3, 3, 5, 8)
-    states[0, 0, 0, 0] = 0
-    weight = torch.rand(8) + 0.5
-    expected = nn.functional.silu(nn.functional.normalize(states, dim=-1) * 8**0.5 * weight)
-    for kernel in (norm_silu, fusible_norm_silu):
-        buffer = torch.full((2, 5, 5, 5, 8), 7.0)
-        kernel(states, weight, buffer[:, 2:, 1:-1])
-        assert error(buffer[:, 2:, 1:-1], expected) < 1e-6
-        assert (buffer[:, :2] == 7).all() and (buffer[:, :, 0] == 7).all()
-    assert len(list(kernels._blocks(states, states, in_cache))) == blocks
+    plain, addend = torch.randn(2, 2, 3, 3, 5, 8)
+    plain[0, 0, 0, 0] = 0
+    bias, weight = torch.randn(8), torch.rand(8) + 0.5
+    for terms, keep in (((), False), ((None, bias), False), ((addend, bias), False), ((addend, bias), True)):
+        total = sum((term for term in terms if term is not None), start=plain)
+        expected = nn.functional.silu(nn.functional.normalize(total, dim=-1) * 8**0.5 * weight)
+        for kernel in (norm_silu, fusible_norm_silu):
+            states, buffer = plain.clone(), torch.full((2, 5, 5, 5, 8), 7.0)
+            kernel(states, weight, buffer[:, 2:, 1:-1], *terms, keep=keep)
+            assert error(buffer[:, 2:, 1:-1], expected) < 1e-6
+            assert (buffer[:, :2] == 7).all() and (buffer[:, :, 0] == 7).all()
+            assert torch.equal(states, total if keep else plain)
+    assert len(list(kernels._blocks(plain, addend))) == blocks
+
+
+def test_a_sum_is_added_up_once(monkeypatch):
+    """In blocks, over what is there or into a part of a buffer."""
+    monkeypatch.setattr(kernels, "ON_CPU", 50)
+    states, addend = torch.randn(2, 2, 3, 3, 5, 8)
+    bias = torch.randn(8)
+    for terms in ((None, None), (addend, None), (None, bias), (addend, bias)):
+        expected = sum((term for term in terms if term is not None), start=states)
+        for out in (None, torch.full((2, 5, 5, 5, 8), 7.0)[:, 2:, 1:-1]):
+            left = Sum(states.clone(), *terms)
+            total = left.total(out)
+            assert error(total, expected) < 1e-6 and torch.equal(left.total(), total)
+            assert out is None or total.data_ptr() == out.data_ptr()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -262,9 +306,9 @@ def test_a_convolution_is_added_to_what_is_there(dtype):
     layer = nn.Conv3d(8, 6, (1, 3, 3), padding=(0, 1, 1), dtype=dtype).requires_grad_(False)
     expected = total.double() + layer.double()(states.double().movedim(-1, 1)).movedim(1, -1)
     layer.to(dtype)
-    found = kernels.convolve(states, layer.weight, layer.bias, (0, 1, 1), onto=total)
-    assert found.data_ptr() == total.data_ptr()
-    assert error(found.double(), expected) < (1e-2 if dtype == torch.bfloat16 else 1e-6)
+    found = kernels.convolve_onto(Sum(total), states, layer.weight, layer.bias, (0, 1, 1))
+    assert found.states is total and found.addend is None and found.bias is None
+    assert error(total.double(), expected) < (1e-2 if dtype == torch.bfloat16 else 1e-6)
 
 
 # Configuration
