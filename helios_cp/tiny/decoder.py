@@ -18,7 +18,7 @@ from helios_cp.tiny.subjects import PERIOD
 from helios_cp.tiny.vae import decode, psnr, reconstruction_loss
 from helios_cp.tiny.world import TRAINED_SIZE, draw_scene
 
-NOISE = 0.2
+NOISE = 0.15
 """The largest noise on latents; its square root is uniform, so most is small."""
 BORDER_WEIGHT, FIRST_WEIGHT = 2.0, 2.0
 

@@ -34,7 +34,7 @@ learns that from clips, at a fraction of the cost."""
 GUIDANCE = 2.0
 STEPS = (8, 5, 1)
 """The teacher's steps in each stage; the last is not run."""
-STAGE_SHARES = (0.55, 0.30, 0.15)
+STAGE_SHARES = (0.40, 0.30, 0.30)
 FROM_CLIPS = 0.6
 """The share of batches of a taught stage that learn from clips with a history, which says nearly all by itself."""
 TAUGHT_KINDS = {"text": 0.7, "image": 0.1, "continued": 0.15, "switched": 0.05}

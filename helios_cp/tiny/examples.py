@@ -13,13 +13,13 @@ from helios_cp.tiny.forward import HISTORY, Past
 from helios_cp.tiny.latents import CHUNKS, Clips
 from helios_cp.tiny.text import tokenize
 
-KINDS = {"text": 0.44, "image": 0.06, "continued": 0.42, "switched": 0.08}
+KINDS = {"text": 0.34, "image": 0.06, "continued": 0.54, "switched": 0.06}
 """How a chunk starts: from nothing, from a picture, after chunks of its clip, after those of another (a new prompt)."""
 EMPTY_TEXT = 0.1
 """The share of examples without a caption, which guidance needs."""
 
 
-CLEAN_PAST = 0.5
+CLEAN_PAST = 0.7
 """The share of pasts without noise."""
 
 
@@ -103,10 +103,10 @@ def past_of(clips: Clips, places: list[Place], generator: random.Random) -> Past
 
 
 def corrupted(latents: Tensor, generator: random.Random) -> Tensor:
-    """σ·ε + (1 − σ)·x with σ ~ U(0, 1/3) a frame, as Helios does to history; half stay clean, and so do zeros.
+    """σ·ε + (1 − σ)·x with σ ~ U(0, 1/3) a frame, as Helios does to history; most stay clean, and so do zeros.
 
     So the model learns to go on from its own, imperfect frames. Noise also hides how light a frame was, by as much as a
-    seam needs to be seen, so half of the pasts show what a sampler sees.
+    seam needs to be seen, so most of the pasts show what a sampler sees.
     """
     if generator.random() < CLEAN_PAST:
         return latents

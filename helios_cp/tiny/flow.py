@@ -17,8 +17,8 @@ from helios_cp.tiny.forward import embed_text, velocity
 from helios_cp.tiny.latents import Clips
 from helios_cp.tiny.pyramid import Stages, halve
 
-STAGE_SHARES = (0.45, 0.35, 0.20)
-"""How often a stage of the pyramid is trained: the first decides what is where, and costs least."""
+STAGE_SHARES = (0.25, 0.30, 0.45)
+"""How often a stage of the pyramid is trained: the last has most to learn, to copy the details of the frame before."""
 BATCH = {"base": (6,), "mid": (20, 14, 6)}
 SUBJECT_WEIGHT = 4.0
 """What an error on the subject counts, where one elsewhere counts 1."""

@@ -73,8 +73,8 @@ def decode(vae, latents: Tensor) -> Tensor:
 
 
 def reconstruction_loss(out: Tensor, target: Tensor) -> Tensor:
-    """L1 + 8·MSE + 0.5·L1 of the differences between neighbours in space and time."""
-    loss = F.l1_loss(out, target) + 8 * F.mse_loss(out, target)
+    """L1 + 40·MSE + 0.5·L1 of the differences between neighbours in space and time."""
+    loss = F.l1_loss(out, target) + 40 * F.mse_loss(out, target)
     for axis in (2, 3, 4):
         if out.shape[axis] > 1:
             loss = loss + 0.5 * F.l1_loss(out.diff(dim=axis), target.diff(dim=axis))
