@@ -15,9 +15,13 @@ from tests.launchers.serve.running import RunningServer, free_port
 SIZE = ("--height", "64", "--width", "128")
 """That the embedded models know."""
 
+LONGEST = 6000
+"""Seconds of video, which a test in a hurry plays faster than a user does."""
+
 SCREENSHOTS = Path(__file__).parents[2] / "outputs" / "browser"
-FLAGS = ["--no-sandbox", "--autoplay-policy=no-user-gesture-required", "--disable-dev-shm-usage"]
-"""Of Chromium: a container's root has no sandbox and little shared memory; a phone's user would press play."""
+FLAGS = ["--no-sandbox", "--autoplay-policy=no-user-gesture-required", "--disable-dev-shm-usage", "--disable-gpu"]
+"""Of Chromium: a container's root has no sandbox and little shared memory; a phone's user would press play; there is no
+GPU, and playing that there is one takes time."""
 
 
 @pytest.fixture(scope="session")
@@ -45,7 +49,7 @@ def server(tmp_path_factory, chromium) -> Iterator[RunningServer]:
     folder = tmp_path_factory.mktemp("live")
     (folder / "loras").mkdir()
     write_adapter(folder / "loras" / "ink.safetensors", width=128)
-    flags = [*SIZE, "--lora-folder", str(folder / "loras")]
+    flags = [*SIZE, "--lora-folder", str(folder / "loras"), "--longest", str(LONGEST)]
     with RunningServer(folder, "tiny-distilled", *flags, port=free_port()) as server:
         yield server
 

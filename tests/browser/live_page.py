@@ -23,12 +23,18 @@ PIXELS = """() => {
   return Array.from(context.getImageData(0, 0, 48, 32).data);
 }"""
 
-COUNT_STALLS = """() => {
+PLAY_AT = """(rate) => {
   const video = document.getElementById("video");
-  window.stalls = 0;
-  video.addEventListener("waiting", () => window.stalls++);
+  video.playbackRate = video.defaultPlaybackRate = rate;
 }"""
 
+KEEP_STATUS = """() => {
+  const status = document.getElementById("status");
+  window.said = [];
+  new MutationObserver(() => window.said.push(status.textContent)).observe(status, {
+    childList: true, characterData: true, subtree: true,
+  });
+}"""
 
 BRING = """([event, name, content, kind]) => {
   const data = new DataTransfer();
@@ -71,6 +77,19 @@ class LivePage:
     def status(self) -> str:
         return self.page.text_content("#status")
 
+    def keep_status(self) -> None:
+        """From here on, in `said`."""
+        self.page.evaluate(KEEP_STATUS)
+
+    @property
+    def said(self) -> list[str]:
+        return self.page.evaluate("window.said")
+
+    @property
+    def pieces(self) -> int:
+        """Of the video that is there: one, if nothing is missing in between."""
+        return self.page.evaluate("document.getElementById('video').buffered.length")
+
     @property
     def chunk(self) -> int:
         """The one on screen; -1 before the first."""
@@ -112,12 +131,9 @@ class LivePage:
         """While the focus is in no field."""
         self.page.locator("body").press(key)
 
-    def count_stalls(self) -> None:
-        self.page.evaluate(COUNT_STALLS)
-
-    @property
-    def stalls(self) -> int:
-        return self.page.evaluate("window.stalls")
+    def play_at(self, rate: float) -> None:
+        """How fast the video is played, from here on: so no test waits for it, or has to be as fast."""
+        self.page.evaluate(PLAY_AT, rate)
 
     def stop_if_running(self) -> None:
         stop = self.page.locator("#stop:enabled:visible")

@@ -21,7 +21,7 @@ from tests.launchers.serve.videos.test_openai import SMALL, client_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-IDLE = 3.0
+IDLE = 5.0
 """Seconds."""
 
 
