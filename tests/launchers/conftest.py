@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from safetensors.torch import save_file
 
 from helios_cp.config.request import Request
 from helios_cp.pipeline.pipeline import Pipeline
+from launchers.cluster.cluster import STARTS
 
 SMALL = Request(
     prompt=("a fox",), height=64, width=64, num_frames=99, pyramid_num_inference_steps_list=(1, 1, 1), seed=(7,)
@@ -31,10 +34,15 @@ UNHURRIED = {
     "RAY_DASHBOARD_STARTUP_TIMEOUT_S": str(PATIENCE),
     "RAY_memory_monitor_refresh_ms": "0",
     "RAY_worker_niceness": "0",
+    "RAY_enable_worker_prestart": "0",
+    "RAY_prestart_worker_first_driver": "0",
+    "RAY_enable_metrics_collection": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
 }
 """For Ray's environment: a busy machine may take its time to start a process, and Ray ends none for the memory that all
 programs on it take together. Its workers, which are of low priority as it comes, get as much of the cores as the other
-tests, because else they would wait for all of these."""
+tests, because else they would wait for all of these. It starts no process for each logical CPU in advance, because here
+there are more of these than cores, and gathers no figures."""
 
 QUICK = ["--height", "64", "--width", "64", "--pyramid-steps", "1", "1", "1"]
 
@@ -51,19 +59,31 @@ def cluster(cache):
     patch.setenv("RAY_TMPDIR", folder)
     logging.getLogger("ray").setLevel(logging.ERROR)
     store = {"object_store_memory": STORE_BYTES}
-    head = {"num_cpus": 8, "resources": {"head": 8}, "include_dashboard": False, **store}
+    head = {"num_cpus": 8, "resources": {"head": 8}, **store}
+    head |= {"include_dashboard": False, "include_log_monitor": False, "no_monitor": True}
     # A busy machine must not look like a dead one, and a dead one should not take the default 15 s to notice.
     system = {"health_check_period_ms": 1000, "health_check_failure_threshold": 8, "health_check_timeout_ms": 5000}
-    # Ray would start a process for each logical CPU in advance; here there are more of these than cores.
-    system |= {"enable_worker_prestart": False, "prestart_worker_first_driver": False}
-    cluster = Cluster(initialize_head=True, head_node_args={**head, "_system_config": system})
-    cluster.add_node(num_cpus=4, **store)
+    cluster = start(head, system, {"num_cpus": 4, **store})
     ray.init(cluster.address, log_to_driver=False, logging_level="error")
     yield cluster
     ray.shutdown()
     cluster.shutdown()
     shutil.rmtree(folder, ignore_errors=True)
     patch.undo()
+
+
+def start(head: dict, system: dict, other: dict) -> Cluster:
+    """Two nodes. Ray gives each 30 s to start, which a busy machine may need more than once."""
+    for attempt in range(STARTS):
+        cluster = Cluster()
+        try:
+            cluster.add_node(**head, _system_config=system)
+            cluster.add_node(**other)
+            return cluster
+        except Exception:  # a bare one
+            cluster.shutdown()
+            if attempt + 1 == STARTS:
+                raise
 
 
 @pytest.fixture(scope="session")
@@ -105,6 +125,13 @@ def inside(worker, name: str) -> list:
     """What an attribute of each of a worker's actors is, after all calls that were sent before."""
     calls = [actor.__ray_call__.remote(lambda actor, name=name: getattr(actor, name)) for actor in worker._actors]
     return ray.get(calls, timeout=PATIENCE)
+
+
+def wait_until(happens: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not happens():
+        assert time.monotonic() < deadline, "it does not happen"
+        time.sleep(0.1)
 
 
 def runs_actor(pid: int) -> bool:

@@ -317,12 +317,22 @@ def test_a_group_that_starts_again_is_hope_enough():
         assert handle.result(timeout=PATIENCE).chunks == 2
 
 
-def test_the_first_start_must_succeed_everywhere():
+@pytest.mark.parametrize(
+    ("event", "value", "told"),
+    [
+        ("broken", ValueError("no such layer"), "group-1: ValueError: no such layer"),
+        ("unplaced", "group-1 needs 12 CPU", "group-1 needs 12 CPU"),
+    ],
+)
+def test_the_first_start_must_succeed_everywhere(event, value, told):
     with Studio(groups=2, is_ready=False) as studio:
+        handle = studio.submit(1)
         studio.workers["group-0"].says("ready")
-        studio.workers["group-1"].says("broken", ValueError("no such layer"))
-        with pytest.raises(PipelineError, match="group-1: ValueError: no such layer"):
+        studio.workers["group-1"].says(event, value)
+        with pytest.raises(PipelineError, match=told):
             studio.conductor.wait_until_ready(PATIENCE)
+        with pytest.raises(PipelineError, match=told):
+            handle.result(PATIENCE)
 
 
 def test_a_start_that_cannot_succeed_is_not_tried_nine_times():
