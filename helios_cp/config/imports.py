@@ -37,6 +37,15 @@ def import_text_encoder() -> None:
         from transformers import UMT5EncoderModel  # noqa: F401
 
 
+def import_schedulers() -> None:
+    """As `import_text_encoder`, before diffusers is imported for its schedulers alone, which compile nothing.
+
+    That saves 0.7 s of CPU time. diffusers takes torch for one that cannot compile from then on.
+    """
+    with without(("torch._dynamo",)):
+        import diffusers  # noqa: F401
+
+
 @contextmanager
 def without(packages: tuple[str, ...]) -> Iterator[None]:
     """Inside, packages that are not imported yet cannot be, and are not found either."""

@@ -12,6 +12,7 @@ import ray
 import torch
 import torch.distributed as dist
 
+from helios_cp.config.imports import import_schedulers
 from helios_cp.config.request import Request
 from helios_cp.pipeline.start import Inputs, initial_state
 from launchers.messages.arrays import Array, StateArrays
@@ -46,6 +47,7 @@ class DenoiserRank(Watched):
         from helios_cp.pipeline.parallelize import load_parallel
         from parallel.mesh import Mesh
 
+        import_schedulers()
         loading = self.loading
         prepare(loading.execution, loading.layout.degrees.world, os.environ)
         self.device = loading.torch_device()

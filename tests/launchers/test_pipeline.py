@@ -12,6 +12,7 @@ import os
 import pickle
 import shutil
 import signal
+import sys
 import time
 from concurrent.futures import CancelledError
 
@@ -67,6 +68,13 @@ def test_several_videos_are_those_of_one_process(pipeline, alone, tmp_path):
         assert result.chunks == 3 and np.array_equal(result.latents, alone(request))
         assert frames_in(tmp_path / f"{index}.mp4") == 99
     assert {event.stage for event in list(pipeline.events)} == {"text", "denoise", "decode", "write"}
+
+
+@pytest.mark.parametrize(("name", "unused"), [("group-0", {"torch._dynamo", "sympy"}), ("text", {"scipy", "torchao"})])
+def test_a_worker_starts_without_what_it_does_not_use(pipeline, name, unused):
+    """It would take as long to import as the rest."""
+    (actor,) = pipeline.workers[name]._actors
+    assert not unused & set(ray.get(actor.__ray_call__.remote(lambda _: list(sys.modules)), timeout=PATIENCE))
 
 
 def test_chunks_of_a_stream(pipeline, alone):
