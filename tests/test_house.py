@@ -175,9 +175,9 @@ def test_a_folder_named_parallel_where_a_user_calls_is_left_alone(tmp_path, file
     path.parent.mkdir(exist_ok=True)
     path.write_text("raise ImportError('a file of the user')")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", "import helios_cp.config.layout, parallel.mesh; print(parallel.mesh.__file__)"]
+    command = [sys.executable, "-c", "import helios_cp, parallel.degrees; print(parallel.degrees.__file__)"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.stdout.strip() == str(ROOT / "parallel" / "mesh.py"), done.stderr
+    assert done.stdout.strip() == str(ROOT / "parallel" / "degrees.py"), done.stderr
 
 
 def test_tests_in_an_order_of_their_own_are_there():
