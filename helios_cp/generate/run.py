@@ -14,7 +14,7 @@ import torch
 from helios_cp.config.checkpoint import Checkpoint
 from helios_cp.config.console import say
 from helios_cp.config.errors import CheckpointError, RequestError
-from helios_cp.config.imports import import_text_encoder
+from helios_cp.config.imports import import_schedulers, import_text_encoder
 from helios_cp.device.device import dtype_name, pick_dtype
 from helios_cp.files.chunk_files import ChunkFiles
 from helios_cp.files.mp4 import encode_segment
@@ -204,6 +204,7 @@ def _load(session: Session, world: World) -> ParallelPipeline | None:
 
 def load_pipeline(work: Work, checkpoint: Checkpoint, device: torch.device, world: World) -> ParallelPipeline:
     """This rank's part of a checkpoint; every rank calls it, connected to the others."""
+    import_schedulers()
     return load_parallel(
         checkpoint,
         Mesh.build(work.layout.degrees, timeout=world.timeout),

@@ -226,6 +226,12 @@ for module in ("helios_cp.generate.run", "launchers.workers.decoder", "launchers
     importlib.import_module(module)
     heavy = {"diffusers", "transformers", "torch._dynamo"} & set(sys.modules)
     assert not heavy, (module, heavy)
+from helios_cp.config.imports import import_schedulers
+import_schedulers()
+assert "torch._dynamo" not in sys.modules
+from diffusers import HeliosScheduler
+HeliosScheduler().set_timesteps(2, 0, mu=0.5)
+assert "torch._dynamo" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 

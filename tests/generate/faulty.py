@@ -14,13 +14,14 @@ from collections.abc import Callable
 
 import torch.distributed as dist
 
-from helios_cp.generate import run as runner
 from helios_cp.generate.__main__ import main
 from helios_cp.model.transformer import HeliosTransformer
 
 
 def generate(fault: str, rank: str, *arguments: str) -> int:
     """The exit code. The fault stays in this process."""
+    from helios_cp.generate import run as runner  # it draws its bars with a package that a GPU's machine may lack
+
     HeliosTransformer.forward = faulty(HeliosTransformer.forward, fault, os.environ["RANK"] == rank)
     if os.environ["RANK"] != rank:
         runner.PATIENCE = 60.0
