@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 NOISY = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
 """diffusers imports torchao wherever it is installed, which then warns of its binaries for other cards."""
@@ -33,7 +33,7 @@ def import_text_encoder() -> None:
     That saves 1.6 s of CPU time. transformers takes the two as not installed from then on, so a library, whose
     process may want them of transformers, does not do this.
     """
-    with without(UNUSED):
+    with without(UNUSED), suppress(ImportError, RuntimeError):  # who needs them is imported later
         from transformers import UMT5EncoderModel  # noqa: F401
 
 
@@ -42,7 +42,7 @@ def import_schedulers() -> None:
 
     That saves 0.7 s of CPU time. diffusers takes torch for one that cannot compile from then on.
     """
-    with without(("torch._dynamo",)):
+    with without(("torch._dynamo",)), suppress(ImportError, RuntimeError):
         import diffusers  # noqa: F401
 
 
