@@ -209,8 +209,7 @@ def _allocate(model: HeliosTransformer, device: torch.device, kind: str | None) 
     weights = [(tuple(module.weight.shape), module.weight.dtype) for module in quantised]
     for module in quantised:
         module.weight = None
-    # As `to_empty`, whose `empty_like` of a meta tensor has torch import sympy, a third of a second.
-    model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
+    model.to_empty(device=device)
     for module, (shape, dtype) in zip(quantised, weights, strict=True):
         weight = assemble(empty_components(*shape, kind, device), kind, dtype)
         module.weight = nn.Parameter(weight, requires_grad=False)
