@@ -106,8 +106,7 @@ def main(arguments: list[str] | None = None) -> int:
         some = prompts if case.is_plain else third(prompts)
         path = keep("cases", case, measured(case, some, references, judge, device, folder))
     for case in [case for case in cases if case in LONG]:
-        some, within = prompts[: 2 if options.quick else 4], [count for count in lengths if count <= LONG[case]]
-        path = keep("drift", case, drifted(case, some, within, judge, device))
+        path = keep("drift", case, drifted(case, prompts[: 2 if options.quick else 4], lengths, judge, device))
     console.print(table_of(results))
     console.print(f"VAE: {results['vae']}", style="dim", soft_wrap=True)
     draw(results, path.with_suffix(".png"))

@@ -57,13 +57,8 @@ CASES = (
     Case("tiny-distilled", "--match-seams"),
     *(Case("tiny-mid", f"--block-cache {share}") for share in ("0.08", "0.5")),
 )
-LONG = {
-    Case("tiny-distilled"): 40,
-    Case("tiny-distilled", "--match-seams"): 40,
-    Case("tiny-mid"): 10,
-    Case("tiny-base"): 10,
-}
-"""Of which drift is measured, and over how many chunks at most: Mid and Base take ten times as long."""
+LONG = (*(Case(model) for model in STEPS), Case("tiny-distilled", "--match-seams"))
+"""Of which drift is measured."""
 
 
 def cases_for(device: torch.device) -> list[Case]:
