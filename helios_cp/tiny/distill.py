@@ -7,6 +7,7 @@ student's own first guess, because that is what it will see.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from dataclasses import dataclass
@@ -21,11 +22,12 @@ from helios_cp.model.transformer import HeliosTransformer
 from helios_cp.sampling.denoise import guide, set_timesteps
 from helios_cp.sampling.solvers import make_solver
 from helios_cp.tiny.captions import caption
-from helios_cp.tiny.examples import KINDS, draw_batch, draw_places, past_of
+from helios_cp.tiny.examples import KINDS, Batch, batch_of, draw_batch, draw_places, past_of
 from helios_cp.tiny.flow import BATCH, Loss, weighted
-from helios_cp.tiny.forward import Past, embed_text, velocity
-from helios_cp.tiny.latents import Clips
+from helios_cp.tiny.forward import HISTORY, Past, embed_text, velocity
+from helios_cp.tiny.latents import CHUNKS, Clips
 from helios_cp.tiny.pyramid import Stages, halve
+from helios_cp.tiny.rollout import FewSteps, Text
 from helios_cp.tiny.sample import encode, make_plan, make_scheduler
 
 TAUGHT_STAGES = 2
@@ -34,9 +36,12 @@ learns that from clips, at a fraction of the cost."""
 GUIDANCE = 2.0
 STEPS = (8, 5, 1)
 """The teacher's steps in each stage; the last is not run."""
-STAGE_SHARES = (0.40, 0.30, 0.30)
+STAGE_SHARES = (0.25, 0.30, 0.45)
 FROM_CLIPS = 0.6
 """The share of batches of a taught stage that learn from clips with a history, which says nearly all by itself."""
+OWN = 0.6
+"""The share of batches from clips that start where the student's own earlier stages end, half of them after a chunk
+that it made itself. Such starts are off in light and colour of whole regions, which the student learns to mend."""
 TAUGHT_KINDS = {"text": 0.7, "image": 0.1, "continued": 0.15, "switched": 0.05}
 SHARD = 24
 
@@ -118,36 +123,62 @@ class Trajectories:
 
 def make_loss(student: HeliosTransformer, clips: Clips, pairs: Trajectories, text_encoder, scale: float = 1.0) -> Loss:
     """The loss of a batch: errors of both steps of a stage, the first counting half."""
-    stages = Stages()
-    plan, scheduler = make_plan("distilled", 1.0), make_scheduler("distilled")
+    sampler = FewSteps(Stages())
     device = next(student.parameters()).device
+
+    def draw(stage: int, count: int, generator: random.Random) -> tuple[str, Tensor, Tensor, Text, Past, Tensor]:
+        """What a batch is of, starts and ends, the text, the past, and where the subject is."""
+        if stage < TAUGHT_STAGES and generator.random() >= FROM_CLIPS:
+            start, end, past, captions = pairs.draw(stage, count, generator)
+            text, nowhere = encode(student, text_encoder, captions), torch.zeros(1, 1, 1, 1, 1, device=device)
+            return "taught", start.to(device), end.to(device), text, past.to(device), nowhere
+        if generator.random() < OWN:
+            batch, past = own_past(sampler, student, clips, text_encoder, generator, count)
+            text = embed_text(student, batch.states, batch.mask)
+            start = sampler.start(student, stage, torch.randn_like(batch.clean), text, past)
+            return "own", *sampler.stages.points(batch.clean, stage, start), text, past, batch.subject
+        kinds = KINDS if stage >= TAUGHT_STAGES else {key: KINDS[key] for key in ("continued", "switched")}
+        batch = draw_batch(clips, text_encoder, generator, count, kinds=kinds)
+        text = embed_text(student, batch.states, batch.mask)
+        return "clips", *sampler.stages.points(batch.clean, stage), text, batch.past, batch.subject
 
     def loss(generator: random.Random) -> tuple[Tensor, dict[str, float]]:
         stage = generator.choices((0, 1, 2), STAGE_SHARES)[0]
         count = max(1, round(BATCH["mid"][stage] * scale))
         with torch.autocast(device.type, torch.bfloat16):
-            if stage < TAUGHT_STAGES and generator.random() >= FROM_CLIPS:
-                kind = "taught"
-                start, end, past, captions = pairs.draw(stage, count, generator)
-                start, end, past = start.to(device), end.to(device), past.to(device)
-                text, subject = encode(student, text_encoder, captions), torch.zeros(1, 1, 1, 1, 1, device=device)
-            else:
-                kind = "clips"
-                kinds = KINDS if stage >= TAUGHT_STAGES else {key: KINDS[key] for key in ("continued", "switched")}
-                batch = draw_batch(clips, text_encoder, generator, count, kinds=kinds)
-                start, end = stages.points(batch.clean, stage)
-                past, subject, text = batch.past, batch.subject, embed_text(student, batch.states, batch.mask)
-            before = start if stage == 0 else halve(start)
-            set_timesteps(scheduler, plan, stage, before, first_chunk=False)
-            latents, total, figures = start, torch.zeros((), device=device), {}
-            for step, (sigma, following) in enumerate(zip(scheduler.sigmas, scheduler.sigmas[1:], strict=False)):
-                times = scheduler.timesteps[step].long().float().to(device).expand(count)
-                out = velocity(student, latents, times, text, past)
-                guess = latents - float(sigma) * out
-                error = weighted(guess - end, subject).mean() / (start - end).square().mean()
+            kind, start, end, text, past, subject = draw(stage, count, generator)
+            total, figures = torch.zeros((), device=device), {}
+            size = (start - end).square().mean()
+            for step, guess in enumerate(sampler.guesses(student, stage, start, text, past)):
+                error = weighted(guess - end, subject).mean() / size
                 total = total + error * (1.0 if step else 0.5)
                 figures[f"{stage}{kind}{step}"] = error.item()
-                latents = ((1 - float(following)) * guess + float(following) * start).detach()
         return total, figures
 
     return loss
+
+
+def own_past(
+    sampler: FewSteps,
+    student: HeliosTransformer,
+    clips: Clips,
+    text_encoder,
+    generator: random.Random,
+    count: int,
+) -> tuple[Batch, Past]:
+    """Examples that continue a clip, and their pasts, half of which end in a chunk that the student made."""
+    places = [
+        dataclasses.replace(place, before=max(2, place.before))
+        for place in draw_places(clips, generator, count, {"continued": 1.0})
+    ]
+    batch = batch_of(clips, text_encoder, generator, places)
+    if generator.random() < 0.5:
+        return batch, batch.past
+    earlier = [
+        dataclasses.replace(place, number=(place.number - 1) % CHUNKS, before=place.before - 1) for place in places
+    ]
+    past = past_of(clips, earlier, generator).to(batch.clean.device)
+    with torch.no_grad():
+        text = embed_text(student, batch.states, batch.mask)
+    made = sampler.chunk(student, torch.randn_like(batch.clean), text, past)
+    return batch, Past(torch.cat([past.history, made.float()], 2)[:, :, -HISTORY:], past.anchor)

@@ -50,7 +50,11 @@ def draw_batch(
     clips: Clips, text_encoder, generator: random.Random, count: int, *, kinds: dict[str, float] = KINDS
 ) -> Batch:
     """Some examples, on the device of the text encoder."""
-    places = draw_places(clips, generator, count, kinds)
+    return batch_of(clips, text_encoder, generator, draw_places(clips, generator, count, kinds))
+
+
+def batch_of(clips: Clips, text_encoder, generator: random.Random, places: list[Place]) -> Batch:
+    """The examples at these places."""
     texts = []
     for place in places:
         text = disturbed(caption(clips.scenes[place.clip], generator)[0], generator)

@@ -48,19 +48,21 @@ class Stages:
         blocks = (blocks @ self._factor.to(like.device).T).unflatten(-1, (2, 2))
         return blocks.transpose(4, 5).reshape(like.shape)
 
-    def points(self, clean: Tensor, stage: int) -> tuple[Tensor, Tensor]:
+    def points(self, clean: Tensor, stage: int, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Start and end of a stage's straight flow for clean latents `[B, C, T, h, w]` at full size.
 
         Stage 0 starts from white noise n and ends at e·n + (1 − e)·x. A later stage starts where the one before ends,
         doubled and renoised as the sampler does. The noise that this makes, n = (start − (1 − s)·double(x₋)) / s, is
-        also that of its end (Pyramid Flow, arXiv:2410.05954, eq. 9 and 10).
+        also that of its end (Pyramid Flow, arXiv:2410.05954, eq. 9 and 10). With another `start`, as a model made it,
+        its errors are noise too, and the flow leads away from them.
         """
         for _ in range(self.count - 1 - stage):
             clean = halve(clean)
         if stage == 0:
-            start = noise = torch.randn_like(clean)
+            start = noise = torch.randn_like(clean) if start is None else start
         else:
             coarse, level = halve(clean), self.end[stage - 1]
-            start = self.enter(stage, level * torch.randn_like(coarse) + (1 - level) * coarse)
+            if start is None:
+                start = self.enter(stage, level * torch.randn_like(coarse) + (1 - level) * coarse)
             noise = (start - (1 - self.start[stage]) * double_nearest(coarse)) / self.start[stage]
         return start, self.end[stage] * noise + (1 - self.end[stage]) * clean
