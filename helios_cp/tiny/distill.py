@@ -135,7 +135,7 @@ def make_loss(student: HeliosTransformer, clips: Clips, pairs: Trajectories, tex
         if generator.random() < OWN:
             batch, past = own_past(sampler, student, clips, text_encoder, generator, count)
             text = embed_text(student, batch.states, batch.mask)
-            start = sampler.start(student, stage, torch.randn_like(batch.clean), text, past)
+            start, _ = sampler.start(student, stage, torch.randn_like(batch.clean), text, past)
             return "own", *sampler.stages.points(batch.clean, stage, start), text, past, batch.subject
         kinds = KINDS if stage >= TAUGHT_STAGES else {key: KINDS[key] for key in ("continued", "switched")}
         batch = draw_batch(clips, text_encoder, generator, count, kinds=kinds)

@@ -74,7 +74,7 @@ def weighted(errors: Tensor, subject: Tensor) -> Tensor:
     return single + COARSE_WEIGHT * coarse
 
 
-def _evenly(count: int, device: torch.device) -> Tensor:
+def evenly(count: int, device: torch.device) -> Tensor:
     """`count` numbers in 0 … 1, one from each of as many equal parts, in random order: less noise than free ones."""
     return ((torch.randperm(count) + torch.rand(count)) / count).to(device)
 
@@ -82,7 +82,7 @@ def _evenly(count: int, device: torch.device) -> Tensor:
 def _flow_of_base(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """Noisy latents, timesteps and velocity; noise levels are logit-normal and shifted as the sampler shifts them."""
     clean = batch.clean
-    sigma = torch.sigmoid(torch.special.ndtri(_evenly(len(clean), clean.device).clamp(1e-3, 1 - 1e-3)))
+    sigma = torch.sigmoid(torch.special.ndtri(evenly(len(clean), clean.device).clamp(1e-3, 1 - 1e-3)))
     shift = math.exp(shift_mu(clean[0, 0].numel() // 4))
     sigma = shift * sigma / (1 + (shift - 1) * sigma)
     noise, level = torch.randn_like(clean), sigma.view(-1, 1, 1, 1, 1)
@@ -92,6 +92,6 @@ def _flow_of_base(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
 def _flow_of_stage(stages: Stages, batch: Batch, stage: int) -> tuple[Tensor, Tensor, Tensor]:
     """As `_flow_of_base`, for a stage of the pyramid, whose noise levels are uniform."""
     start, end = stages.points(batch.clean, stage)
-    sigma = _evenly(len(start), start.device) * 0.999
+    sigma = evenly(len(start), start.device) * 0.999
     level = sigma.view(-1, 1, 1, 1, 1)
     return level * start + (1 - level) * end, stages.timestep(stage, sigma), start - end

@@ -16,6 +16,7 @@ NEEDS: Mapping[str, tuple[str, ...]] = {
     "base": ("text", "latents", "mid"),
     "trajectories": ("text", "latents", "mid"),
     "distilled": ("text", "latents", "mid", "trajectories"),
+    "matched": ("text", "latents", "mid", "trajectories", "distilled"),
     "sheet": ("text", "encoder", "decoder", "latents", "judge", "mid"),
     "embed": ("text", "encoder", "decoder", "latents", "judge", "mid"),
 }
@@ -31,6 +32,7 @@ AMOUNTS: Mapping[str, int] = {
     "base": 6000,
     "trajectories": 2400,
     "distilled": 3000,
+    "matched": 1500,
     "sheet": 60,
     "embed": 0,
 }

@@ -49,20 +49,38 @@ class Stages:
         return blocks.transpose(4, 5).reshape(like.shape)
 
     def points(self, clean: Tensor, stage: int, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Start and end of a stage's straight flow for clean latents `[B, C, T, h, w]` at full size.
-
-        Stage 0 starts from white noise n and ends at e·n + (1 − e)·x. A later stage starts where the one before ends,
-        doubled and renoised as the sampler does. The noise that this makes, n = (start − (1 − s)·double(x₋)) / s, is
-        also that of its end (Pyramid Flow, arXiv:2410.05954, eq. 9 and 10). With another `start`, as a model made it,
-        its errors are noise too, and the flow leads away from them.
-        """
+        """As `points_at`, for clean latents `[B, C, T, h, w]` at full size."""
         for _ in range(self.count - 1 - stage):
             clean = halve(clean)
-        if stage == 0:
-            start = noise = torch.randn_like(clean) if start is None else start
-        else:
-            coarse, level = halve(clean), self.end[stage - 1]
-            if start is None:
-                start = self.enter(stage, level * torch.randn_like(coarse) + (1 - level) * coarse)
-            noise = (start - (1 - self.start[stage]) * double_nearest(coarse)) / self.start[stage]
+        return self.points_at(clean, stage, start)
+
+    def points_at(self, clean: Tensor, stage: int, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Start and end of a stage's straight flow for clean latents at its own size.
+
+        Stage 0 starts from white noise n and ends at e·n + (1 − e)·x. A later stage starts where the one before ends,
+        doubled and renoised as the sampler does. With another `start`, as a model made it, its errors count as noise,
+        and the flow leads away from them.
+        """
+        coarse = halve(clean) if stage else None
+        if start is None:
+            start = self.enter(stage, _noisy(coarse, self.end[stage - 1])) if stage else torch.randn_like(clean)
+        noise = self.noise_of(stage, start, coarse)
         return start, self.end[stage] * noise + (1 - self.end[stage]) * clean
+
+    def clean_of(self, stage: int, start: Tensor, end: Tensor, coarse: Tensor | None) -> Tensor:
+        """The clean latents of a stage that led from `start` to `end`; see `noise_of`."""
+        return (end - self.end[stage] * self.noise_of(stage, start, coarse)) / (1 - self.end[stage])
+
+    def noise_of(self, stage: int, start: Tensor, coarse: Tensor | None) -> Tensor:
+        """The noise in the start of a stage, where `coarse` are the clean latents of the stage before.
+
+        n = (start − (1 − s)·double(x₋)) / s, which is also that of the stage's end (Pyramid Flow, arXiv:2410.05954,
+        eq. 9 and 10).
+        """
+        if stage == 0:
+            return start
+        return (start - (1 - self.start[stage]) * double_nearest(coarse)) / self.start[stage]
+
+
+def _noisy(clean: Tensor, level: float) -> Tensor:
+    return level * torch.randn_like(clean) + (1 - level) * clean

@@ -40,19 +40,26 @@ class FewSteps:
             latents = ((1 - following) * guess + following * start).detach()
 
     @torch.no_grad()
-    def start(self, student: HeliosTransformer, stage: int, noise: Tensor, text: Text, past: Past) -> Tensor:
-        """Where the student starts `stage` after its own earlier stages, from `noise` at full size."""
-        latents = noise
+    def start(
+        self, student: HeliosTransformer, stage: int, noise: Tensor, text: Text, past: Past
+    ) -> tuple[Tensor, Tensor | None]:
+        """Where the student starts `stage` after its own earlier stages, from `noise` at full size.
+
+        With it come the clean latents of the stage before, None for the first.
+        """
+        start, coarse = noise, None
         for _ in range(self.stages.count - 1):
-            latents = halve(latents) * 2
+            start = halve(start) * 2
         for earlier in range(stage):
-            *_, last = self.guesses(student, earlier, latents, text, past)
-            latents = self.stages.enter(earlier + 1, last)
-        return latents
+            *_, end = self.guesses(student, earlier, start, text, past)
+            coarse = self.stages.clean_of(earlier, start, end, coarse)
+            start = self.stages.enter(earlier + 1, end)
+        return start, coarse
 
     @torch.no_grad()
     def chunk(self, student: HeliosTransformer, noise: Tensor, text: Text, past: Past) -> Tensor:
         """The latents that the student makes of `noise`, both `[B, C, 9, h, w]`."""
         last = self.stages.count - 1
-        *_, made = self.guesses(student, last, self.start(student, last, noise, text, past), text, past)
+        start, _ = self.start(student, last, noise, text, past)
+        *_, made = self.guesses(student, last, start, text, past)
         return made

@@ -22,7 +22,8 @@ STAGES = """stages, in order:
   mid           the transformer of Mid: flow matching on a pyramid
   base          the transformer of Base, from that of Mid
   trajectories  guided trajectories of Mid, to disk
-  distilled     the transformer of Distilled, from that of Mid
+  distilled     the transformer of Distilled, from that of Mid, by regression
+  matched       the same, by distribution matching as well
   sheet         videos of the models that are there, as contact sheets, and what the classifier says of them
   embed         the weights as the package carries them"""
 
