@@ -37,7 +37,7 @@ def trained(tmp_path_factory) -> Path:
 
 
 def test_every_stage_leaves_its_work(trained):
-    for stage in ("text", "encoder", "decoder", "judge", *VARIANTS):
+    for stage in ("text", "encoder", "decoder", "judge", "matched", *VARIANTS):
         assert (trained / stage / "state.safetensors").is_file()
     for variant in VARIANTS:
         assert (trained / f"{variant}.png").stat().st_size > 1000

@@ -1,0 +1,179 @@
+"""Unit: how Distilled learns: the sampler's steps in training, starts of its own making, distribution matching."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from helios_cp.sampling.denoise import set_timesteps
+from helios_cp.sampling.solvers import SchedulerSteps
+from helios_cp.tiny import distill, initial, match
+from helios_cp.tiny.examples import Place
+from helios_cp.tiny.forward import Past, embed_text, velocity
+from helios_cp.tiny.latents import CHUNKS
+from helios_cp.tiny.pyramid import Stages, halve
+from helios_cp.tiny.rollout import FewSteps
+from helios_cp.tiny.sample import make_plan, make_scheduler
+from helios_cp.tiny.text import Reader, tokenize
+from helios_cp.tiny.world import draw_scene
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    torch.manual_seed(0)
+    return Reader().encoder.eval()
+
+
+@pytest.fixture
+def student():
+    return made(seed=1)
+
+
+def made(seed: int):
+    """A transformer whose velocity is not 0."""
+    torch.manual_seed(seed)
+    model = initial.make_transformer()
+    with torch.no_grad():
+        model.proj_out.weight.normal_(std=0.05)
+    return model
+
+
+class FewClips:
+    """Two clips of random latents, in the form of `Clips`."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(2)
+        generator = random.Random(2)
+        self.scenes = [draw_scene(generator) for _ in range(2)]
+        self.chunks = torch.randn(2, CHUNKS, 16, 9, 8, 16)
+        self.subject = torch.zeros(2, CHUNKS, 1, 9, 8, 16)
+        self.stills = torch.randn(2, 16, 1, 8, 16)
+
+
+def past(count: int) -> Past:
+    torch.manual_seed(3)
+    return Past(torch.randn(count, 16, 19, 8, 16), torch.randn(count, 16, 1, 8, 16))
+
+
+def words(model, encoder, count: int):
+    ids, mask = tokenize(["a red ball"] * count)
+    return embed_text(model, encoder(ids, mask).last_hidden_state, mask)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_the_steps_of_a_stage_are_those_of_the_scheduler(stage, student, encoder):
+    """diffusers' own step, in fp64 inside, to rounding."""
+    before, text = past(2), words(student, encoder, 2)
+    start = torch.randn(2, 16, 9, 2 << stage, 4 << stage)
+    plan, scheduler = make_plan("distilled", 1.0), make_scheduler("distilled")
+    set_timesteps(scheduler, plan, stage, start if stage == 0 else halve(start), first_chunk=False)
+    latents, solve = start, SchedulerSteps(scheduler, start)
+    for timestep in scheduler.timesteps.long().float():
+        latents = solve(velocity(student, latents, timestep.expand(2), text, before), latents)
+    *_, ours = FewSteps(Stages()).guesses(student, stage, start, text, before)
+    assert (latents - start).std() > 0.1
+    torch.testing.assert_close(ours, latents, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_clean_latents_are_found_again(stage):
+    torch.manual_seed(0)
+    stages, clean = Stages(), torch.randn(1, 16, 9, 2 << stage, 4 << stage)
+    start, end = stages.points_at(clean, stage)
+    found = stages.clean_of(stage, start, end, halve(clean) if stage else None)
+    torch.testing.assert_close(found, clean, atol=1e-4, rtol=1e-4)
+
+
+def test_a_stage_ends_in_the_clip_whatever_it_starts_from():
+    """Less and less of an error in the start is wanted at a stage's end, and nothing at the last one's."""
+    torch.manual_seed(0)
+    stages, clean = Stages(), torch.randn(1, 16, 9, 8, 16)
+    for stage in (1, 2):
+        start, end = stages.points(clean, stage)
+        _, mended = stages.points(clean, stage, start + 1)
+        expected = stages.end[stage] / stages.start[stage]
+        torch.testing.assert_close(mended - end, torch.full_like(end, expected), atol=1e-4, rtol=1e-4)
+        assert expected < 1
+
+
+def test_a_past_of_its_own_ends_in_what_the_student_made(student, encoder, monkeypatch):
+    """It is that of the chunk before, moved on by the chunk made; or as it was, for half of the batches."""
+    monkeypatch.setattr("helios_cp.tiny.examples.CLEAN_PAST", 1.0)
+    clips, sampler, chosen, whole = FewClips(), FewSteps(Stages()), [], torch.full((3, 16, 9, 8, 16), 7.0)
+    monkeypatch.setattr(sampler, "chunk", lambda model, noise, text, before: chosen.append(before) or whole)
+    seen = set()
+    for seed in range(8):
+        del chosen[:]
+        batch, before = distill.own_past(sampler, student, clips, encoder, random.Random(seed), 3)
+        seen.add(bool(chosen))
+        if chosen:
+            assert torch.equal(before.history[:, :, -9:], whole)
+            assert torch.equal(before.history[:, :, :10], chosen[0].history[:, :, 9:])
+            # What the student continued ends where the true past has the chunk that it was to make.
+            assert torch.equal(chosen[0].history[:, :, -1], batch.past.history[:, :, 9])
+        else:
+            assert torch.equal(before.history, batch.past.history)
+    assert seen == {True, False}
+
+
+def regression(generator: random.Random):
+    """None, so that what is left is matching."""
+    return torch.zeros(()), {}
+
+
+def matched(pair: match.Pair, teacher, encoder, stage: int) -> None:
+    """Gradients of a batch of one stage."""
+    torch.manual_seed(0)
+    loss = match.make_loss(pair, teacher, FewClips(), encoder, regression, scale=0.2)
+    total, _ = loss(Stage(stage))
+    total.backward()
+
+
+class Stage(random.Random):
+    """A generator that draws this stage, and all else at random."""
+
+    def __init__(self, stage: int) -> None:
+        super().__init__(0)
+        self.stage = stage
+
+    def choices(self, population, weights=None, *, k=1):
+        return [self.stage] if population == (0, 1, 2) else super().choices(population, weights, k=k)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_a_student_that_makes_what_its_teacher_makes_stays(stage, student, encoder, monkeypatch):
+    """So a critic that says what the unguided teacher says pulls nowhere, to rounding; and it learns all the same."""
+    monkeypatch.setattr(match, "GUIDANCE", 1.0)
+    teacher = made(seed=5)
+    pair = match.Pair(student, made(seed=5))
+    matched(pair, teacher, encoder, stage)
+    assert all(p.grad is None or p.grad.abs().max() < 1e-5 for p in pair.student.parameters())
+    assert pair.critic.proj_out.weight.grad.abs().sum() > 0
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("shift", [0.5, -0.5])
+def test_a_student_that_makes_too_much_of_something_makes_less(stage, shift, student, encoder, monkeypatch):
+    """A critic that ends higher than the teacher says that the student does: it comes down, or the reverse."""
+    monkeypatch.setattr(match, "GUIDANCE", 1.0)
+    teacher, critic = made(seed=5), made(seed=5)
+    with torch.no_grad():
+        critic.proj_out.bias -= shift  # an end is the noisy latents less the velocity
+    pair = match.Pair(student, critic)
+    matched(pair, teacher, encoder, stage)
+    fall = -pair.student.proj_out.bias.grad  # what a step adds to velocities, which ends lack
+    assert (fall.sign() == (1 if shift > 0 else -1)).all()
+
+
+def test_places_before_the_first_chunk_of_a_clip_are_its_last():
+    """What `own_past` relies on: clips repeat, so a past of two chunks may begin with the second one."""
+    from helios_cp.tiny.examples import past_of
+
+    clips, generator = FewClips(), random.Random(0)
+    clean = [past_of(clips, [Place("continued", 0, 1, 0, 2)], generator) for _ in range(20)]
+    wanted = torch.cat([clips.chunks[0, 1], clips.chunks[0, 0]], 1)
+    assert any(torch.equal(each.history[0, :, 1:], wanted) for each in clean)
