@@ -24,7 +24,7 @@ from typing import Any
 
 MAX_RANKS = 8
 PRELOADED = [
-    "pytest",
+    "benchmarks.ranks.quiet",
     "torch.distributed",
     "helios_cp.generate",
     "helios_cp.generate.run",
