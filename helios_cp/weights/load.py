@@ -86,6 +86,7 @@ def load_vae(
     import torch
 
     from helios_cp.model.vae.autoencoder import Autoencoder
+    from helios_cp.weights.allocate import allocate
 
     folder = checkpoint.folder / "vae"
     config = _vae_config(folder, checkpoint.transformer.in_channels)
@@ -93,7 +94,7 @@ def load_vae(
     with torch.device("meta"):
         vae = Autoencoder(config).to(dtype or torch.float32)
     check_fit(folder, stored, {name: tuple(tensor.shape) for name, tensor in vae.state_dict().items()})
-    vae.to_empty(device=device)
+    allocate(vae, device)
     read = Reader(stored)
     vae.load_state_dict({name: read(name) for name in stored})
     return vae.eval().requires_grad_(False)

@@ -27,6 +27,7 @@ from helios_cp.files.tensor_files import (
 )
 from helios_cp.model.fused import stored_names
 from helios_cp.model.transformer import HeliosTransformer, empty_model
+from helios_cp.weights.allocate import allocate
 from helios_cp.weights.lora import read_updates, shapes_of
 from helios_cp.weights.placement import Destination, Moved, Placement, Replicated
 from helios_cp.weights.quantize import (
@@ -209,7 +210,7 @@ def _allocate(model: HeliosTransformer, device: torch.device, kind: str | None) 
     weights = [(tuple(module.weight.shape), module.weight.dtype) for module in quantised]
     for module in quantised:
         module.weight = None
-    model.to_empty(device=device)
+    allocate(model, device)
     for module, (shape, dtype) in zip(quantised, weights, strict=True):
         weight = assemble(empty_components(*shape, kind, device), kind, dtype)
         module.weight = nn.Parameter(weight, requires_grad=False)

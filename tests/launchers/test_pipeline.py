@@ -70,7 +70,7 @@ def test_several_videos_are_those_of_one_process(pipeline, alone, tmp_path):
     assert {event.stage for event in list(pipeline.events)} == {"text", "denoise", "decode", "write"}
 
 
-@pytest.mark.parametrize(("name", "unused"), [("group-0", {"torch._dynamo"}), ("text", {"scipy", "torchao"})])
+@pytest.mark.parametrize(("name", "unused"), [("group-0", {"torch._dynamo", "sympy"}), ("text", {"scipy", "torchao"})])
 def test_a_worker_starts_without_what_it_does_not_use(pipeline, name, unused):
     """It would take as long to import as the rest."""
     (actor,) = pipeline.workers[name]._actors

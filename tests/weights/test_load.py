@@ -268,7 +268,7 @@ def test_a_damaged_transformer_is_refused(copied, case):
 
 def test_a_misfit_is_found_before_memory_is_taken(copied, monkeypatch):
     BAD_TRANSFORMERS["wrong shape"][0](copied.folder / "transformer")
-    monkeypatch.setattr(torch.nn.Module, "to_empty", lambda *_, **__: pytest.fail("allocated"))
+    monkeypatch.setattr("helios_cp.weights.transformer.allocate", lambda *_, **__: pytest.fail("allocated"))
     with pytest.raises(CheckpointError):
         load_transformer(copied, torch.float32)
 
