@@ -23,18 +23,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 MAX_RANKS = 8
-PRELOADED = [
-    "benchmarks.ranks.quiet",
-    "torch.distributed",
-    "helios_cp.generate",
-    "helios_cp.generate.run",
-    "diffusers.models.autoencoders.autoencoder_kl_wan",
-    "diffusers.schedulers.scheduling_helios",
-    "diffusers.schedulers.scheduling_helios_dmd",
-    "transformers.models.auto.tokenization_auto",
-    "transformers.models.byt5.tokenization_byt5",
-    "transformers.models.umt5.modeling_umt5",
-]
+PRELOADED = ["benchmarks.ranks.preloaded", *({"pytest"} & sys.modules.keys())]  # which ranks of tests import too
 GRACE = 0.5  # seconds by which the end of a rank's pipe may lag behind the errors that it causes on others
 
 
