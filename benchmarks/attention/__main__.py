@@ -20,7 +20,7 @@ from benchmarks.attention.engines import EngineTimes, Shape, absent_engines, tim
 from benchmarks.attention.ranks import Case, Row, rows, time_algorithms
 from benchmarks.measuring.output import add_output, table_console, write_output
 from benchmarks.ranks.groups import default_ranks
-from benchmarks.ranks.pool import MAX_RANKS, RankPool
+from benchmarks.ranks.pool import MAX_RANKS, RankPool, exit_code
 from helios_cp.config.arguments import OneLineParser, whole_number
 from helios_cp.config.errors import RequestError
 from helios_cp.device.device import dtype_name, pick_device
@@ -160,4 +160,4 @@ def ranks_table(case: Case, found: list[Row]) -> Table:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

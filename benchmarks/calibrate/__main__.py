@@ -24,7 +24,7 @@ from benchmarks.calibrate.messages import Message, MessageModel, MessageSettings
 from benchmarks.calibrate.messages import measure_on_rank as measure_messages
 from benchmarks.calibrate.rates import Measurement, Settings, measure, measure_on_rank, over_ranks
 from benchmarks.measuring.machine import cpu_name, describe
-from benchmarks.ranks.pool import MAX_RANKS, RankPool
+from benchmarks.ranks.pool import MAX_RANKS, RankPool, exit_code
 from helios_cp.config.arguments import OneLineParser, whole_number
 from helios_cp.config.errors import RequestError
 from helios_cp.config.paths import user_path
@@ -252,4 +252,4 @@ def _line(each: Measurement) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

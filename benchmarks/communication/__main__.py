@@ -22,7 +22,7 @@ from benchmarks.models.communication_formulas import DTYPE, Tokens
 from benchmarks.models.diffusers_parallel import PEERS, REPAIRS
 from benchmarks.models.forward_counts import SIZE
 from benchmarks.models.models import STAGES
-from benchmarks.ranks.pool import RankPool
+from benchmarks.ranks.pool import RankPool, exit_code
 from helios_cp.config.arguments import OneLineParser
 from helios_cp.config.checkpoint import TransformerConfig
 from helios_cp.config.errors import RequestError
@@ -205,4 +205,4 @@ def to_json(counts: Counts, goals: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

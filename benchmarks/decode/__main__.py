@@ -22,7 +22,7 @@ from benchmarks.decode.counts import count_decodes
 from benchmarks.decode.ranks import ON_CPU, ON_GPU, PRECISIONS, WARMUP, Case, Row, rows, time_decoders
 from benchmarks.measuring.output import add_output, table_console, write_output
 from benchmarks.ranks.groups import default_ranks
-from benchmarks.ranks.pool import MAX_RANKS, RankPool
+from benchmarks.ranks.pool import MAX_RANKS, RankPool, exit_code
 from helios_cp.config.arguments import OneLineParser, whole_number
 from helios_cp.config.errors import RequestError
 from helios_cp.device.device import pick_device
@@ -168,4 +168,4 @@ def counts_table(counts: dict[str, dict[str, Any]]) -> Table:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

@@ -119,6 +119,15 @@ class RankPool:
                     raise _death(workers, ranks[connection]) from None
 
 
+def exit_code(main: Callable[[], int]) -> int:
+    """What a command ends with: that of `main`, or 1 and the ranks' own error, without our traceback around it."""
+    try:
+        return main()
+    except RankError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
 def start_method() -> str:
     """How processes are started: by a fork server, but afresh where there are CUDA cards.
 

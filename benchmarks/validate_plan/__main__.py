@@ -23,7 +23,7 @@ import torch
 
 from benchmarks.calibrate.__main__ import KEEP_FREED_MEMORY, calibrate, count_cores, say
 from benchmarks.measuring.output import add_output, table_console, write_output
-from benchmarks.ranks.pool import RankPool
+from benchmarks.ranks.pool import RankPool, exit_code
 from benchmarks.validate_plan.errors import (
     Comparison,
     best_layouts,
@@ -207,4 +207,4 @@ def case_json(case: Case) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

@@ -10,7 +10,7 @@ from multiprocessing.connection import wait
 import pytest
 import torch.distributed as dist
 
-from benchmarks.ranks.pool import RankError, RankPool
+from benchmarks.ranks.pool import RankError, RankPool, exit_code
 
 
 def _world(rank):
@@ -83,3 +83,12 @@ def test_hanging_rank_is_named(ranks, monkeypatch):
     monkeypatch.setattr("benchmarks.ranks.pool.wait", wait_for_others)
     with pytest.raises(RankError, match=r"no answer within 600 s from ranks \[1\]"):
         ranks.run(_hang_on, 1, ranks=3, timeout=600)
+
+
+def test_a_command_whose_ranks_fail_says_so_and_ends_with_1(capsys):
+    def main():
+        raise RankError("no answer within 600 s from ranks [1]")
+
+    assert exit_code(main) == 1
+    assert capsys.readouterr().err == "error: no answer within 600 s from ranks [1]\n"
+    assert exit_code(lambda: 2) == 2
