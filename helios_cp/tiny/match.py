@@ -2,8 +2,8 @@
 
 Regression makes means: where a caption leaves a choice, its guesses are blurred. Here nobody says what a noise should
 become. A critic, which starts as Mid, learns the flow of what the student makes; where it and Mid disagree, the student
-has more, or less, of something than Mid has, and goes the way of Mid (Yin et al., arXiv:2405.14867). Each stage of the
-pyramid is matched at its own size. The regression goes on beside it, because it holds seams down.
+has more, or less, of something than Mid has, and goes the way of Mid (Yin et al., arXiv:2405.14867). The stages that Mid
+teaches are matched, each at its own size. The regression goes on beside it, because it holds seams down.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from helios_cp.model.transformer import HeliosTransformer
 from helios_cp.sampling.denoise import guide
 from helios_cp.tiny import forward
-from helios_cp.tiny.distill import GUIDANCE, STAGE_SHARES
+from helios_cp.tiny.distill import GUIDANCE, TAUGHT_STAGES
 from helios_cp.tiny.examples import draw_batch
 from helios_cp.tiny.flow import BATCH, Loss, evenly
 from helios_cp.tiny.forward import embed_text, velocity
@@ -25,6 +25,7 @@ from helios_cp.tiny.pyramid import Stages
 from helios_cp.tiny.rollout import FewSteps
 from helios_cp.tiny.sample import encode, make_plan
 
+MATCHED_STAGES = range(TAUGHT_STAGES)
 MATCHING = 0.5
 """What matching counts beside the regression."""
 
@@ -51,7 +52,7 @@ def make_loss(
 
     def loss(generator: random.Random) -> tuple[Tensor, dict[str, float]]:
         total, figures = regression(generator)
-        stage = generator.choices((0, 1, 2), STAGE_SHARES)[0]
+        stage = generator.choice(MATCHED_STAGES)
         batch = draw_batch(clips, text_encoder, generator, max(1, round(BATCH["mid"][stage] * scale)))
         with torch.autocast(device.type, torch.bfloat16):
             text = embed_text(pair.student, batch.states, batch.mask)

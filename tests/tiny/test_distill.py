@@ -10,7 +10,7 @@ import torch
 from helios_cp.sampling.denoise import set_timesteps
 from helios_cp.sampling.solvers import SchedulerSteps
 from helios_cp.tiny import distill, initial, match
-from helios_cp.tiny.examples import Place
+from helios_cp.tiny.examples import Place, past_of
 from helios_cp.tiny.forward import Past, embed_text, velocity
 from helios_cp.tiny.latents import CHUNKS
 from helios_cp.tiny.pyramid import Stages, halve
@@ -124,55 +124,48 @@ def regression(generator: random.Random):
     return torch.zeros(()), {}
 
 
-def matched(pair: match.Pair, teacher, encoder, stage: int) -> None:
-    """Gradients of a batch of one stage."""
+@pytest.fixture(params=[0, 1])
+def stage(request, monkeypatch) -> int:
+    monkeypatch.setattr(match, "MATCHED_STAGES", [request.param])
+    return request.param
+
+
+def matched(pair: match.Pair, teacher, encoder) -> None:
+    """Gradients of a batch."""
     torch.manual_seed(0)
     loss = match.make_loss(pair, teacher, FewClips(), encoder, regression, scale=0.2)
-    total, _ = loss(Stage(stage))
+    total, _ = loss(random.Random(0))
     total.backward()
 
 
-class Stage(random.Random):
-    """A generator that draws this stage, and all else at random."""
-
-    def __init__(self, stage: int) -> None:
-        super().__init__(0)
-        self.stage = stage
-
-    def choices(self, population, weights=None, *, k=1):
-        return [self.stage] if population == (0, 1, 2) else super().choices(population, weights, k=k)
-
-
-@pytest.mark.parametrize("stage", [0, 1, 2])
-def test_a_student_that_makes_what_its_teacher_makes_stays(stage, student, encoder, monkeypatch):
+@pytest.mark.usefixtures("stage")
+def test_a_student_that_makes_what_its_teacher_makes_stays(student, encoder, monkeypatch):
     """So a critic that says what the unguided teacher says pulls nowhere, to rounding; and it learns all the same."""
     monkeypatch.setattr(match, "GUIDANCE", 1.0)
     teacher = made(seed=5)
     pair = match.Pair(student, made(seed=5))
-    matched(pair, teacher, encoder, stage)
+    matched(pair, teacher, encoder)
     assert all(p.grad is None or p.grad.abs().max() < 1e-5 for p in pair.student.parameters())
     assert pair.critic.proj_out.weight.grad.abs().sum() > 0
     assert all(p.grad is None for p in teacher.parameters())
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.usefixtures("stage")
 @pytest.mark.parametrize("shift", [0.5, -0.5])
-def test_a_student_that_makes_too_much_of_something_makes_less(stage, shift, student, encoder, monkeypatch):
+def test_a_student_that_makes_too_much_of_something_makes_less(shift, student, encoder, monkeypatch):
     """A critic that ends higher than the teacher says that the student does: it comes down, or the reverse."""
     monkeypatch.setattr(match, "GUIDANCE", 1.0)
     teacher, critic = made(seed=5), made(seed=5)
     with torch.no_grad():
         critic.proj_out.bias -= shift  # an end is the noisy latents less the velocity
     pair = match.Pair(student, critic)
-    matched(pair, teacher, encoder, stage)
+    matched(pair, teacher, encoder)
     fall = -pair.student.proj_out.bias.grad  # what a step adds to velocities, which ends lack
     assert (fall.sign() == (1 if shift > 0 else -1)).all()
 
 
 def test_places_before_the_first_chunk_of_a_clip_are_its_last():
     """What `own_past` relies on: clips repeat, so a past of two chunks may begin with the second one."""
-    from helios_cp.tiny.examples import past_of
-
     clips, generator = FewClips(), random.Random(0)
     clean = [past_of(clips, [Place("continued", 0, 1, 0, 2)], generator) for _ in range(20)]
     wanted = torch.cat([clips.chunks[0, 1], clips.chunks[0, 0]], 1)
