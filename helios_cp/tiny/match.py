@@ -2,7 +2,7 @@
 
 Regression makes means: where a caption leaves a choice, its guesses are blurred. Here nobody says what a noise should
 become. A critic, which starts as Mid, learns the flow of what the student makes; where it and Mid disagree, the student
-has more, or less, of something than Mid has, and goes the way of Mid (Yin et al., arXiv:2405.14867). The stages that Mid
+has too much or too little of something, and goes the way of Mid (Yin et al., arXiv:2405.14867). The stages that Mid
 teaches are matched, each at its own size. The regression goes on beside it, because it holds seams down.
 """
 
