@@ -39,7 +39,7 @@ from helios_cp.pipeline.start import Inputs
 from helios_cp.plan.configs import BuiltInCheckpoint
 from helios_cp.weights import presets
 from helios_cp.weights.loader import Loader
-from helios_cp.weights.placement import Placement, Replicated
+from helios_cp.weights.placement import Placement
 from helios_cp.weights.quantize import assemble, is_block_linear, is_quantised, quantise
 from parallel.mesh import Mesh
 
@@ -151,9 +151,9 @@ def random_transformer(
     dtype: torch.dtype,
     home: torch.device,
     device: torch.device,
-    placement: Placement = Replicated(),
+    placement: Placement = Placement(),
 ) -> HeliosTransformer:
-    """Weights lie on `home`, and are drawn on `device`. The rest is as for `weights.transformer.load_transformer`."""
+    """Weights lie on `home`, and are drawn on `device`. The rest is as for `weights.transformer.load_adaptable`."""
     model = empty_model(config, dtype)
     placement.shrink(model, home)
     model.to_empty(device=home)

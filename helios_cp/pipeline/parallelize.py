@@ -32,8 +32,7 @@ from helios_cp.sampling.state import ChunkState
 from helios_cp.weights.check import check_execution
 from helios_cp.weights.load import resolve
 from helios_cp.weights.loader import Loader
-from helios_cp.weights.placement import Placement, Replicated
-from helios_cp.weights.sharded import ShardedRows
+from helios_cp.weights.placement import Placement
 from parallel.collectives import Group
 from parallel.engines import sequence_attention
 from parallel.mesh import Mesh
@@ -98,7 +97,7 @@ def placement_of(mesh: Mesh, shard_weights: bool) -> Placement:
     """Which parts of the transformer's weights this rank holds. Raises `ValueError` if both options split them."""
     if shard_weights and mesh.ffn_tp.size > 1:
         raise ValueError("shard_weights and ffn_tp: give one of the two, because both split the feed-forward weights")
-    return ShardedRows(mesh.world) if shard_weights and mesh.world.size > 1 else Replicated(mesh.ffn_tp)
+    return Placement(shards=mesh.world) if shard_weights else Placement(mesh.ffn_tp)
 
 
 class ShardedSequence:

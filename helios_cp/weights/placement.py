@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +11,13 @@ from torch import Tensor, nn
 from helios_cp.files.tensor_files import Slices
 from helios_cp.model.fused import stored_names
 from helios_cp.model.transformer import HeliosTransformer
-from helios_cp.weights.quantize import Components, components, is_quantised
+from helios_cp.weights.quantize import Components, components, is_block_linear, is_quantised
+from helios_cp.weights.sharded import chunk_rows, shard_weights, stacked_rows
 from parallel.collectives import Group
 from parallel.tensor import shard_slice
 
 Moved = Mapping[str, Tensor]
 """The memory of parameters that do not lie in the model just now, by the parameter's name in it."""
-
 
 ALONE = Group(None)
 
@@ -32,43 +31,47 @@ class Destination:
     memory: Tensor | Components
 
 
-class Placement(Protocol):
-    """What a rank holds. `takes_quantised` says whether weights can be quantised too."""
+@dataclass(frozen=True)
+class Placement:
+    """What a rank holds; by default all.
+
+    Of the feed-forward layers it holds its hidden features among `ffn_tp`, of the blocks' weights its rows among
+    `shards`, which are all ranks (`weights.sharded`). One of the two groups may have several ranks.
+    """
+
+    ffn_tp: Group = ALONE
+    shards: Group = ALONE
 
     @property
-    def takes_quantised(self) -> bool: ...
+    def is_sharded(self) -> bool:
+        return self.shards.size > 1
 
     def shrink(self, model: HeliosTransformer, device: torch.device) -> None:
         """Make parameters of a model on the meta device smaller, before memory is allocated on `device`."""
+        narrow_feed_forward(model, self.ffn_tp)
+        if self.is_sharded:
+            shard_weights(model, self.shards, device)
 
     def destinations(self, model: HeliosTransformer, moved: Moved) -> Iterator[Destination]:
         """Where stored tensors go once memory is there, without those of which this rank holds nothing."""
-
-
-@dataclass(frozen=True)
-class Replicated:
-    """All weights on every rank. The ranks of `ffn_tp` share the hidden features of the feed-forward layers."""
-
-    ffn_tp: Group = ALONE
-    takes_quantised: ClassVar[bool] = True
-
-    def shrink(self, model: HeliosTransformer, device: torch.device) -> None:
-        narrow_feed_forward(model, self.ffn_tp)
-
-    def destinations(self, model: HeliosTransformer, moved: Moved) -> Iterator[Destination]:
         parts = feed_forward_parts(model, self.ffn_tp)
         for path, module in model.named_modules():
             for kind, parameter in module.named_parameters(recurse=False):
-                tensor = moved.get(f"{path}.{kind}", parameter).detach()
                 names = stored_names(path, module, kind)
-                height = tensor.shape[0] // len(names)
-                for index, name in enumerate(names):
-                    rows = slice(index * height, (index + 1) * height)
-                    if is_quantised(tensor):
-                        memory = {component: values[rows] for component, values in components(tensor).items()}
-                    else:
-                        memory = tensor[rows]
-                    yield Destination(name, parts.get(name, ()), memory)
+                memory, first = moved.get(f"{path}.{kind}", parameter).detach(), 0
+                heights = [memory.shape[0] // len(names)] * len(names)
+                is_part = self.is_sharded and is_block_linear(path, module)
+                if is_part:
+                    first, memory = self.shards.rank * chunk_rows(memory.shape[0], self.shards.size), memory.to_local()
+                for index, rows, place in stacked_rows(heights, first, first + memory.shape[0]):
+                    part = (rows,) if is_part else parts.get(names[index], ())
+                    yield Destination(names[index], part, _rows(memory, place))
+
+
+def _rows(memory: Tensor, rows: slice) -> Tensor | Components:
+    if not is_quantised(memory):
+        return memory[rows]
+    return {name: values[rows] for name, values in components(memory).items()}
 
 
 def narrow_feed_forward(model: HeliosTransformer, group: Group) -> None:

@@ -12,49 +12,18 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from helios_cp.config.checkpoint import TransformerConfig
-from helios_cp.model.fused import stored_names
 from helios_cp.model.transformer import HeliosTransformer, empty_model
-from helios_cp.weights.placement import Destination, Moved
 from parallel.collectives import Group
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
-
-
-@dataclass(frozen=True)
-class ShardedRows:
-    """A placement: of the blocks' weights this rank holds its rows, of others all.
-
-    `group` is that of all ranks, of which there are several.
-    """
-
-    group: Group
-    takes_quantised: ClassVar[bool] = False
-
-    def shrink(self, model: HeliosTransformer, device: torch.device) -> None:
-        shard_weights(model, self.group, device)
-
-    def destinations(self, model: HeliosTransformer, moved: Moved) -> Iterator[Destination]:
-        """FSDP shards as `torch.chunk` does: all chunks but the last are equal, and the last ranks may have none."""
-        from torch.distributed.tensor import DTensor
-
-        for path, module in model.named_modules():
-            for kind, parameter in module.named_parameters(recurse=False):
-                names = stored_names(path, module, kind)
-                rows, first = parameter.detach(), 0
-                if isinstance(rows, DTensor):
-                    first = self.group.rank * _chunk_rows(parameter.shape[0], self.group.size)
-                    rows = rows.to_local()
-                height = parameter.shape[0] // len(names)
-                for index, part, place in stacked_rows([height] * len(names), first, first + rows.shape[0]):
-                    yield Destination(names[index], (part,), rows[place])
 
 
 def shard_weights(transformer: HeliosTransformer, group: Group, device: torch.device) -> None:
@@ -124,7 +93,8 @@ def stacked_rows(heights: Sequence[int], first: int, last: int) -> Iterator[tupl
             yield index, slice(start - top, stop - top), slice(start - first, stop - first)
 
 
-def _chunk_rows(rows: int, ranks: int) -> int:
+def chunk_rows(rows: int, ranks: int) -> int:
+    """Rows of each rank, as FSDP shards: all but the last have as many, and the last ones may have none."""
     return -(-rows // ranks)  # rounded up
 
 
@@ -152,7 +122,7 @@ def predicted_bytes(config: TransformerConfig, dtype: torch.dtype, ranks: int) -
     texts, blocks = ({p for unit in units for p in _linear_parameters(unit)} for units in (text_units, block_units))
 
     def shard(parameters: set[nn.Parameter]) -> int:
-        return sum(_chunk_rows(p.shape[0], ranks) * p[0].numel() * p.element_size() for p in parameters)
+        return sum(chunk_rows(p.shape[0], ranks) * p[0].numel() * p.element_size() for p in parameters)
 
     resident = shard(blocks) + sum(p.nbytes for p in transformer.parameters() if p not in blocks)
     if ranks == 1:

@@ -29,7 +29,7 @@ from helios_cp.model.fused import stored_names
 from helios_cp.model.transformer import HeliosTransformer, empty_model
 from helios_cp.weights.allocate import allocate
 from helios_cp.weights.lora import read_updates, shapes_of
-from helios_cp.weights.placement import Destination, Moved, Placement, Replicated
+from helios_cp.weights.placement import Destination, Moved, Placement
 from helios_cp.weights.quantize import (
     assemble,
     check_stored,
@@ -49,14 +49,14 @@ Read = Callable[[str, Slices], Tensor]
 Updates = Mapping[str, Sequence[Update]]
 
 
-def load_transformer(
+def load_adaptable(
     checkpoint: Checkpoint,
     dtype: torch.dtype,
     device: str | torch.device = "cpu",
     execution: Execution = Execution(),
-    placement: Placement = Replicated(),
-) -> HeliosTransformer:
-    """The transformer in `dtype`, apart from what it keeps in fp32, ready for inference.
+    placement: Placement = Placement(),
+) -> tuple[HeliosTransformer, AdapterState]:
+    """The transformer, ready for inference, in `dtype` apart from what it keeps in fp32; and what exchanges its adapters.
 
     It computes on `device`. `execution` says where its weights lie meanwhile, how they are quantised and which adapters
     are merged into them; `placement` which parts of them this rank holds. No other part is read. Memory is allocated
@@ -66,23 +66,12 @@ def load_transformer(
     shape, `RequestError` for an `execution` that does not fit the checkpoint, and `ValueError` for quantised weights
     that are to be sharded.
     """
-    return load_adaptable(checkpoint, dtype, device, execution, placement)[0]
-
-
-def load_adaptable(
-    checkpoint: Checkpoint,
-    dtype: torch.dtype,
-    device: str | torch.device = "cpu",
-    execution: Execution = Execution(),
-    placement: Placement = Replicated(),
-) -> tuple[HeliosTransformer, AdapterState]:
-    """As `load_transformer`, with what it takes to exchange the adapters later."""
     device = torch.device(device)
     home = torch.device(execution.home(device))
     stored = stored_transformer(checkpoint)
     stored_kind = stored_quantization(checkpoint.folder)
     kind = execution.quantize or stored_kind
-    if kind is not None and not placement.takes_quantised:
+    if kind is not None and placement.is_sharded:
         raise ValueError("quantised and sharded weights: give one of the two; FSDP gathers no quantised weights")
     model = empty_model(checkpoint.transformer, dtype)
     shapes = shapes_of(model)
@@ -129,22 +118,18 @@ class Source:
             memory[component].copy_(values[own] if own else values)
 
 
+@dataclass
 class AdapterState:
-    """The adapters in a loaded transformer's weights, and what it takes to exchange them."""
+    """The adapters in a loaded transformer's weights, and what it takes to exchange them.
 
-    def __init__(
-        self,
-        model: HeliosTransformer,
-        source: Source,
-        placement: Placement,
-        adapters: tuple[Adapter, ...],
-        touched: frozenset[str],
-    ) -> None:
-        self.source = source
-        self.current: tuple[Adapter, ...] | None = adapters
-        self._model = model
-        self._placement = placement
-        self._touched = touched
+    `touched` are the weights that the `current` adapters change, by name; `current` is `None` after an interruption.
+    """
+
+    model: HeliosTransformer
+    source: Source
+    placement: Placement
+    current: tuple[Adapter, ...] | None
+    touched: frozenset[str]
 
     def exchange(self, adapters: Iterable[Adapter], moved: Moved | None = None) -> None:
         """Have the transformer run with these adapters and no others.
@@ -163,14 +148,14 @@ class AdapterState:
             kind = self.source.kind
             raise RequestError(f"--lora {adapters[0].path}: the weights are stored as {kind}, so none can be merged")
         updates = read_updates(adapters, self.source.shapes)
-        touched = self._touched | frozenset(updates)
-        self.current, self._touched = None, touched  # if this is interrupted, the next call makes all of them anew
-        for destination in self._placement.destinations(self._model, moved or {}):
+        touched = self.touched | frozenset(updates)
+        self.current, self.touched = None, touched  # if this is interrupted, the next call makes all of them anew
+        for destination in self.placement.destinations(self.model, moved or {}):
             if destination.name in touched:
                 self.source.fill(destination, updates)
-        self.current, self._touched = adapters, frozenset(updates)
+        self.current, self.touched = adapters, frozenset(updates)
         if any(name.startswith("condition_embedder.") for name in touched):
-            self._model.weights_changed()
+            self.model.weights_changed()
 
 
 def stored_transformer(checkpoint: Checkpoint) -> dict[str, StoredTensor]:

@@ -14,9 +14,9 @@ from helios_cp.model.conditions import History
 from helios_cp.model.transformer import HeliosTransformer
 from helios_cp.pipeline.parallelize import ShardedSequence, placement_of
 from helios_cp.weights.load import resolve
-from helios_cp.weights.transformer import load_transformer
 from parallel.collectives import Meter
 from parallel.mesh import Degrees, Mesh
+from tests.loading import load_transformer
 
 SIZES = ((2, 2), (4, 4))
 

@@ -34,8 +34,8 @@ from helios_cp.pipeline.pipeline import Pipeline
 from helios_cp.runtime import compilation
 from helios_cp.runtime.compilation import compile_blocks, compile_parts, compile_vae
 from helios_cp.weights.load import load_vae
-from helios_cp.weights.transformer import load_transformer
 from parallel.mesh import Degrees
+from tests.loading import load_transformer
 from tests.runtime.compiled_ranks import SIZES, compare, forwards
 
 STEPS = {

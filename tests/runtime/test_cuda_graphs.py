@@ -35,8 +35,8 @@ from helios_cp.pipeline.parallelize import load_parallel
 from helios_cp.pipeline.pipeline import Pipeline
 from helios_cp.pipeline.world import Ranks, World
 from helios_cp.runtime.cuda_graphs import CudaCapture, GraphedForward, StaticInput, capture_forwards
-from helios_cp.weights.transformer import load_transformer
 from parallel.mesh import Degrees, Mesh
+from tests.loading import load_transformer
 
 INDICES = tuple(range(20, 29))
 

@@ -20,8 +20,8 @@ from helios_cp.config.execution import Adapter, Execution
 from helios_cp.model.transformer import HeliosTransformer
 from helios_cp.weights.adapter_files import layer_names
 from helios_cp.weights.lora import check_adapters, read_updates, shapes_of
-from helios_cp.weights.transformer import load_transformer
 from helios_cp.weights.updates import merged
+from tests.loading import load_transformer
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 

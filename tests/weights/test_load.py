@@ -31,7 +31,7 @@ from helios_cp.weights.load import (
     resolve,
 )
 from helios_cp.weights.presets import PRESETS, preset_folder
-from helios_cp.weights.transformer import load_transformer
+from tests.loading import load_transformer
 from tests.weights.loading_memory import OwnMemory, mapped, mapped_bytes
 
 INDEX = "diffusion_pytorch_model.safetensors.index.json"

@@ -39,8 +39,8 @@ from helios_cp.weights.quantize import (
     quantise,
 )
 from helios_cp.weights.quantize_folder import quantize_folder
-from helios_cp.weights.transformer import load_transformer
 from parallel.mesh import Degrees, Mesh
+from tests.loading import load_transformer
 from tests.weights.loading_memory import OwnMemory, mapped
 from tests.weights.test_adapter_files import written
 from tests.weights.test_lora import bits as bits_of

@@ -25,11 +25,10 @@ from helios_cp.config.request import Request, ScheduledPrompt
 from helios_cp.model.transformer import HeliosTransformer
 from helios_cp.pipeline.start import Inputs
 from helios_cp.weights.load import resolve
-from helios_cp.weights.placement import Replicated
-from helios_cp.weights.sharded import ShardedRows
-from helios_cp.weights.transformer import load_transformer
+from helios_cp.weights.placement import Placement
 from parallel.collectives import Group
 from parallel.mesh import Degrees, Mesh
+from tests.loading import load_transformer
 
 CASES = [
     ("random-mid", Degrees(), torch.bfloat16),
@@ -147,11 +146,11 @@ def test_text_history_and_forwards_in_any_order(pool, folders, degrees):
 
 @torch.no_grad()
 def run_with_swapped_rows(rank: int, folder: str, degrees: Degrees, swapped: bool) -> torch.Tensor:
-    from helios_cp.weights import sharded as shard_weights
+    from helios_cp.weights import placement
 
-    stored_names = shard_weights.stored_names
+    stored_names = placement.stored_names
     step = -1 if swapped else 1
-    with mock.patch.object(shard_weights, "stored_names", lambda *of: stored_names(*of)[::step]):
+    with mock.patch.object(placement, "stored_names", lambda *of: stored_names(*of)[::step]):
         transformer = load(folder, degrees)
     return transformer(*inputs_of_a_forward(transformer))
 
@@ -189,7 +188,7 @@ def compare_parameters(rank: int, folder: Path, degrees: Degrees, dtypes) -> lis
     wrong = []
     for dtype in dtypes:
         whole = load_transformer(checkpoint, dtype)
-        sharded = load_transformer(checkpoint, dtype, placement=ShardedRows(Mesh.build(degrees).world))
+        sharded = load_transformer(checkpoint, dtype, placement=Placement(shards=Mesh.build(degrees).world))
         expected = predicted_bytes(UNEVEN, dtype, degrees.world)
         if counted_bytes(sharded) != expected.resident:
             wrong.append(f"{counted_bytes(sharded)} bytes held, {expected.resident} expected")
@@ -230,7 +229,7 @@ def test_quantised_weights_are_not_sharded(folders):
     group = Group(object(), (0, 1))  # refused before anything is sent
     with pytest.raises(ValueError, match="give one of the two"):
         load_transformer(
-            resolve(folders["random-mid"]), torch.float32, "cpu", Execution(quantize="int8"), ShardedRows(group)
+            resolve(folders["random-mid"]), torch.float32, "cpu", Execution(quantize="int8"), Placement(shards=group)
         )
 
 
@@ -263,7 +262,7 @@ def watch_memory(folder: str, dtype: torch.dtype, group: Group | None) -> tuple[
     """Bytes of the parameters before and after a forward, and by how much the memory behind all tensors has grown at
     the start of each block and at the end."""
     transformer = load_transformer(
-        resolve(folder), dtype, placement=Replicated() if group is None else ShardedRows(group)
+        resolve(folder), dtype, placement=Placement() if group is None else Placement(shards=group)
     )
     inputs = inputs_of_a_forward(transformer)
     transformer(*inputs)
