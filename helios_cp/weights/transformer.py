@@ -56,7 +56,7 @@ def load_adaptable(
     execution: Execution = Execution(),
     placement: Placement = Placement(),
 ) -> tuple[HeliosTransformer, AdapterState]:
-    """The transformer, ready for inference, in `dtype` apart from what it keeps in fp32; and what exchanges its adapters.
+    """The transformer in `dtype`, apart from what it keeps in fp32, ready for inference; and what exchanges adapters.
 
     It computes on `device`. `execution` says where its weights lie meanwhile, how they are quantised and which adapters
     are merged into them; `placement` which parts of them this rank holds. No other part is read. Memory is allocated
