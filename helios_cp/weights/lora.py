@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from helios_cp.config.errors import CheckpointError, RequestError
 from helios_cp.config.execution import Adapter
 from helios_cp.model.transformer import empty_model
 from helios_cp.weights.adapter_files import MERGED_KINDS, Entry, find_adapter_file, read_adapter_file
-from helios_cp.weights.updates import Decomposed, Difference, Factors, Update
+from helios_cp.weights.updates import Update
 
 KINDS = ("LORA", "LOHA", "LOKR")
 """What `peft_type` may be."""
@@ -32,8 +33,13 @@ VARIANTS += ("velora_config", "layer_replication")
 
 Entries = Mapping[str, Entry]
 """The tensors of one layer in a file, by what they are (`adapter_files.WORDS`)."""
-Scale = Callable[[int | None], float]
-"""From the rank, if the tensors tell it, to the factor of an update."""
+
+FACTORS: Sequence[tuple[tuple[tuple[str, str], ...], Callable[..., Tensor]]] = (
+    ((("lora_B", "lora_A"),), lambda side: side),
+    ((("hada_w1_a", "hada_w1_b"), ("hada_w2_a", "hada_w2_b")), torch.mul),
+    ((("lokr_w1_a", "lokr_w1_b"), ("lokr_w2_a", "lokr_w2_b")), torch.kron),
+)
+"""The sides of an `Update` of each kind, and how they are joined."""
 
 
 def read_updates(adapters: Sequence[Adapter], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[Update]]:
@@ -93,11 +99,8 @@ def _layer_updates(
     weight, bias = layer if layer in shapes else f"{layer}.weight", f"{layer}.bias"
     differences = {"diff", "diff_b"} & found.keys()
     if not differences or found.keys() - differences - {"alpha"}:
-        update = _matrix_update(found, shapes[weight], lambda rank: strength * _scale(layer, found, config, rank))
-        magnitude = _magnitude(found, shapes[weight])
-        if magnitude is None and config.get("use_dora"):
-            raise CheckpointError(f"{_first_key(found)} has no lora_magnitude_vector beside it, though use_dora is set")
-        yield weight, update if magnitude is None else Decomposed(update, magnitude)
+        update = _matrix_update(layer, found, config, shapes[weight], strength)
+        yield weight, update
         if "lora_B.bias" in found:
             yield bias, _difference(found["lora_B.bias"], shapes.get(bias), update.scale)
     if "diff" in found:
@@ -106,17 +109,22 @@ def _layer_updates(
         yield bias, _difference(found["diff_b"], shapes.get(bias), strength)
 
 
-def _matrix_update(found: Entries, shape: tuple[int, ...], scale: Scale) -> Factors:
-    """What the factors of a layer add to its weight."""
-    makers = [make for words, make in MAKERS if words & found.keys()]
-    if not makers:
+def _matrix_update(
+    layer: str, found: Entries, config: Mapping[str, Any], shape: tuple[int, ...], strength: float
+) -> Update:
+    """What the factors of a layer make of its weight."""
+    kinds = [(sides, join) for sides, join in FACTORS if any(_words(side) & found.keys() for side in sides)]
+    if not kinds:
         raise CheckpointError(f"{_first_key(found)} has no lora_A.weight beside it")
     if len(shape) < 2:
         raise CheckpointError(f"{_first_key(found)} belongs to no layer of the model whose weight is a matrix")
-    if len(makers) > 1:
+    if len(kinds) > 1:
         raise CheckpointError(f"{_first_key(found)} is of a layer with adapters of two kinds; one a layer is allowed")
+    names, join = kinds[0]
+    sides = tuple(_side(found, side) for side in names)
     try:
-        update = makers[0](found, scale)
+        rank = next((side[1].shape[0] for side in sides if len(side) == 2), None)
+        update = Update(sides, strength * _scale(layer, found, config, rank), join)
         fits = update.product(torch.empty(shape, device="meta")).shape == shape
     except (IndexError, RuntimeError):  # the shapes do not go together
         fits = False
@@ -124,48 +132,33 @@ def _matrix_update(found: Entries, shape: tuple[int, ...], scale: Scale) -> Fact
         factors = [entry for word, entry in found.items() if word.startswith(("lora_A", "lora_B", "hada_", "lokr_"))]
         sizes = ", ".join(f"{entry.key} {tuple(entry.tensor.shape)}" for entry in factors)
         raise CheckpointError(f"{sizes}: these shapes make no weight {shape}")
-    return update
+    magnitude = _magnitude(found, shape)
+    if magnitude is None and config.get("use_dora"):
+        raise CheckpointError(f"{_first_key(found)} has no lora_magnitude_vector beside it, though use_dora is set")
+    return replace(update, magnitude=magnitude)
 
 
-def _low_rank(found: Entries, scale: Scale) -> Factors:
-    down, up = _factors(found, "lora_A", "lora_B", ending=".weight")
-    return Factors(((up, down),), scale(down.shape[0]))
+def _words(side: Sequence[str]) -> set[str]:
+    """The words of a side, and that of LoKr's for a side which is one matrix."""
+    return {*side, side[0].removesuffix("_a")}
 
 
-def _hadamard(found: Entries, scale: Scale) -> Factors:
-    a, b, c, d = _factors(found, "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
-    return Factors(((a, b), (c, d)), scale(b.shape[0]), torch.mul)
-
-
-def _kronecker(found: Entries, scale: Scale) -> Factors:
-    left, right = (
-        _factors(found, name) if name in found else _factors(found, f"{name}_a", f"{name}_b")
-        for name in ("lokr_w1", "lokr_w2")
-    )
-    ranks = [side[1].shape[0] for side in (left, right) if len(side) == 2]
-    return Factors((left, right), scale(ranks[0] if ranks else None), torch.kron)
-
-
-MAKERS: Sequence[tuple[set[str], Callable[[Entries, Scale], Factors]]] = (
-    ({"lora_A", "lora_B"}, _low_rank),
-    ({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}, _hadamard),
-    ({"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"}, _kronecker),
-)
-
-
-def _factors(found: Entries, *words: str, ending: str = "") -> tuple[Tensor, ...]:
+def _side(found: Entries, words: Sequence[str]) -> tuple[Tensor, ...]:
+    whole = words[0].removesuffix("_a")
+    words = (whole,) if whole in found else words
     for word in words:
         if word not in found:
+            ending = ".weight" if word.startswith("lora_") else ""
             raise CheckpointError(f"{_first_key(found)} has no {word}{ending} beside it")
     return tuple(found[word].tensor for word in words)
 
 
-def _difference(entry: Entry, shape: tuple[int, ...] | None, scale: float) -> Difference:
+def _difference(entry: Entry, shape: tuple[int, ...] | None, scale: float) -> Update:
     if shape is None:
         raise CheckpointError(f"{entry.key} is for the bias of a layer that has none")
     if tuple(entry.tensor.shape) != shape:
         raise _wrong_shape(entry, str(shape))
-    return Difference(entry.tensor, scale)
+    return Update(((entry.tensor.reshape(shape[0], -1),),), scale)
 
 
 def _magnitude(found: Entries, shape: tuple[int, ...]) -> Tensor | None:
