@@ -12,7 +12,7 @@ import json
 import math
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -176,10 +176,49 @@ def write_trained(name: str, weights: Path, folder: Path) -> None:
 
     Raises `KeyError` for an unknown name and `RequestError` for weights that do not fit.
     """
-    from helios_cp.weights.trained import read_trained
-
     transformer, vae, text_encoder = read_trained(weights, name.removeprefix("tiny-"))
     _save(PRESETS[name], transformer, vae, text_encoder, folder, rendered_world=True)
+
+
+def read_trained(folder: Path, variant: str) -> list[Any]:
+    """The transformer of a variant ("base", "mid" or "distilled"), the VAE and the text encoder, as diffusers has them.
+
+    A safetensors file each has the weights, and in its metadata the config. Raises `RequestError` when one is missing
+    or holds no such part.
+    """
+    import diffusers
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    makers = {
+        variant: lambda config: diffusers.HeliosTransformer3DModel(**config),
+        "vae": lambda config: diffusers.AutoencoderKLWan(**config),
+        "text_encoder": lambda config: UMT5EncoderModel(UMT5Config(**config)),
+    }
+    parts = []
+    for name, make in makers.items():
+        path = folder / f"{name}.safetensors"
+        try:
+            parts.append(_read_part(path, make))
+        except FileNotFoundError:
+            raise RequestError(f"{path}: the file is missing; helios_cp.tiny.train embed writes it") from None
+        except Exception as error:  # whatever a foreign file brings up
+            raise RequestError(f"{path}: holds no weights of such a part: {error}") from None
+    return parts
+
+
+def _read_part(path: Path, make: Callable[[dict[str, Any]], Any]) -> Any:
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        module = make(json.loads((file.metadata() or {})["config"]))
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    state = {name: tensors[name].float() for name in module.state_dict() if name in tensors}
+    missing = set(dict(module.named_parameters())) - set(state)
+    if missing or len(state) < len(tensors):
+        odd = min(missing or set(tensors) - set(state))
+        raise ValueError(f"{odd} is not both in the file and in its config")
+    module.load_state_dict(state, strict=False)  # tied parameters appear twice in the module and once in the file
+    return module
 
 
 def _save(preset: Preset, transformer: Any, vae: Any, text_encoder: Any, folder: Path, **about: bool) -> None:

@@ -18,7 +18,7 @@ from helios_cp.tiny import distill, latents, loop, sample
 from helios_cp.tiny.loop import Learner, Rates, average_of
 from helios_cp.tiny.train import main
 from helios_cp.weights.presets import main as presets
-from helios_cp.weights.trained import read_trained
+from helios_cp.weights.presets import read_trained
 
 VARIANTS = ("mid", "base", "distilled")
 
