@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from helios_cp.config.errors import RequestError
-from helios_cp.config.json_types import check_types
+from helios_cp.config.json_types import from_json
 
 VAE_SPATIAL = 8
 VAE_TEMPORAL = 4
@@ -95,13 +95,12 @@ class TransformerConfig:
                 f"transformer config: qk_norm={values['qk_norm']!r}: only 'rms_norm_across_heads' exists for Helios"
             )
         names = {f.name for f in dataclasses.fields(cls)}
-        known = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in names}
+        known = {name: value for name, value in values.items() if name in names}
         known["out_channels"] = known.get("out_channels") or known.get("in_channels", cls.in_channels)
         try:
-            check_types(cls, known)
+            return from_json(cls, known)
         except TypeError as error:
             raise RequestError(f"transformer config: {error}") from None
-        return cls(**known)
 
 
 @dataclass(frozen=True)

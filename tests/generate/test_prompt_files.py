@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from helios_cp.config.checkpoint import Checkpoint
 from helios_cp.config.errors import RequestError
 from helios_cp.config.execution import Adapter
-from helios_cp.config.json_types import check_types, from_json
+from helios_cp.config.json_types import from_json
 from helios_cp.config.request import Request, ScheduledPrompt
 from helios_cp.generate.prompt_files import INTERPOLATE_TIME, Job, read_prompt_file, single_job
 
@@ -322,10 +322,10 @@ def test_types_of_fixed_tuples_and_unions():
         size: tuple[int, int]
         scale: float | None = None
 
-    check_types(Example, {"size": (1, 2), "scale": 1})
+    from_json(Example, {"size": (1, 2), "scale": 1})
     for wrong in ({"size": (1,)}, {"size": (1, 2, 3)}, {"size": (1, 2.0)}, {"scale": "1"}, {"scale": False}):
         with pytest.raises(TypeError, match=next(iter(wrong))):
-            check_types(Example, wrong)
+            from_json(Example, {"size": (1, 2)} | wrong)
 
 
 # What a checkpoint makes of a request

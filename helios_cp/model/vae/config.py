@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from helios_cp.config.json_types import check_types
+from helios_cp.config.json_types import from_json
 
 MEAN = (
     *(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508),
@@ -70,9 +70,7 @@ class VaeConfig:
             if (values.get(name) or only) != only:
                 raise ValueError(f"{name} is {values[name]}; only {only} is supported, as in the VAE of Wan 2.1")
         names = {field.name for field in dataclasses.fields(cls)}
-        known = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if name in names}
         try:
-            check_types(cls, known)
+            return from_json(cls, {name: value for name, value in values.items() if name in names})
         except TypeError as error:
             raise ValueError(str(error)) from None
-        return cls(**known)
