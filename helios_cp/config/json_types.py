@@ -52,7 +52,9 @@ def _read(value: Any, hint: Any) -> Any:
         return {_read(key, arguments[0]): _read(item, arguments[1]) for key, item in value.items()}
     elif dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
         return from_json(hint, value)
-    elif origin is None and isinstance(value, (int, float) if hint is float else hint):
-        if hint is bool or not isinstance(value, bool):
+    elif isinstance(value, bool):
+        if hint is bool:
             return value
+    elif origin is None and isinstance(value, (int, float) if hint is float else hint):
+        return value
     raise _OtherTypeError
