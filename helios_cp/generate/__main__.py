@@ -65,10 +65,9 @@ def _run(parser: OneLineParser, call: Call, cache: Path | None, ranks: Ranks, cl
     quiet_imports()
     # Imported here so that --help and misspelt flags need not wait for torch.
     from helios_cp.device.device import card_of_rank, pick_device
-    from helios_cp.generate.check import Session, check
+    from helios_cp.generate.check import Session, Work, check
     from helios_cp.generate.claims import claimed
     from helios_cp.generate.run import PATIENCE, follow, run
-    from helios_cp.generate.work import Work
     from helios_cp.pipeline.environment import prepare
     from helios_cp.pipeline.world import World, end_process
     from helios_cp.weights.load import resolve

@@ -26,10 +26,8 @@ from helios_cp.files.pictures import check_image
 from helios_cp.files.whole_files import check_file_target, check_folder_target
 from helios_cp.generate.prompt_files import INTERPOLATE_TIME, Job, read_prompt_file, single_job
 from helios_cp.generate.remarks import request_remarks
-from helios_cp.generate.report import versions
-from helios_cp.generate.run_folder import MadeWith, Run, RunFolder
+from helios_cp.generate.run_folder import MadeWith, Run, RunFolder, versions
 from helios_cp.generate.schedule_file import read_schedule_file
-from helios_cp.generate.work import Work
 from helios_cp.pipeline.world import pick_backend
 from helios_cp.plan.choose import choose_layout, planning_hardware
 from helios_cp.weights.check import check_execution, check_lora, with_stored_quantization
@@ -38,6 +36,22 @@ from helios_cp.weights.load import resolve
 from helios_cp.weights.presets import PRESETS
 
 DEFAULT_MODEL = "tiny-distilled"
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every rank of a job does, as rank 0 decides it and shares it as JSON.
+
+    It says how a model is loaded, and the videos that may be made with it: none if every one is finished already.
+    `dtype` is a name, and `backend` that of the communication.
+    """
+
+    model: str
+    dtype: str
+    layout: Layout
+    backend: str
+    execution: Execution
+    requests: tuple[Request, ...]
 
 
 @dataclass(frozen=True)

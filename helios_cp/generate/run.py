@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from time import perf_counter
@@ -19,15 +19,13 @@ from helios_cp.device.device import dtype_name, pick_dtype
 from helios_cp.files.chunk_files import ChunkFiles
 from helios_cp.files.mp4 import encode_segment
 from helios_cp.generate.background import BackgroundWriter, HostCopies
-from helios_cp.generate.check import Session, is_finished
+from helios_cp.generate.check import Session, Work, is_finished
 from helios_cp.generate.claims import turns
-from helios_cp.generate.outcome import raise_with_standing, report_of, standing, tell_failures, write_report
 from helios_cp.generate.progress import ProgressReporter
 from helios_cp.generate.prompt_files import Job
-from helios_cp.generate.report import Report
+from helios_cp.generate.report import Report, tell_failures, write_report
 from helios_cp.generate.run_folder import Run, RunFolder
 from helios_cp.generate.stopping import Stopped, StopSignal, handled, stop_at_once
-from helios_cp.generate.work import Work
 from helios_cp.pipeline.chunk import Chunk
 from helios_cp.pipeline.parallelize import ParallelPipeline, load_parallel
 from helios_cp.pipeline.world import World
@@ -77,13 +75,13 @@ def _make_all(session: Session, world: World, reports: list[Report]) -> int:
                         gc.collect()
                         pipeline = load_pipeline(session.work, session.checkpoint, session.device, world)
                         is_usable = True
-                    reports.append(report_of(session, session.jobs[number]))
+                    reports.append(Report(session, session.jobs[number]))
                     try:
                         run_job(pipeline, session, number, stop, reports[-1])
                     except Exception as error:
                         reports[-1].error = " ".join(f"{type(error).__name__}: {error}".split())
                         if not session.has_prompt_file or world.ranks.size > 1:
-                            raise_with_standing(error, session, reports[-1])
+                            reports[-1].raise_with_standing(error)
                         if not isinstance(error, TOLD):
                             traceback.print_exc()
                             pipeline, is_usable = None, False  # an error of a card can break all that comes after it
@@ -92,7 +90,7 @@ def _make_all(session: Session, world: World, reports: list[Report]) -> int:
             _announce(pipeline, END)
     except Stopped as reason:
         world.claim_end()  # the other ranks lose their connection to this one, which is no failure
-        say(f"stopped; {standing(session, reports[-1])}" if reports else "stopped; nothing was written")
+        say(f"stopped; {reports[-1].standing()}" if reports else "stopped; nothing was written")
         return reason.exit_code
     return tell_failures(reports, len(session.jobs))
 
@@ -154,7 +152,13 @@ def run_job(pipeline: ParallelPipeline | None, session: Session, number: int, st
             progress.chunk(chunk)
 
         background = stack.enter_context(BackgroundWriter(write))
-        on_step, to_host = _on_step(progress, stop, background), HostCopies(session.device)
+        to_host = HostCopies(session.device)
+
+        def on_step(step: Step) -> None:
+            progress.step(step)
+            stop.check()
+            background.check()
+
         stream = stack.enter_context(closing(pipeline.stream(request, state=state, on_step=on_step)))
         for chunk in stream:
             background.put(to_host(chunk))
@@ -176,7 +180,7 @@ def _finished_files(chunks: ChunkFiles, session: Session, job: Job, stop: StopSi
     def last_words() -> None:
         with suppress(Exception):
             join()
-        say(f"stopped; {standing(session, report)}")
+        say(f"stopped; {report.standing()}")
 
     stop.last_words = last_words
     try:
@@ -237,14 +241,3 @@ def files_of(session: Session, number: int) -> ChunkFiles:
     output = tuple(str(path.absolute()) for path in job.output)
     run = Run(job.request, session.model, dtype_name(session.dtype), output, session.execution, session.made_with)
     return RunFolder.create(folder, run)
-
-
-def _on_step(
-    progress: ProgressReporter, stop: StopSignal, background: BackgroundWriter[Chunk]
-) -> Callable[[Step], None]:
-    def on_step(step: Step) -> None:
-        progress.step(step)
-        stop.check()
-        background.check()
-
-    return on_step

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+import helios_cp
 from helios_cp.config.errors import RequestError
 from helios_cp.config.execution import Execution
 from helios_cp.config.json_types import from_json
@@ -35,6 +37,12 @@ from helios_cp.sampling.state import ChunkState
 FORMAT = 1
 
 
+def versions() -> dict[str, str]:
+    """Of what can change a video by rounding: a run folder and a report keep them."""
+    libraries = {name: version(name) for name in ("diffusers", "transformers", "av")}  # seconds to import
+    return {"helios_cp": helios_cp.__version__, "torch": str(torch.__version__), **libraries}
+
+
 @dataclass(frozen=True)
 class MadeWith:
     """What changes a video by rounding alone: the layout of the ranks, the card, the versions of the libraries."""
@@ -46,7 +54,7 @@ class MadeWith:
     def differences(self, now: MadeWith) -> list[str]:
         """What is not as it was, such as "torch 2.12.0, now 2.13.0"; what either does not say is left out."""
         pairs = [("", self.device, now.device)]
-        pairs += [(f"{name} ", version, now.versions.get(name)) for name, version in self.versions.items()]
+        pairs += [(f"{name} ", was, now.versions.get(name)) for name, was in self.versions.items()]
         if self.layout and now.layout:
             pairs.insert(0, ("", _told(self.layout), _told(now.layout)))
         return [f"{name}{was}, now {now}" for name, was, now in pairs if was and now and was != now]

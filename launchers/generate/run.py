@@ -14,7 +14,7 @@ from helios_cp.config.errors import CheckpointError, RequestError
 from helios_cp.device.device import dtype_name
 from helios_cp.generate.check import Session
 from helios_cp.generate.claims import claimed
-from helios_cp.generate.outcome import report_of, standing, tell_failures, write_report
+from helios_cp.generate.report import Report, tell_failures, write_report
 from helios_cp.generate.run import files_of, turns_of
 from helios_cp.generate.run_folder import RunFolder
 from helios_cp.generate.stopping import Stopped, StopSignal
@@ -104,7 +104,7 @@ def _generate(session: Session, call: ClusterCall, device: str, resources: Resou
                 _cancel(videos)
                 for video in videos:
                     if not video.is_done:
-                        say(f"stopped; {standing(session, video.report)}")
+                        say(f"stopped; {video.report.standing()}")
                 return reason.exit_code
             finally:
                 all_written = _write_records(session, call, videos, pipeline)
@@ -118,7 +118,7 @@ class _Video:
         job = session.jobs[number]
         self.claim = claim
         self.is_done = False
-        self.report = report_of(session, job)
+        self.report = Report(session, job)
         files = files_of(session, number)
         self.begin = perf_counter()
         folder = files if isinstance(files, RunFolder) else None
@@ -138,7 +138,7 @@ class _Video:
         self.report.add(chunk.index, now - self.begin, stages)
         self.begin = now
         parts = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in stages.items())
-        name = Path(self.report.output[0]).name
+        name = self.report.job.output[0].name
         say(f"{name}: chunk {chunk.index + 1} of {self.report.request.num_chunks}: {parts}")
 
     def wait(self, stop: StopSignal) -> None:

@@ -298,9 +298,9 @@ def test_a_full_disk_is_one_line_and_loses_nothing(folder, monkeypatch, capfd, s
 
 
 def test_a_report_that_cannot_be_written_hides_no_error(folder, monkeypatch, capfd):
-    from helios_cp.generate import outcome
+    from helios_cp.generate import report
 
-    monkeypatch.setattr(outcome, "write_json", full)
+    monkeypatch.setattr(report, "write_json", full)
     call = ["--prompt", "a", "--num-frames", "9", "--report", "r.json"]
     assert generate(*call) == 1
     assert "--report: it could not be written: No space left on device: 'the/file'" in capfd.readouterr().err

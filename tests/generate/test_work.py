@@ -11,7 +11,7 @@ from helios_cp.config.execution import Adapter, Execution
 from helios_cp.config.json_types import from_json
 from helios_cp.config.layout import Layout
 from helios_cp.config.request import Request, ScheduledPrompt
-from helios_cp.generate.work import Work
+from helios_cp.generate.check import Work
 from parallel.mesh import Degrees
 
 WORK = Work(
