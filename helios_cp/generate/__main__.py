@@ -79,7 +79,7 @@ def _run(parser: OneLineParser, call: Call, cache: Path | None, ranks: Ranks, cl
         try:
             session = check(call, cache, ranks)
             if not session.has_prompt_file:
-                claims.enter_context(claimed(session.jobs[0], session.run_folders[0]))
+                claims.enter_context(claimed(session.jobs[0]))
         except RequestError as error:
             return {"refused": str(error)}
         return {"work": asdict(session.work)}

@@ -58,8 +58,8 @@ class Work:
 class Session:
     """A checked call: nothing in it can be refused any more.
 
-    `run_folders` has one folder or `None` for each job, below or equal to `checkpoint_dir`. `skipped` are the videos of
-    a prompt file that exist already.
+    The run folders of `jobs` are below or equal to `checkpoint_dir`. `skipped` are the videos of a prompt file that
+    exist already.
     """
 
     checkpoint: Checkpoint
@@ -71,7 +71,6 @@ class Session:
     execution: Execution
     jobs: tuple[Job, ...]
     skipped: tuple[Path, ...]
-    run_folders: tuple[Path | None, ...]
     checkpoint_dir: Path | None
     save_latents: Path | None
     report: Path | None
@@ -95,10 +94,10 @@ class Session:
     def work(self) -> Work:
         """What all ranks need to know."""
         is_needed = any(
-            folder is None
-            or not RunFolder.is_run(folder)
-            or RunFolder.open(folder).finished_chunks() < job.request.num_chunks
-            for job, folder in zip(self.jobs, self.run_folders, strict=True)
+            job.folder is None
+            or not RunFolder.is_run(job.folder)
+            or RunFolder.open(job.folder).finished_chunks() < job.request.num_chunks
+            for job in self.jobs
         )
         requests = tuple(job.request for job in self.jobs) if is_needed else ()
         return Work(self.model, dtype_name(self.dtype), self.layout, self.backend, self.execution, requests)
@@ -130,31 +129,27 @@ def check(call: Call, cache: Path | None, ranks: Ranks | None = None, target: Ta
     jobs = _jobs(call, saved)
     for job in jobs:
         job.request.check()
-    finished = [prompt_file is not None and is_finished(job) for job in jobs]
-    skipped = [job for job, is_done in zip(jobs, finished, strict=True) if is_done]
-    waiting = [job for job, is_done in zip(jobs, finished, strict=True) if not is_done]
-    folder = resume or call.checkpoint_dir
-    folders = [folder / job.output[0].stem if folder and prompt_file else folder for job in waiting]
-    _check_files(call, execution, waiting, folders)
+    skipped = {job.output for job in jobs if prompt_file is not None and is_finished(job)}
+    waiting = [job for job in jobs if job.output not in skipped]
+    _check_files(call, execution, waiting)
 
-    runs = {each: RunFolder.open(each).run for each in folders if each is not None and RunFolder.is_run(each)}
+    folders = [job.folder for job in waiting if job.folder is not None and RunFolder.is_run(job.folder)]
+    runs = {folder: RunFolder.open(folder).run for folder in folders}
     model = _with_commit(model, runs.values())
-    for each, run in runs.items():
-        check_same_run(run, replace(run, model=model, dtype=dtype_name(dtype)), each)
+    for folder, run in runs.items():
+        check_same_run(run, replace(run, model=model, dtype=dtype_name(dtype)), folder)
     checkpoint = resolve(model, cache, weights=())
     model = checkpoint.source
-    waiting = [Job(job.request.resolve(checkpoint), job.output) for job in waiting]
-    skipped = [Job(job.request.resolve(checkpoint), job.output) for job in skipped]
-    for job, each in zip(waiting, folders, strict=True):
-        if each in runs:
-            check_same_run(runs[each], Run(job.request, model, dtype_name(dtype), (), execution), each)
-    current = [
-        Job(RunFolder(each, runs[each]).current(job.request), job.output) if each in runs else job
-        for job, each in zip(waiting, folders, strict=True)
-    ]
-    kept = _kept(waiting, current, folders)
-    waiting = current
-    requests = [job.request for job in (*waiting, *skipped)]
+    jobs = [replace(job, request=job.request.resolve(checkpoint)) for job in jobs]
+    kept: list[str] = []
+    for index, job in enumerate(jobs):
+        if job.folder in runs:
+            run = runs[job.folder]
+            check_same_run(run, Run(job.request, model, dtype_name(dtype), (), execution), job.folder)
+            jobs[index] = replace(job, request=RunFolder(job.folder, run).current(job.request))
+            kept += _kept(job, jobs[index])
+    requests = [job.request for job in jobs]
+    waiting = [job for job in jobs if job.output not in skipped]
     planned = planning_hardware(call.layout, device.type, ranks.local_size)
     layout = choose_layout(
         with_saved_layout(call.layout, saved, ranks.size),
@@ -186,9 +181,8 @@ def check(call: Call, cache: Path | None, ranks: Ranks | None = None, target: Ta
         backend=backend,
         execution=execution,
         jobs=tuple(waiting),
-        skipped=tuple(job.output[0] for job in skipped),
-        run_folders=tuple(folders),
-        checkpoint_dir=folder,
+        skipped=tuple(job.output[0] for job in jobs if job.output in skipped),
+        checkpoint_dir=resume or call.checkpoint_dir,
         save_latents=call.save_latents,
         report=call.report,
         has_prompt_file=prompt_file is not None,
@@ -236,13 +230,13 @@ def _changes(runs: Mapping[Path, Run], now: MadeWith) -> list[str]:
     ]
 
 
-def _kept(asked: list[Job], current: list[Job], folders: list[Path | None]) -> list[str]:
-    """A remark for each run that has more chunks already than are asked for now."""
+def _kept(asked: Job, now: Job) -> list[str]:
+    """A remark for a run that has more chunks already than are asked for now."""
+    if now.request.num_frames <= asked.request.num_frames:
+        return []
     return [
-        f"run folder {folder}: {now.request.num_chunks} chunks are finished, more than --num-frames "
-        f"{job.request.num_frames} asks for; the video has them all"
-        for job, now, folder in zip(asked, current, folders, strict=True)
-        if now.request.num_frames > job.request.num_frames
+        f"run folder {now.folder}: {now.request.num_chunks} chunks are finished, more than --num-frames "
+        f"{asked.request.num_frames} asks for; the video has them all"
     ]
 
 
@@ -282,23 +276,25 @@ def is_finished(job: Job) -> bool:
 
 
 def _jobs(call: Call, saved: Run | None) -> list[Job]:
+    folder = call.resume or call.checkpoint_dir
     if call.prompt_file is not None:
-        return read_prompt_file(
+        jobs = read_prompt_file(
             call.prompt_file,
             Request(**call.request),
             call.output or Path("outputs"),
             image_folder=call.image_folder,
             chunks=call.interpolate_time or INTERPOLATE_TIME,
         )
+        return [replace(job, folder=folder and folder / job.output[0].stem) for job in jobs]
     if saved is None:
-        return [single_job(Request(**call.request), call.output or Path("out.mp4"))]
-    request = replace(saved.request, num_frames=call.request.get("num_frames", saved.request.num_frames))
-    if call.output is not None:
-        return [single_job(request, call.output)]
-    return [Job(request, tuple(Path(path) for path in saved.output))]
+        job = single_job(Request(**call.request), call.output or Path("out.mp4"))
+    else:
+        request = replace(saved.request, num_frames=call.request.get("num_frames", saved.request.num_frames))
+        job = single_job(request, call.output) if call.output else Job(request, tuple(map(Path, saved.output)))
+    return [replace(job, folder=folder)]
 
 
-def _check_files(call: Call, execution: Execution, jobs: list[Job], folders: list[Path | None]) -> None:
+def _check_files(call: Call, execution: Execution, jobs: list[Job]) -> None:
     """Whether what is to be read can be, and what is to be written has a place."""
     if call.save_latents is not None:
         check_file_target("--save-latents", call.save_latents, ".safetensors")
@@ -317,5 +313,5 @@ def _check_files(call: Call, execution: Execution, jobs: list[Job], folders: lis
             for flag, source in (("--image", job.request.image), ("--video", job.request.video)):
                 if source is not None and output.exists() and output.samefile(source):
                     raise RequestError(f"--output {output}: that is the {flag} to start from; give another name")
-    for folder in filter(None, folders):
-        check_folder_target("--checkpoint-dir" if call.resume is None else "--resume", folder)
+        if job.folder is not None:
+            check_folder_target("--checkpoint-dir" if call.resume is None else "--resume", job.folder)

@@ -18,11 +18,11 @@ class InUseError(RequestError):
 
 
 @contextmanager
-def claimed(job: Job, folder: Path | None) -> Iterator[None]:
+def claimed(job: Job) -> Iterator[None]:
     """Hold the locks on a job's MP4s and on its run folder inside the `with`. Raises `InUseError` at once."""
     with ExitStack() as stack:
-        if folder is not None:
-            stack.enter_context(_locked(folder / "lock", f"run folder {folder}"))
+        if job.folder is not None:
+            stack.enter_context(_locked(job.folder / "lock", f"run folder {job.folder}"))
         for output in job.output:
             target = Path(os.path.realpath(output))
             stack.enter_context(_locked(target.with_name(f".{target.name}.lock"), f"--output {output}"))
@@ -40,9 +40,7 @@ def _locked(path: Path, what: str) -> Iterator[None]:
         yield
 
 
-def turns(
-    jobs: Sequence[Job], folders: Sequence[Path | None], is_finished: Callable[[Job], bool]
-) -> Iterator[tuple[int, ExitStack]]:
+def turns(jobs: Sequence[Job], is_finished: Callable[[Job], bool]) -> Iterator[tuple[int, ExitStack]]:
     """The videos of a prompt file that are this call's to make, by number, each with a claim for the caller to close.
 
     What other calls have in hand comes last: by then it is finished, and skipped; or given up, and made; or it is left
@@ -52,17 +50,16 @@ def turns(
     for is_last in (False, True):
         waiting, left = left, []
         for number in waiting:
-            name = ", ".join(str(path) for path in jobs[number].output)
-            claim = ExitStack()
+            job, claim = jobs[number], ExitStack()
             try:
-                claim.enter_context(claimed(jobs[number], folders[number]))
+                claim.enter_context(claimed(job))
             except InUseError:
                 left.append(number)
                 if is_last:
-                    say(f"{name}: another call is making it, skipped")
+                    say(f"{job.names}: another call is making it, skipped")
                 continue
-            if is_finished(jobs[number]):  # by another call, since this one began
+            if is_finished(job):  # by another call, since this one began
                 claim.close()
-                say(f"{name} exists, skipped")
+                say(f"{job.names} exists, skipped")
                 continue
             yield number, claim

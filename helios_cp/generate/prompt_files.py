@@ -22,10 +22,15 @@ INTERPOLATE_TIME = 7
 
 @dataclass(frozen=True)
 class Job:
-    """A request and the MP4 of each of its videos."""
+    """A request, the MP4 of each of its videos, and the run folder that keeps its chunks, if there is one."""
 
     request: Request
     output: tuple[Path, ...]
+    folder: Path | None = None
+
+    @property
+    def names(self) -> str:
+        return ", ".join(map(str, self.output))
 
 
 def single_job(request: Request, output: Path) -> Job:

@@ -61,10 +61,6 @@ class Report:
         return self.job.request
 
     @property
-    def names(self) -> str:
-        return ", ".join(map(str, self.job.output))
-
-    @property
     def frames(self) -> int:
         """Frames made by this call, of all videos of the batch."""
         return len(self.chunks) * self.request.frames_per_chunk * self.request.batch_size
@@ -135,7 +131,7 @@ class Report:
 
     def standing(self) -> str:
         """Where the video stands and how to go on."""
-        line = f"{self.names}: {self.finished_chunks} of {self.request.num_chunks} chunks are finished"
+        line = f"{self.job.names}: {self.finished_chunks} of {self.request.num_chunks} chunks are finished"
         if self.finished_chunks:
             place = "" if self.playable is None else f" in {self.playable}"
             line += f" and can be played{place}, {self.finished_chunks * self.request.frames_per_chunk} frames"
@@ -171,7 +167,7 @@ def write_report(session: Session, reports: Sequence[Report]) -> bool:
 
 def tell_failures(reports: Sequence[Report], videos: int) -> int:
     """List the videos that failed; returns the exit code, 1 if there are any."""
-    failed = [f"{report.names}: {report.error}" for report in reports if report.error is not None]
+    failed = [f"{report.job.names}: {report.error}" for report in reports if report.error is not None]
     if failed:
         say("\n  ".join([f"{len(failed)} of {videos} videos failed:", *failed]))
     return 1 if failed else 0

@@ -86,7 +86,7 @@ def _make_all(session: Session, world: World, reports: list[Report]) -> int:
                             traceback.print_exc()
                             pipeline, is_usable = None, False  # an error of a card can break all that comes after it
                     else:
-                        print(f"{reports[-1].names}: {reports[-1].summary()}", flush=True)
+                        print(f"{reports[-1].job.names}: {reports[-1].summary()}", flush=True)
             _announce(pipeline, END)
     except Stopped as reason:
         world.claim_end()  # the other ranks lose their connection to this one, which is no failure
@@ -99,7 +99,7 @@ def turns_of(session: Session) -> Iterator[tuple[int, ExitStack]]:
     """The videos to make, by number, each with a claim to close; that on a single one is held by the caller."""
     if not session.has_prompt_file:
         return iter([(0, ExitStack())])
-    return turns(session.jobs, session.run_folders, is_finished)
+    return turns(session.jobs, is_finished)
 
 
 def follow(work: Work, device: torch.device, cache: Path | None, world: World) -> None:
@@ -122,7 +122,7 @@ def run_job(pipeline: ParallelPipeline | None, session: Session, number: int, st
     stop.check()
     job = session.jobs[number]
     request = job.request
-    chunks, state = files_of(session, number), None
+    chunks, state = files_of(session, job), None
     if isinstance(chunks, RunFolder):
         state = chunks.state(session.device)
     report.resumed_from_chunk = finished = state.index if state else 0
@@ -227,17 +227,16 @@ def _announce(pipeline: ParallelPipeline | None, number: int) -> int:
     return int(pipeline.mesh.world.broadcast(torch.tensor([number], device=pipeline.device)))
 
 
-def files_of(session: Session, number: int) -> ChunkFiles:
+def files_of(session: Session, job: Job) -> ChunkFiles:
     """Where a job's chunks go: its run folder, with what is in it; or a folder beside its MP4, emptied."""
-    job, folder = session.jobs[number], session.run_folders[number]
-    if folder is None:
+    if job.folder is None:
         chunks = ChunkFiles.beside(job.output)
         chunks.remove()  # what a killed call left
         return chunks
-    if RunFolder.is_run(folder):
-        run_folder = RunFolder.open(folder)
+    if RunFolder.is_run(job.folder):
+        run_folder = RunFolder.open(job.folder)
         run_folder.end_at(job.request.num_frames)
         return run_folder
     output = tuple(str(path.absolute()) for path in job.output)
     run = Run(job.request, session.model, dtype_name(session.dtype), output, session.execution, session.made_with)
-    return RunFolder.create(folder, run)
+    return RunFolder.create(job.folder, run)

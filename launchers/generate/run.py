@@ -56,7 +56,7 @@ def run(parser: OneLineParser, call: ClusterCall, cache: Path | None) -> int:
                 if call.address == "local" and session.jobs:
                     checks.check_cards(call, shares)
                 if session.jobs and not session.has_prompt_file:
-                    stack.enter_context(claimed(session.jobs[0], session.run_folders[0]))
+                    stack.enter_context(claimed(session.jobs[0]))
             except RequestError as error:
                 parser.error(str(error))
             if call.address == "local" and session.jobs:
@@ -119,7 +119,7 @@ class _Video:
         self.claim = claim
         self.is_done = False
         self.report = Report(session, job)
-        files = files_of(session, number)
+        files = files_of(session, job)
         self.begin = perf_counter()
         folder = files if isinstance(files, RunFolder) else None
         self.report.resumed_from_chunk = finished = files.count()
@@ -147,7 +147,7 @@ class _Video:
         self.is_done = True
         self.claim.close()
         if is_made:
-            print(f"{self.report.names}: {self.report.summary()}", flush=True)
+            print(f"{self.report.job.names}: {self.report.summary()}", flush=True)
 
     def _result(self, stop: StopSignal) -> bool:
         while True:

@@ -6,7 +6,7 @@ import json
 import os
 import signal
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import av
@@ -70,8 +70,8 @@ def names(folder: Path) -> list[str]:
 def test_the_second_call_is_refused_before_it_loads_or_writes_anything(folder, no_weights, capfd):
     """Of one output, also by another name; of one run folder; and of a batch that has one output of the two."""
     (folder / "link.mp4").symlink_to("out.mp4")
-    job = Job(Request(prompt=("a",)), (Path("out.mp4"),))
-    with claimed(job, Path("run")):
+    job = Job(Request(prompt=("a",)), (Path("out.mp4"),), Path("run"))
+    with claimed(job):
         before = names(folder)
         for output in ("out.mp4", "link.mp4", str(folder / "out.mp4")):
             line = refusal(capfd, "--prompt", "a", "--output", output)
@@ -80,7 +80,7 @@ def test_the_second_call_is_refused_before_it_loads_or_writes_anything(folder, n
         assert "run folder run: another call is writing there" in line
         assert names(folder) == before
     assert names(folder) == ["link.mp4"]
-    with claimed(Job(Request(), (Path("out-1.mp4"),)), None):
+    with claimed(Job(Request(), (Path("out-1.mp4"),))):
         assert "out-1.mp4" in refusal(capfd, "--prompt", "a", "--prompt", "b")
 
 
@@ -92,7 +92,7 @@ def test_calls_take_the_videos_of_a_prompt_file_in_turns(folder, capfd):
     """Two calls on three videos: each takes what the other has not in hand, and each video is made once."""
     three, made = jobs(3), []
     finished = lambda job: job.output[0].exists()  # noqa: E731
-    calls = [turns(three, [None] * 3, finished) for _ in range(2)]
+    calls = [turns(three, finished) for _ in range(2)]
     for call in (0, 1):
         made.append((call, *next(calls[call])))  # videos 0 and 1, both in hand now
     third = next(calls[0])
@@ -108,8 +108,8 @@ def test_calls_take_the_videos_of_a_prompt_file_in_turns(folder, capfd):
 
 def test_what_another_call_gave_up_is_made_in_the_end(capfd):
     with ExitStack() as other:
-        other.enter_context(claimed(jobs(2)[0], None))
-        own = turns(jobs(2), [None] * 2, lambda job: False)
+        other.enter_context(claimed(jobs(2)[0]))
+        own = turns(jobs(2), lambda job: False)
         number, claim = next(own)
         assert number == 1
         claim.close()
@@ -117,20 +117,20 @@ def test_what_another_call_gave_up_is_made_in_the_end(capfd):
         number, claim = next(own)
         assert number == 0
         claim.close()
-    with claimed(jobs(1)[0], None):
-        assert list(turns(jobs(1), [None], lambda job: False)) == []
+    with claimed(jobs(1)[0]):
+        assert list(turns(jobs(1), lambda job: False)) == []
     assert "videos/0.mp4: another call is making it, skipped" in capfd.readouterr().err
 
 
 def test_a_claim_is_on_all_files_of_a_job_or_on_none():
     batch = Job(Request(), (Path("a.mp4"), Path("b.mp4")))
     with (
-        claimed(Job(Request(), (Path("b.mp4"),)), None),
+        claimed(Job(Request(), (Path("b.mp4"),))),
         pytest.raises(InUseError, match=r"b\.mp4"),
-        claimed(batch, None),
+        claimed(batch),
     ):
         pytest.fail("two hold b.mp4")
-    with claimed(batch, Path("run")):
+    with claimed(replace(batch, folder=Path("run"))):
         pass
 
 
