@@ -8,6 +8,7 @@ import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from helios_cp.config.errors import RequestError
 from helios_cp.config.execution import Adapter
@@ -54,80 +55,67 @@ def read_prompt_file(
     """
     if request.prompt or request.prompt_schedule:
         raise RequestError(f"--prompt-file {path}: give no --prompt or --prompt-schedule beside it")
-    if chunks < 1:
-        raise RequestError(f"--interpolate-time {chunks}: at least 1 is allowed")
     table = read_table(path)
-    if {"image_name", "prompt_index"} <= table.columns:
-        raise RequestError(f"--prompt-file {path}: the columns image_name and prompt_index exclude each other")
+    for pair in (("image_name", "prompt_index"), ("prompt_schedule", "prompt_index")):
+        if table.columns >= set(pair):
+            raise RequestError(f"--prompt-file {path}: the columns {' and '.join(pair)} exclude each other")
     if "image_name" in table.columns and request.image is not None:
         raise RequestError(f"--prompt-file {path}: the pictures come from its image_name; give no --image beside it")
     pictures = image_folder or (path.parent if path.is_file() else Path())
-    if {"prompt_schedule", "prompt_index"} <= table.columns:
-        raise RequestError(f"--prompt-file {path}: the columns prompt_schedule and prompt_index exclude each other")
-    videos: dict[str, dict[int, _Entry]] = {}
+    is_interactive = "prompt_index" in table.columns
+    videos: dict[str, dict[int, Request]] = {}
     for row in table.rows:
-        entry = _entry(row, pictures if "image_name" in table.columns else None, path.parent)
-        entries = videos.setdefault(entry.name, {})
-        if entry.index in entries:
-            again = f"the prompt_index {entry.index} of " if "prompt_index" in table.columns else ""
-            raise RequestError(f"{row.where}: {again}{entry.name!r} stands there twice")
-        entries[entry.index] = entry
+        name, index = _name_and_index(row)
+        parts = videos.setdefault(name, {})
+        made = replace(request, **_shown(row, name), lora=_lora(row, name, path.parent) or request.lora)
+        if "image_name" in table.columns:
+            made = replace(made, image=_picture(row, name, pictures))
+        if index in parts:
+            again = f"the prompt_index {index} of " if is_interactive else ""
+            raise RequestError(f"{row.where}: {again}{name!r} stands there twice")
+        parts[index] = made
     if not videos:
         raise RequestError(f"--prompt-file {path}: it holds no prompt")
-
-    def video(entries: dict[int, _Entry]) -> Request:
-        if "prompt_index" in table.columns:
-            ordered = [entries[index] for index in sorted(entries)]
-            schedule = tuple(ScheduledPrompt(entry.prompt, chunks) for entry in ordered)
-            return replace(request, prompt_schedule=schedule, lora=ordered[0].lora or request.lora)
-        only = entries[0]
-        made = replace(request, image=only.image or request.image, lora=only.lora or request.lora)
-        return replace(made, prompt_schedule=only.schedule) if only.schedule else replace(made, prompt=(only.prompt,))
-
-    # `fsdecode`, because file names are bytes: a locale without a letter of the name still writes it.
-    return [Job(video(entries), (folder / f"{os.fsdecode(name.encode())}.mp4",)) for name, entries in videos.items()]
+    jobs = []
+    for name, parts in videos.items():
+        ordered = [parts[index] for index in sorted(parts)]
+        video = ordered[0]
+        if is_interactive:
+            schedule = tuple(ScheduledPrompt(part.prompt[0], chunks) for part in ordered)
+            video = replace(video, prompt=(), prompt_schedule=schedule)
+        # `fsdecode`, because file names are bytes: a locale without a letter of the name still writes it.
+        jobs.append(Job(video, (folder / f"{os.fsdecode(name.encode())}.mp4",)))
+    return jobs
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """A row that has been checked; `index` is 0 without a prompt_index."""
-
-    name: str
-    prompt: str
-    index: int
-    image: str | None
-    schedule: tuple[ScheduledPrompt, ...]
-    lora: tuple[Adapter, ...]
-
-
-def _entry(row: Row, pictures: Path | None, folder: Path) -> _Entry:
-    """Raises `RequestError` for what cannot be a video's name, prompt, index, picture, schedule or adapter."""
+def _name_and_index(row: Row) -> tuple[str, int]:
+    """What the video is called, and the number of its prompt, 0 without a prompt_index."""
     name, index = row.cells.get("id", "").removesuffix(".mp4"), row.cells.get("prompt_index", "0")
     has_control = any(ord(character) < 32 or 0xD800 <= ord(character) < 0xE000 for character in name)
     if not name or name.startswith(".") or has_control or {"/", "\\"} & set(name):
         raise RequestError(
             f"{row.where}: the id {name!r} gives no file name; no /, \\, line break or leading dot is allowed"
         )
+    if not re.fullmatch(r"[+-]?\d+(\.0+)?", index):
+        raise RequestError(f"{row.where}: the prompt_index {index!r} of {name!r} is no whole number")
+    return name, int(index.partition(".")[0])
+
+
+def _shown(row: Row, name: str) -> dict[str, Any]:
+    """The prompt or the schedule of a row, as fields of a request."""
     prompt = next((row.cells[column] for column in PROMPTS if row.cells.get(column)), None)
-    schedule = _schedule(row, name)
+    schedule: tuple[ScheduledPrompt, ...] = ()
+    if text := row.cells.get("prompt_schedule"):
+        try:
+            schedule = parse_schedule(json.loads(text))
+        except (ValueError, TypeError, RecursionError) as error:
+            reason = f"the prompt_schedule of {name!r} is none: {error}; one is {EXAMPLE}"
+            raise RequestError(f"{row.where}: {reason}") from None
     if prompt is None and not schedule:
         raise RequestError(f"{row.where}: the prompt of {name!r} is empty")
     if prompt is not None and schedule:
         raise RequestError(f"{row.where}: {name!r} has a prompt and a prompt_schedule; give one of the two")
-    if not re.fullmatch(r"[+-]?\d+(\.0+)?", index):
-        raise RequestError(f"{row.where}: the prompt_index {index!r} of {name!r} is no whole number")
-    image = None if pictures is None else _picture(row, name, pictures)
-    return _Entry(name, prompt or "", int(index.partition(".")[0]), image, schedule, _lora(row, name, folder))
-
-
-def _schedule(row: Row, name: str) -> tuple[ScheduledPrompt, ...]:
-    text = row.cells.get("prompt_schedule")
-    if not text:
-        return ()
-    try:
-        return parse_schedule(json.loads(text))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise RequestError(f"{row.where}: the prompt_schedule of {name!r} is none: {error}; one is {EXAMPLE}") from None
+    return {"prompt_schedule": schedule} if schedule else {"prompt": (prompt,)}
 
 
 def _lora(row: Row, name: str, folder: Path) -> tuple[Adapter, ...]:
