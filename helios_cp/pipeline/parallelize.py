@@ -31,8 +31,8 @@ from helios_cp.pipeline.start import Inputs, initial_state, pixels_to_encode
 from helios_cp.sampling.state import ChunkState
 from helios_cp.weights.check import check_execution
 from helios_cp.weights.load import resolve
-from helios_cp.weights.loader import Loader
 from helios_cp.weights.placement import Placement
+from helios_cp.weights.transformer import Loader
 from parallel.collectives import Group
 from parallel.engines import sequence_attention
 from parallel.mesh import Mesh
@@ -57,7 +57,7 @@ def load_parallel(
 
     The text encoder is loaded on rank 0 only, the VAE on the ranks that share it with rank 0, and of the feed-forward
     weights only this rank's slice. With `shard_weights` every rank keeps an equal share of the blocks' weights (see
-    `weights.sharded`), and text is encoded on the CPU, as there is no room for the encoder. A mesh of one rank
+    `weights.placement`), and text is encoded on the CPU, as there is no room for the encoder. A mesh of one rank
     gives the plain pipeline. Raises `ValueError` for `shard_weights` where the mesh splits the feed-forward weights
     already, and for an `attention` engine that cannot run here, and `RequestError` for an `execution` that cannot.
     """

@@ -1,6 +1,6 @@
 """Memory of one rank, on the card and on the host, by execution and layout.
 
-Weights are counted, on models without memory and by the same cuts that `runtime.offload` and `weights.sharded` make.
+Weights are counted, on models without memory and by the same cuts that `runtime.offload` and `weights.placement` make.
 What a forward, a decoding and the encoding of text need beside them is modelled. The CUDA context is assumed.
 """
 
@@ -26,8 +26,8 @@ from helios_cp.plan.workload import Workload
 from helios_cp.runtime.device_weights import SLOTS
 from helios_cp.runtime.host_weights import Place, packed_bytes, tensors_at
 from helios_cp.runtime.offload import transformer_layers
+from helios_cp.weights.placement import WeightBytes, predicted_bytes
 from helios_cp.weights.quantize import empty_components
-from helios_cp.weights.sharded import WeightBytes, predicted_bytes
 from parallel.mesh import Degrees
 from parallel.segments import split
 from parallel.tensor import shard_sizes

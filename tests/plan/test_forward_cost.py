@@ -27,8 +27,7 @@ from helios_cp.plan.forward_cost import PASSES, Product, Traffic, forward_cost, 
 from helios_cp.plan.memory import activation_bytes, sharded_bytes, transformer_bytes
 from helios_cp.plan.rank_shares import shares, whole
 from helios_cp.runtime.host_weights import packed_bytes
-from helios_cp.weights.placement import narrow_feed_forward
-from helios_cp.weights.sharded import predicted_bytes
+from helios_cp.weights.placement import narrow_feed_forward, predicted_bytes
 from parallel.collectives import Meter
 from parallel.mesh import Degrees
 

@@ -182,7 +182,7 @@ def counted_bytes(transformer: HeliosTransformer) -> int:
 @torch.no_grad()
 def compare_parameters(rank: int, folder: Path, degrees: Degrees, dtypes) -> list[str]:
     """Names of parameters that are not the stored ones after gathering, or that gathered nothing."""
-    from helios_cp.weights.sharded import predicted_bytes
+    from helios_cp.weights.placement import predicted_bytes
 
     checkpoint = Checkpoint(folder, "base", False, UNEVEN)
     wrong = []
@@ -213,7 +213,7 @@ def test_every_row_is_loaded(pool, tmp_path, ranks):
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.integers(0, 40), st.integers(0, 40))
 def test_rows_of_stacked_tensors(heights, first, count):
-    from helios_cp.weights.sharded import stacked_rows
+    from helios_cp.weights.placement import stacked_rows
 
     rows = torch.arange(sum(heights))
     last = min(first + count, len(rows))
@@ -239,7 +239,7 @@ def test_quantised_weights_are_not_sharded(folders):
 @pytest.mark.parametrize(("ranks", "gigabytes"), [(1, 28.6), (2, 14.6), (4, 7.5), (8, 4.0)])
 def test_bytes_of_the_14b_model(ranks, gigabytes):
     """Known per-rank sizes of the model in bf16; what is kept in fp32 adds 0.06 GB."""
-    from helios_cp.weights.sharded import predicted_bytes
+    from helios_cp.weights.placement import predicted_bytes
 
     with torch.device("meta"):
         transformer = HeliosTransformer(TransformerConfig())
@@ -300,7 +300,7 @@ def watch_gathered_memory(rank: int, folder: str, ranks: int, dtype: torch.dtype
 @pytest.mark.parametrize("ranks", [2, 3, 5])
 def test_bytes_are_those_predicted(pool, folders, ranks, dtype):
     """Two blocks are gathered while there is a next one, then one, then none; 5 ranks have uneven shards."""
-    from helios_cp.weights.sharded import predicted_bytes
+    from helios_cp.weights.placement import predicted_bytes
 
     config = resolve(folders["random-mid"]).transformer
     expected = predicted_bytes(config, dtype, ranks)
@@ -389,7 +389,7 @@ class RecordedGather:
 @torch.no_grad()
 def watch_gathers(rank: int, folder: str, degrees: Degrees, ahead: bool) -> tuple[list[str], list[str], int, int]:
     """What happens in `encode_text` and in a forward, in order; bytes received in the forward, and those predicted."""
-    from helios_cp.weights import sharded as shard_weights
+    from helios_cp.weights import placement as shard_weights
 
     gather_ahead = shard_weights._gather_ahead if ahead else lambda units: None
     with mock.patch.object(shard_weights, "_gather_ahead", gather_ahead):
