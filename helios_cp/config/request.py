@@ -20,7 +20,7 @@ MAX_SIDE = 16384
 """Pixels of a side that x264 takes."""
 
 RESIZE_MODES = ("stretch", "crop", "fit")
-"""How pictures and clips are brought to the size of the video; see `helios_cp.files.resize`."""
+"""How pictures and clips are brought to the size of the video; see `helios_cp.files.pictures`."""
 
 MAX_FPS = 2**31 - 1
 """FFmpeg counts frame rates in 32 bits."""

@@ -21,8 +21,7 @@ from PIL import Image
 
 from helios_cp.config.errors import RequestError
 from helios_cp.files.mp4 import EXACT_CONVERSION
-from helios_cp.files.pictures import to_rgb
-from helios_cp.files.resize import PathLike, check_readable, resize, stretch_remark
+from helios_cp.files.pictures import PathLike, check_readable, resize, stretch_remark, to_rgb
 
 if TYPE_CHECKING:
     import torch

@@ -14,8 +14,7 @@ from PIL import Image
 from helios_cp.config.checkpoint import VAE_SPATIAL
 from helios_cp.config.errors import RequestError
 from helios_cp.files.clips import Ends, read_ends, read_video
-from helios_cp.files.pictures import read_image, to_rgb
-from helios_cp.files.resize import PathLike, resize
+from helios_cp.files.pictures import PathLike, read_image, resize, to_rgb
 
 Picture = PathLike | Image.Image | np.ndarray | torch.Tensor
 Clip = PathLike | list[Image.Image] | list[np.ndarray] | list[torch.Tensor] | np.ndarray | torch.Tensor

@@ -72,15 +72,11 @@ class HostCopies:
     def __call__(self, chunk: Chunk) -> Chunk:
         """The same chunk on the host. The device must be past all of it, as it is when a pipeline yields it."""
         with self.stream:
-            copy = _with_tensors(chunk, to_host)
+            state = replace(chunk.state, history=to_host(chunk.state.history), anchor=_copied(chunk.state.anchor))
+            copy = replace(chunk, latents=to_host(chunk.latents), frames=_copied(chunk.frames), state=state)
             wait_for(self.device)
         return copy
 
 
-def _with_tensors(chunk: Chunk, function: Callable[[Tensor], Tensor]) -> Chunk:
-    """A chunk whose tensors are what a function makes of them."""
-    state = chunk.state
-    anchor = None if state.anchor is None else function(state.anchor)
-    state = replace(state, history=function(state.history), anchor=anchor)
-    frames = None if chunk.frames is None else function(chunk.frames)
-    return replace(chunk, latents=function(chunk.latents), frames=frames, state=state)
+def _copied(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else to_host(tensor)

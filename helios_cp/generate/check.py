@@ -22,7 +22,7 @@ from helios_cp.config.refusals import check_call
 from helios_cp.config.request import Request
 from helios_cp.device.device import card_of_rank, device_name, dtype_name, pick_device, pick_dtype
 from helios_cp.files.clips import check_video
-from helios_cp.files.pictures import check_image
+from helios_cp.files.pictures import open_picture
 from helios_cp.files.whole_files import check_file_target, check_folder_target
 from helios_cp.generate.prompt_files import INTERPOLATE_TIME, Job, read_prompt_file, single_job
 from helios_cp.generate.remarks import request_remarks
@@ -303,7 +303,7 @@ def _check_files(call: Call, execution: Execution, jobs: list[Job]) -> None:
     if execution.compile_cache is not None:
         check_folder_target("--compile-cache", execution.compile_cache)
     for image in sorted({job.request.image for job in jobs if job.request.image is not None}):
-        check_image(image)
+        open_picture(image)
     clips = {(job.request.video, job.request.frames_per_chunk) for job in jobs if job.request.video is not None}
     for video, frames in sorted(clips):
         check_video(video, frames)

@@ -20,23 +20,17 @@ class InUseError(RequestError):
 @contextmanager
 def claimed(job: Job) -> Iterator[None]:
     """Hold the locks on a job's MP4s and on its run folder inside the `with`. Raises `InUseError` at once."""
+    locks = {} if job.folder is None else {f"run folder {job.folder}": job.folder / "lock"}
+    for output in job.output:
+        target = Path(os.path.realpath(output))
+        locks[f"--output {output}"] = target.with_name(f".{target.name}.lock")
     with ExitStack() as stack:
-        if job.folder is not None:
-            stack.enter_context(_locked(job.folder / "lock", f"run folder {job.folder}"))
-        for output in job.output:
-            target = Path(os.path.realpath(output))
-            stack.enter_context(_locked(target.with_name(f".{target.name}.lock"), f"--output {output}"))
-        yield
-
-
-@contextmanager
-def _locked(path: Path, what: str) -> Iterator[None]:
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(locked(path))
-        except LockedError as holder:
-            reason = f"{what}: another call is writing there ({holder})"
-            raise InUseError(f"{reason}; wait until it ends, or give another name") from None
+        for what, path in locks.items():
+            try:
+                stack.enter_context(locked(path))
+            except LockedError as holder:
+                reason = f"{what}: another call is writing there ({holder})"
+                raise InUseError(f"{reason}; wait until it ends, or give another name") from None
         yield
 
 

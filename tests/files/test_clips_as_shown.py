@@ -22,7 +22,7 @@ from helios_cp.config.errors import RequestError
 from helios_cp.files import clips, pictures
 from helios_cp.files.clips import check_video, clip_remarks, read_ends, read_video
 from helios_cp.files.given import clip_ends, to_video_tensor
-from helios_cp.files.pictures import check_image, picture_remarks, read_image
+from helios_cp.files.pictures import open_picture, picture_remarks, read_image
 
 HEIGHT, WIDTH = 48, 64
 UNIT = {0: 1 << 16, 1: 1 << 16, 2: 1 << 30}
@@ -318,11 +318,11 @@ def test_a_png_with_broken_exif(tmp_path):
 def test_the_limit_of_pixels_is_our_own(tmp_path, monkeypatch):
     path = plain(tmp_path)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
-    check_image(path)
+    open_picture(path)
     assert Image.MAX_IMAGE_PIXELS == 10, "the limit is put back"
     monkeypatch.setattr(pictures, "MOST_PIXELS", 64 * 48 - 1)
     with pytest.raises(RequestError, match="64 × 48 pixels; at most 3071 are allowed"):
-        check_image(path)
+        open_picture(path)
 
 
 def plain(folder: Path) -> Path:

@@ -31,7 +31,7 @@ from helios_cp.files import clips
 from helios_cp.files.clips import check_video, read_video
 from helios_cp.files.given import to_image_tensor, to_video_tensor
 from helios_cp.files.mp4 import EXACT_CONVERSION
-from helios_cp.files.pictures import check_image, read_image
+from helios_cp.files.pictures import open_picture, read_image
 
 HEIGHT, WIDTH = 48, 80
 FRAMES = 33
@@ -77,14 +77,14 @@ def refusal(check, path: Path | str, *arguments) -> str:
     with pytest.raises(RequestError) as caught:
         check(path, *arguments)
     message = str(caught.value)
-    flag = "--image" if check in (check_image, read_image) else "--video"
+    flag = "--image" if check in (open_picture, read_image) else "--video"
     assert message.startswith(f"{flag} {path}: ") and "\n" not in message
     return message
 
 
 def refused_picture(path: Path) -> str:
     """Both the check and the reader refuse, in the same words."""
-    message = refusal(check_image, path)
+    message = refusal(open_picture, path)
     assert refusal(read_image, path, HEIGHT, WIDTH) == message
     return message
 
@@ -118,7 +118,7 @@ def saved(picture: Image.Image, path: Path, **options) -> Path:
 )
 def test_pictures_are_those_of_diffusers(tmp_path, astronaut, mode, name):
     path = saved(astronaut.convert(mode), tmp_path / name)
-    check_image(path)
+    open_picture(path)
     tensor = read_image(str(path), HEIGHT, WIDTH)
     assert tensor.shape == (1, 3, HEIGHT, WIDTH) and tensor.dtype == torch.float32
     assert torch.equal(tensor, PROCESSOR.preprocess(load_image(str(path)), height=HEIGHT, width=WIDTH))
@@ -221,7 +221,7 @@ def test_unreadable(refused):
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp", "a.gif", "a.bmp", "a.tiff"])
 def test_cut_in_half(tmp_path, astronaut, name):
     path = saved(astronaut, tmp_path / name)
-    check_image(path)
+    open_picture(path)
     os.truncate(path, path.stat().st_size // 2)
     refused_picture(path)
 
