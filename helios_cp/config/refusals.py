@@ -13,12 +13,9 @@ from pathlib import Path
 from helios_cp.config.arguments import as_typed, check_bounds
 from helios_cp.config.call import Call
 from helios_cp.config.checkpoint import DTYPES
-from helios_cp.config.errors import RequestError
+from helios_cp.config.errors import Row, refuse
 from helios_cp.config.execution import FEATURE_MULTIPLES, OFFLOADS, OWN_ENGINES, QUANTIZATIONS, Execution, Target
 from helios_cp.config.layout import Layout
-
-Row = tuple[str, bool, str]
-"""What is given, whether it is refused, and why or what is allowed."""
 
 
 @dataclass(frozen=True)
@@ -44,18 +41,12 @@ class Setting:
 def check_setting(setting: Setting) -> None:
     """Raises `RequestError` for the first row of the table that refuses."""
     check_bounds(setting.execution)
-    _refuse(_table(setting))
+    refuse(_table(setting))
 
 
 def check_call(call: Call) -> None:
     """Raises `RequestError` for files that do not go together."""
-    _refuse(_table_of_files(call))
-
-
-def _refuse(rows: Iterable[Row]) -> None:
-    for given, is_refused, reason in rows:
-        if is_refused:
-            raise RequestError(f"{given}: {reason}")
+    refuse(_table_of_files(call))
 
 
 def _table(setting: Setting) -> list[Row]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from helios_cp.config.arguments import check_bounds, flag, frame_rate
 from helios_cp.config.checkpoint import VAE_SPATIAL, VAE_TEMPORAL, Checkpoint
 from helios_cp.config.console import typed
-from helios_cp.config.errors import RequestError
+from helios_cp.config.errors import RequestError, Row, refuse
 from helios_cp.config.execution import Adapter
 from helios_cp.config.paths import absolute_path_text
 
@@ -194,7 +194,7 @@ class Request:
             entries[-1] = dataclasses.replace(entries[-1], chunks=chunk - held)
         entries.append(ScheduledPrompt(prompt, self.num_chunks - chunk, transition if entries else None))
         request = self.with_schedule(tuple(entries))
-        request._check_prompts()
+        refuse(request._rows_of_prompts())
         return request
 
     @property
@@ -233,35 +233,17 @@ class Request:
 
     def resolve(self, checkpoint: Checkpoint) -> Request:
         """Fill in what the checkpoint decides, then check everything. Raises `RequestError`."""
-        filled: dict[str, Any] = {}
-        if self.guidance_scale is None:
-            filled["guidance_scale"] = 1.0 if checkpoint.is_distilled else 5.0
+        is_distilled = checkpoint.is_distilled
+        refuse(self._rows_of_a_kind(checkpoint))
+        meant: dict[str, Any] = {"guidance_scale": 1.0 if is_distilled else 5.0, "is_amplify_first_chunk": is_distilled}
         if checkpoint.is_pyramid:
-            if self.num_inference_steps is not None:
-                raise RequestError(
-                    f"--num-inference-steps {self.num_inference_steps}: only Helios-Base takes it; "
-                    f"this is Helios-{checkpoint.variant.capitalize()}: use --pyramid-steps"
-                )
-            if self.sigmas is not None:
-                raise RequestError("sigmas: only Helios-Base takes a sigma schedule of its own; leave it out")
-            if self.pyramid_num_inference_steps_list is None:
-                filled["pyramid_num_inference_steps_list"] = (2, 2, 2) if checkpoint.is_distilled else (20, 20, 20)
+            meant["pyramid_num_inference_steps_list"] = (2, 2, 2) if is_distilled else (20, 20, 20)
         else:
-            if self.pyramid_num_inference_steps_list is not None:
-                raise RequestError(
-                    f"--pyramid-steps {' '.join(map(str, self.pyramid_num_inference_steps_list))}: Helios-Base has no "
-                    "pyramid: use --num-inference-steps"
-                )
-            if self.num_inference_steps is None:
-                filled["num_inference_steps"] = len(self.sigmas) if self.sigmas else 50
-        if self.is_amplify_first_chunk is None:
-            filled["is_amplify_first_chunk"] = checkpoint.is_distilled
-        elif self.is_amplify_first_chunk and not checkpoint.is_distilled:
-            raise RequestError(
-                f"--amplify-first-chunk: only Helios-Distilled has it, this is Helios-{checkpoint.variant.capitalize()}"
-            )
+            meant["num_inference_steps"] = len(self.sigmas) if self.sigmas else 50
+        filled = {name: value for name, value in meant.items() if getattr(self, name) is None}
         request = dataclasses.replace(self, **filled)
-        request.validate(checkpoint)
+        request.check()
+        refuse(request._rows_of_a_checkpoint(checkpoint))
         return request
 
     def ignored(self, checkpoint: Checkpoint) -> dict[str, Any]:
@@ -271,92 +253,101 @@ class Request:
         scale = {} if self.guidance_scale in (None, 1.0) else {"--guidance-scale": self.guidance_scale}
         return scale | ({"--negative-prompt": repr(self.negative_prompt)} if self.negative_prompt else {})
 
-    def validate(self, checkpoint: Checkpoint) -> None:
-        """Raises `RequestError`, naming the flag, the value and what is allowed. See `tests/test_bad_input.py`."""
-        self.check()
-        self._check_steps(checkpoint)
-        self._check_sizes(checkpoint)
-
     def check(self) -> None:
-        """The part of `validate` that needs no checkpoint, so that one need not be downloaded first."""
-        self._check_prompts()
-        self._check_seeds()
-        self._check_numbers()
-        if self.image is not None and self.video is not None:
-            raise RequestError(f"--image {self.image} and --video {self.video}: give one of the two")
+        """What needs no checkpoint, so that one need not be downloaded first. Raises `RequestError`.
 
-    def _check_prompts(self) -> None:
-        if self.prompt_schedule and self.prompt:
-            raise RequestError("--prompt and --prompt-schedule: give one of the two")
-        if not self.prompt and not self.prompt_schedule:
-            raise RequestError("--prompt: at least one prompt is needed; or use --prompt-schedule or --prompt-file")
-        for entry in self.prompt_schedule:
-            if entry.chunks < 1:
-                raise RequestError(f"--prompt-schedule {entry.chunks}: a prompt holds for at least 1 chunk")
-            if entry.transition is not None and entry.transition < 1:
-                raise RequestError(
-                    f"--prompt-schedule {entry.chunks} {entry.prompt!r}: its transition is {entry.transition}; at "
-                    "least 1 chunk is allowed"
-                )
-        texts = [("--prompt", prompt) for prompt in self.prompt]
-        texts += [("--prompt-schedule", entry.prompt) for entry in self.prompt_schedule]
-        for name, text in texts:
-            if not text.strip():
-                raise RequestError(f"{name} {text!r}: a prompt must hold more than white space")
-        for name, text in [*texts, ("--negative-prompt", self.negative_prompt)]:
-            try:
-                text.encode()
-            except UnicodeEncodeError:
-                raise RequestError(f"{name} {text!r}: this is not valid UTF-8 text") from None
-
-    def _check_seeds(self) -> None:
-        if self.batch_size != len(self.seed) and len(self.seed) != 1:
-            raise RequestError(
-                f"--seed {' '.join(map(str, self.seed))}: {len(self.seed)} seeds for {self.batch_size} prompt(s); give "
-                "one, or one for each prompt"
-            )
-
-    def _check_numbers(self) -> None:
+        The message names the flag, the value and what is allowed; see `tests/generate/test_bad_input.py`.
+        """
+        refuse(self._rows_of_prompts())
         check_bounds(self)
-        if self.resize_mode not in RESIZE_MODES:
-            raise RequestError(f"--resize-mode {self.resize_mode}: allowed are {', '.join(RESIZE_MODES)}")
+        refuse(self._rows_of_numbers())
+
+    def _rows_of_prompts(self) -> Iterator[Row]:
+        schedule = self.prompt_schedule
+        yield "--prompt and --prompt-schedule", bool(self.prompt and schedule), "give one of the two"
+        needed = "at least one prompt is needed; or use --prompt-schedule or --prompt-file"
+        yield "--prompt", not self.prompt and not schedule, needed
+        for entry in schedule:
+            yield f"--prompt-schedule {entry.chunks}", entry.chunks < 1, "a prompt holds for at least 1 chunk"
+            yield (
+                f"--prompt-schedule {entry.chunks} {entry.prompt!r}",
+                entry.transition is not None and entry.transition < 1,
+                f"its transition is {entry.transition}; at least 1 chunk is allowed",
+            )
+        texts = [("--prompt", prompt) for prompt in self.prompt]
+        texts += [("--prompt-schedule", entry.prompt) for entry in schedule]
+        for name, text in texts:
+            yield f"{name} {text!r}", not text.strip(), "a prompt must hold more than white space"
+        for name, text in [*texts, ("--negative-prompt", self.negative_prompt)]:
+            has_surrogate = any("\ud800" <= character <= "\udfff" for character in text)
+            yield f"{name} {text!r}", has_surrogate, "this is not valid UTF-8 text"
+        yield (
+            f"--seed {_joined(self.seed)}",
+            len(self.seed) not in (1, self.batch_size),
+            f"{len(self.seed)} seeds for {self.batch_size} prompt(s); give one, or one for each prompt",
+        )
+
+    def _rows_of_numbers(self) -> Iterator[Row]:
+        allowed = f"allowed are {', '.join(RESIZE_MODES)}"
+        yield f"--resize-mode {self.resize_mode}", self.resize_mode not in RESIZE_MODES, allowed
         for name in ("image", "video"):
             low, high = getattr(self, f"{name}_noise_sigma_min"), getattr(self, f"{name}_noise_sigma_max")
-            if not 0 <= low <= high <= 1:  # false for NaN too
-                raise RequestError(f"--{name}-noise-sigma {low} {high}: allowed is 0 <= MIN <= MAX <= 1")
+            is_in_order = 0 <= low <= high <= 1  # false for NaN too
+            yield f"--{name}-noise-sigma {low} {high}", not is_in_order, "allowed is 0 <= MIN <= MAX <= 1"
         for adapter in self.lora or ():
-            if not math.isfinite(adapter.weight):
-                raise RequestError(f"--lora {adapter}: a finite weight is allowed")
-        if len(self.history_sizes) != 3:
-            raise RequestError(
-                f"--history-sizes {' '.join(map(str, self.history_sizes))}: three sizes of at least 1 are allowed"
-            )
-        if self.match_seams and sum(self.history_frames) < self.num_latent_frames_per_chunk:
-            raise RequestError(
-                f"--match-seams with --history-sizes {' '.join(map(str, self.history_sizes))}: the history must hold a "
-                f"chunk of {self.num_latent_frames_per_chunk} latent frames"
-            )
+            yield f"--lora {adapter}", not math.isfinite(adapter.weight), "a finite weight is allowed"
+        sizes = f"--history-sizes {_joined(self.history_sizes)}"
+        yield sizes, len(self.history_sizes) != 3, "three sizes of at least 1 are allowed"
+        yield (
+            f"--match-seams with {sizes}",
+            self.match_seams and sum(self.history_frames) < self.num_latent_frames_per_chunk,
+            f"the history must hold a chunk of {self.num_latent_frames_per_chunk} latent frames",
+        )
+        both = self.image is not None and self.video is not None
+        yield f"--image {self.image} and --video {self.video}", both, "give one of the two"
 
-    def _check_sizes(self, checkpoint: Checkpoint) -> None:
-        stages = len(self.pyramid_num_inference_steps_list or ()) if checkpoint.is_pyramid else 1
-        multiple = VAE_SPATIAL * checkpoint.transformer.patch_size[1] * 2 ** (stages - 1)
-        for name, value in (("--height", self.height), ("--width", self.width)):
-            if value < multiple or value % multiple:
-                below = max(value, 0) // multiple * multiple
-                near = [size for size in (below, below + multiple) if 0 < size <= MAX_SIDE]
-                raise RequestError(
-                    f"{name} {value}: Helios-{checkpoint.variant.capitalize()} takes multiples of {multiple}; "
-                    f"the nearest are {' and '.join(map(str, near))}"
-                )
-
-    def _check_steps(self, checkpoint: Checkpoint) -> None:
+    def _rows_of_a_kind(self, checkpoint: Checkpoint) -> Iterator[Row]:
+        """What this Helios does not have."""
+        helios, steps = f"Helios-{checkpoint.variant.capitalize()}", self.pyramid_num_inference_steps_list
         if checkpoint.is_pyramid:
-            steps = self.pyramid_num_inference_steps_list or ()
-            stages = checkpoint.stages
-            if len(steps) != stages or min(steps, default=0) < 1:
-                raise RequestError(
-                    f"--pyramid-steps {' '.join(map(str, steps))}: {stages} numbers of at least 1 are allowed, one a "
-                    "stage of this checkpoint"
-                )
-        if self.sigmas is not None and len(self.sigmas) != self.num_inference_steps:
-            raise RequestError(f"sigmas: {len(self.sigmas)} given for --num-inference-steps {self.num_inference_steps}")
+            yield (
+                f"--num-inference-steps {self.num_inference_steps}",
+                self.num_inference_steps is not None,
+                f"only Helios-Base takes it; this is {helios}: use --pyramid-steps",
+            )
+            only_base = "only Helios-Base takes a sigma schedule of its own; leave it out"
+            yield "sigmas", self.sigmas is not None, only_base
+        else:
+            no_pyramid = "Helios-Base has no pyramid: use --num-inference-steps"
+            yield f"--pyramid-steps {_joined(steps or ())}", steps is not None, no_pyramid
+        yield (
+            "--amplify-first-chunk",
+            bool(self.is_amplify_first_chunk) and not checkpoint.is_distilled,
+            f"only Helios-Distilled has it, this is {helios}",
+        )
+
+    def _rows_of_a_checkpoint(self, checkpoint: Checkpoint) -> Iterator[Row]:
+        steps = self.pyramid_num_inference_steps_list if checkpoint.is_pyramid else None
+        if steps is not None:
+            yield (
+                f"--pyramid-steps {_joined(steps)}",
+                len(steps) != checkpoint.stages or min(steps) < 1,
+                f"{checkpoint.stages} numbers of at least 1 are allowed, one a stage of this checkpoint",
+            )
+        if self.sigmas is not None:
+            given = f"{len(self.sigmas)} given for --num-inference-steps {self.num_inference_steps}"
+            yield "sigmas", len(self.sigmas) != self.num_inference_steps, given
+        multiple = VAE_SPATIAL * checkpoint.transformer.patch_size[1] * 2 ** (len(steps or (1,)) - 1)
+        for name, value in (("--height", self.height), ("--width", self.width)):
+            below = max(value, 0) // multiple * multiple
+            near = [str(size) for size in (below, below + multiple) if 0 < size <= MAX_SIDE]
+            yield (
+                f"{name} {value}",
+                value < multiple or value % multiple != 0,
+                f"Helios-{checkpoint.variant.capitalize()} takes multiples of {multiple}; the nearest are "
+                f"{' and '.join(near)}",
+            )
+
+
+def _joined(numbers: Iterable[float]) -> str:
+    return " ".join(map(str, numbers))
