@@ -96,7 +96,7 @@ class Session:
         is_needed = any(
             job.folder is None
             or not RunFolder.is_run(job.folder)
-            or RunFolder.open(job.folder).finished_chunks() < job.request.num_chunks
+            or RunFolder.open(job.folder).count() < job.request.num_chunks
             for job in self.jobs
         )
         requests = tuple(job.request for job in self.jobs) if is_needed else ()

@@ -12,11 +12,11 @@ lock                      there while a call works in the folder
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -79,6 +79,15 @@ class Run:
     made_with: MadeWith = field(default_factory=MadeWith)
 
 
+@dataclass(frozen=True)
+class Commit:
+    """What is finished: how many chunks, the file of what the next one starts from, and how prompts were changed."""
+
+    chunks: int
+    state: str
+    prompt_schedule: tuple[ScheduledPrompt, ...] = ()
+
+
 class RunFolder(ChunkFiles):
     """Reads and writes one run. A kill at any moment leaves the last committed chunk intact."""
 
@@ -100,39 +109,33 @@ class RunFolder(ChunkFiles):
     @classmethod
     def open(cls, path: Path) -> RunFolder:
         """Open a run to go on with. Raises `RequestError` if `path` holds none, or it is not whole."""
-        try:
-            values = json.loads((path / "run.json").read_text(encoding="utf-8"))
+        with _readable(path, "run.json"):
+            try:
+                values = json.loads((path / "run.json").read_text(encoding="utf-8"))
+            except (FileNotFoundError, NotADirectoryError):
+                raise RequestError(
+                    f"run folder {path}: no run is kept there (run.json is missing); --checkpoint-dir starts one"
+                ) from None
             if (format := values.pop("format")) != FORMAT:
                 raise RequestError(f"run folder {path}: it has format {format}, this version reads {FORMAT}")
             run = from_json(Run, values)
             if len(run.output) != run.request.batch_size:
                 raise ValueError(f"{len(run.output)} outputs for {run.request.batch_size} video(s)")
-        except (FileNotFoundError, NotADirectoryError):
-            raise RequestError(
-                f"run folder {path}: no run is kept there (run.json is missing); --checkpoint-dir starts one"
-            ) from None
-        except RequestError:
-            raise
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise RequestError(f"run folder {path}: run.json cannot be read: {_reason(error)}") from None
         folder = cls(path, run)
         folder._check_whole()
         return folder
 
-    def finished_chunks(self) -> int:
-        """How many chunks are committed."""
-        return self._commit()["chunks"]
-
     def count(self) -> int:
-        return self.finished_chunks()
+        """How many chunks are committed."""
+        return self._commit().chunks
 
     def current(self, request: Request) -> Request:
         """The run's request with the changes of prompt while it was made: what all its chunks are made of.
 
         It asks for no fewer chunks than are finished, as these stay.
         """
-        frames = max(request.num_frames, self.finished_chunks() * request.frames_per_chunk)
-        return replace(request, num_frames=frames).with_schedule(self._commit()["prompt_schedule"])
+        frames = max(request.num_frames, self.count() * request.frames_per_chunk)
+        return replace(request, num_frames=frames).with_schedule(self._commit().prompt_schedule)
 
     def end_at(self, num_frames: int) -> None:
         """Make the video longer or shorter than it was begun; no chunk depends on how many there are."""
@@ -145,12 +148,11 @@ class RunFolder(ChunkFiles):
 
         `schedule` is what the request has now where its prompt may change; without one, that of the chunk before stays.
         """
-        kept = schedule or self._commit()["prompt_schedule"]
+        kept = schedule or self._commit().prompt_schedule
         self.save(chunk.index, segments, chunk.latents)
         state = f"state-{chunk.state.index:05d}.safetensors"
         write_tensors(self.path / state, chunk.state.to_tensors())
-        commit = {"chunks": chunk.state.index, "state": state, "prompt_schedule": [asdict(entry) for entry in kept]}
-        write_json(self.path / "state.json", commit)
+        write_json(self.path / "state.json", asdict(Commit(chunk.state.index, state, tuple(kept))))
         for stale in self.path.glob("state-*.safetensors"):
             if stale.name != state:
                 stale.unlink(missing_ok=True)
@@ -158,12 +160,11 @@ class RunFolder(ChunkFiles):
     def state(self, device: torch.device) -> ChunkState | None:
         """What the next chunk starts from, or `None` before the first."""
         commit = self._commit()
-        if not commit["chunks"]:
+        if not commit.chunks:
             return None
-        try:
-            return ChunkState.from_tensors(commit["chunks"], self._load(commit["state"]), device)
-        except KeyError as error:
-            raise RequestError(f"run folder {self.path}: {commit['state']} cannot be read: {_reason(error)}") from None
+        tensors = self._load(commit.state)
+        with _readable(self.path, commit.state):
+            return ChunkState.from_tensors(commit.chunks, tensors, device)
 
     def latents(self, chunk: int) -> Tensor:
         """`[B, C, T, h, w]` of a finished chunk, fp32, on the CPU."""
@@ -171,7 +172,7 @@ class RunFolder(ChunkFiles):
 
     def _check_whole(self) -> None:
         """Raises `RequestError` if what the commit counts as finished is not there."""
-        for chunk in range(self.finished_chunks()):
+        for chunk in range(self.count()):
             for path in (self._latents(chunk), *(self.segment(chunk, video) for video in range(self.videos))):
                 if not path.is_file():
                     raise RequestError(
@@ -180,28 +181,31 @@ class RunFolder(ChunkFiles):
                     )
         self.state(torch.device("cpu"))
 
-    def _commit(self) -> dict[str, Any]:
-        try:
-            values = json.loads((self.path / "state.json").read_text(encoding="utf-8"))
-            commit = {"chunks": int(values["chunks"]), "state": str(values["state"])}
-            if values.get("prompts"):
+    def _commit(self) -> Commit:
+        with _readable(self.path, "state.json"):
+            try:
+                values = json.loads((self.path / "state.json").read_text(encoding="utf-8"))
+            except FileNotFoundError:
+                return Commit(0, "")
+            if values.pop("prompts", None):
                 raise ValueError("its prompts were changed by an older version, which did not keep how")
-            schedule = tuple(from_json(ScheduledPrompt, entry) for entry in values.get("prompt_schedule", []))
-            commit["prompt_schedule"] = schedule
-            if not 0 <= commit["chunks"] <= self.run.request.num_chunks:
-                raise ValueError(f"{commit['chunks']} chunks of {self.run.request.num_chunks}")
+            commit = from_json(Commit, values)
+            if not 0 <= commit.chunks <= self.run.request.num_chunks:
+                raise ValueError(f"{commit.chunks} chunks of {self.run.request.num_chunks}")
             return commit
-        except FileNotFoundError:
-            return {"chunks": 0, "state": None, "prompt_schedule": ()}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise RequestError(f"run folder {self.path}: state.json cannot be read: {_reason(error)}") from None
 
     def _load(self, name: str) -> dict[str, Tensor]:
-        try:
+        with _readable(self.path, name):
             return load_file(self.path / name)
-        except (OSError, SafetensorError) as error:
-            raise RequestError(f"run folder {self.path}: {name} cannot be read: {error}") from None
 
 
-def _reason(error: Exception) -> str:
-    return f"{error} is missing" if isinstance(error, KeyError) else str(error)
+@contextmanager
+def _readable(folder: Path, name: str) -> Iterator[None]:
+    """Inside, what is wrong with a file of a run folder becomes a `RequestError` that names it."""
+    try:
+        yield
+    except RequestError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise RequestError(f"run folder {folder}: {name} cannot be read: {reason}") from None

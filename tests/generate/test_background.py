@@ -135,10 +135,10 @@ def test_chunks_are_committed_in_order_beside_the_next(folder, monkeypatch):
 
     def commit(self, chunk, segments):
         assert begun[chunk.index + 1].wait(60), "the next chunk waits for this one to be written"
-        assert self.finished_chunks() == chunk.index
+        assert self.count() == chunk.index
         save(self, chunk, segments)
         committed.append(chunk.index)
-        assert RunFolder.open(folder / "run").finished_chunks() == chunk.index + 1
+        assert RunFolder.open(folder / "run").count() == chunk.index + 1
 
     monkeypatch.setattr(ProgressReporter, "step", mark)
     monkeypatch.setattr(RunFolder, "commit", commit)

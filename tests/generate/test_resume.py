@@ -53,7 +53,7 @@ def test_state_on_disk_is_all_that_the_next_chunk_needs(pipelines, astronaut, cl
     for chunk in unbroken[:2]:
         folder.commit(chunk, [b"0", b"1"])
         opened = RunFolder.open(tmp_path / "run")
-        assert opened.run == run and opened.finished_chunks() == chunk.index + 1
+        assert opened.run == run and opened.count() == chunk.index + 1
         state = opened.state(pipeline.device)
         rest = list(pipeline.stream(opened.run.request, inputs, state=state, output_type="latent"))
         for resumed, expected in zip(rest, unbroken[chunk.index + 1 :], strict=True):

@@ -126,7 +126,7 @@ def test_one_process_goes_on_with_the_folder_too(folder):
     finish(folder, 0)
     keep(folder, 1, 2)
     opened = RunFolder.open(folder.path)
-    assert opened.finished_chunks() == 1 and opened.state(torch.device("cpu")).index == 1
+    assert opened.count() == 1 and opened.state(torch.device("cpu")).index == 1
     opened.commit(Chunk(1, latents(1), None, state(1), {}), [b"segment"])
     assert [kept.after.index for kept in denoised_chunks.load(opened, 2)] == [3]
 

@@ -230,7 +230,7 @@ def test_a_run_goes_on_with_what_was_denoised(pipeline, alone, model, tmp_path):
     denoised = [event.chunk for event in list(pipeline.events) if (event.video, event.stage) == (handle.key, "denoise")]
     assert denoised == [2, 3]
     assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "whole.mp4").read_bytes()
-    assert part.finished_chunks() == 4 and not list(part.path.glob("ahead-*"))
+    assert part.count() == 4 and not list(part.path.glob("ahead-*"))
 
 
 def test_a_changed_prompt_is_saved_with_its_chunk(pipeline, alone, model, tmp_path):
@@ -247,7 +247,7 @@ def test_a_changed_prompt_is_saved_with_its_chunk(pipeline, alone, model, tmp_pa
     assert next(stream).index == 1
     stream.close()
     handle.stop()
-    assert handle.result(PATIENCE).chunks == folder.finished_chunks() == 2
+    assert handle.result(PATIENCE).chunks == folder.count() == 2
     assert frames_in(tmp_path / "a.mp4") == 2 * 33
     owl = request.with_change(1, "an owl", 3)
     assert folder.current(request) == owl

@@ -93,7 +93,7 @@ def test_after_kill_9_videos_and_a_session_that_runs_go_on_at_the_next_chunk(run
         second = videos.videos.create(**SMALL, extra_body={"num_frames": FRAMES}).id
         server.end(signal.SIGKILL)
         until_closed(client)
-    assert 2 <= RunFolder.open(server.data / "videos" / first / "run").finished_chunks() < 8
+    assert 2 <= RunFolder.open(server.data / "videos" / first / "run").count() < 8
     server.start()
     with server.attached(begun, first=len(client.chunks)) as back:
         back.play_until(3)
