@@ -66,27 +66,26 @@ def run(session: Session, world: World) -> int:
 def _make_all(session: Session, world: World, reports: list[Report]) -> int:
     with handled(stop_at_once):
         pipeline = _load(session, world)
-    is_usable = True
     try:
         with StopSignal(PATIENCE if world.ranks.size > 1 else None).installed() as stop:
             for number, claim in turns_of(session):
                 with claim:
-                    if not is_usable:
+                    if pipeline is None and session.work.requests:  # an error broke it
                         gc.collect()
                         pipeline = load_pipeline(session.work, session.checkpoint, session.device, world)
-                        is_usable = True
-                    reports.append(Report(session, session.jobs[number]))
+                    report = Report(session, session.jobs[number])
+                    reports.append(report)
                     try:
-                        run_job(pipeline, session, number, stop, reports[-1])
+                        run_job(pipeline, number, stop, report)
                     except Exception as error:
-                        reports[-1].error = " ".join(f"{type(error).__name__}: {error}".split())
+                        report.error = " ".join(f"{type(error).__name__}: {error}".split())
                         if not session.has_prompt_file or world.ranks.size > 1:
-                            reports[-1].raise_with_standing(error)
+                            report.raise_with_standing(error)
                         if not isinstance(error, TOLD):
                             traceback.print_exc()
-                            pipeline, is_usable = None, False  # an error of a card can break all that comes after it
+                            pipeline = None  # an error of a card can break all that comes after it
                     else:
-                        print(f"{reports[-1].job.names}: {reports[-1].summary()}", flush=True)
+                        print(f"{report.job.names}: {report.summary()}", flush=True)
             _announce(pipeline, END)
     except Stopped as reason:
         world.claim_end()  # the other ranks lose their connection to this one, which is no failure
@@ -113,21 +112,20 @@ def follow(work: Work, device: torch.device, cache: Path | None, world: World) -
             pass
 
 
-def run_job(pipeline: ParallelPipeline | None, session: Session, number: int, stop: StopSignal, report: Report) -> None:
-    """Generate one video, or a batch, into its MP4s; whatever happens, the finished chunks end in playable MP4s.
+def run_job(pipeline: ParallelPipeline | None, number: int, stop: StopSignal, report: Report) -> None:
+    """Generate video `number`, or a batch, into its MP4s; whatever happens, finished chunks end in playable MP4s.
 
     A chunk is encoded, saved and committed in the background while the next is made, in order, and is finished only
     then. `pipeline` may be `None` if the run folder holds all chunks. `report` is filled as chunks are finished.
     """
     stop.check()
-    job = session.jobs[number]
-    request = job.request
+    session, job, request = report.session, report.job, report.request
     chunks, state = files_of(session, job), None
     if isinstance(chunks, RunFolder):
         state = chunks.state(session.device)
     report.resumed_from_chunk = finished = state.index if state else 0
     with ExitStack() as stack:
-        stack.enter_context(_finished_files(chunks, session, job, stop, report))
+        stack.enter_context(_finished_files(chunks, stop, report))
         if finished == request.num_chunks:
             return
         _announce(pipeline, number)
@@ -167,12 +165,12 @@ def run_job(pipeline: ParallelPipeline | None, session: Session, number: int, st
 
 
 @contextmanager
-def _finished_files(chunks: ChunkFiles, session: Session, job: Job, stop: StopSignal, report: Report) -> Iterator[None]:
+def _finished_files(chunks: ChunkFiles, stop: StopSignal, report: Report) -> Iterator[None]:
     """At the end, and where `stop` ends the process, the chunks are joined to what was asked for."""
 
     def join() -> None:
         report.playable = f"{chunks.path}/chunk-*.mp4"
-        chunks.join(job.output, session.save_latents)
+        chunks.join(report.job.output, report.session.save_latents)
         report.playable = None
         if not isinstance(chunks, RunFolder):
             chunks.remove()
