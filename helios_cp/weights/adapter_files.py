@@ -22,26 +22,15 @@ WEIGHT_NAMES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 CONFIG_NAME = "adapter_config.json"
 METADATA_KEY = "lora_adapter_metadata"
 
-PREFIXES = ("base_model.model.", "transformer.", "model.", "diffusion_model.", "lora_unet_", "lora_transformer_")
-PREFIXES += ("lycoris_",)
+PREFIXES = ("base_model.model.", "transformer.", "model.", "diffusion_model.")
+PREFIXES += ("lora_unet_", "lora_transformer_", "lycoris_")
 
 MERGED_KINDS = "LoRA, DoRA, LoHa, LoKr and .diff"
 
-WORDS = {
-    "lora_A": "lora_A",
-    "lora_B": "lora_B",
-    "lora_down": "lora_A",
-    "lora_up": "lora_B",
-    "lora_magnitude_vector": "lora_magnitude_vector",
-    "dora_scale": "dora_scale",
-    **{name: name for name in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")},
-    **{name: name for name in ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")},
-    "alpha": "alpha",
-    "diff": "diff",
-    "diff_b": "diff_b",
-    "w_norm": "diff",
-    "b_norm": "diff_b",
-}
+SAME_WORDS = "lora_A lora_B lora_magnitude_vector dora_scale hada_w1_a hada_w1_b hada_w2_a hada_w2_b alpha diff diff_b "
+SAME_WORDS += "lokr_w1 lokr_w1_a lokr_w1_b lokr_w2 lokr_w2_a lokr_w2_b"
+OTHER_WORDS = {"lora_down": "lora_A", "lora_up": "lora_B", "w_norm": "diff", "b_norm": "diff_b"}
+WORDS = {word: word for word in SAME_WORDS.split()} | OTHER_WORDS
 """The role of a tensor, by the word in its key. Two words of the same meaning become one."""
 
 OTHER_KINDS = {
@@ -62,19 +51,10 @@ OTHER_KINDS = {
 }
 """Kinds that are refused, by how the word in their keys begins."""
 
+WAN_IN_ATTENTION = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o", "norm_q": "norm_q", "norm_k": "norm_k"}
 WAN_IN_BLOCK = {
-    **{
-        f"{ours}.{layer}": f"{wan}.{other}"
-        for ours, wan in (("attn1", "self_attn"), ("attn2", "cross_attn"))
-        for layer, other in (
-            ("to_q", "q"),
-            ("to_k", "k"),
-            ("to_v", "v"),
-            ("to_out.0", "o"),
-            ("norm_q", "norm_q"),
-            ("norm_k", "norm_k"),
-        )
-    },
+    **{f"attn1.{ours}": f"self_attn.{wan}" for ours, wan in WAN_IN_ATTENTION.items()},
+    **{f"attn2.{ours}": f"cross_attn.{wan}" for ours, wan in WAN_IN_ATTENTION.items()},
     "ffn.net.0.proj": "ffn.0",
     "ffn.net.2": "ffn.2",
     "norm2": "norm3",
@@ -100,18 +80,13 @@ class Entry:
     tensor: Tensor
 
 
-@dataclass(frozen=True)
-class AdapterFile:
-    """The content of a file: for each layer, by its name in diffusers, its tensors by role. `config` is PEFT's."""
+def read_adapter_file(
+    file: Path, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[Mapping[str, Mapping[str, Entry]], Mapping[str, Any]]:
+    """Of each layer of a file, by its name in diffusers, the tensors by role; and PEFT's configuration.
 
-    layers: Mapping[str, Mapping[str, Entry]]
-    config: Mapping[str, Any]
-
-
-def read_adapter_file(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> AdapterFile:
-    """Reads a file for a model whose parameters have these shapes.
-
-    Raises `CheckpointError` for a damaged file, and for a key of an unknown kind or of a layer that the model lacks.
+    The model's parameters have these shapes. Raises `CheckpointError` for a damaged file, and for a key of an unknown
+    kind or of a layer that the model lacks.
     """
     with open_file(file) as shard:
         tensors = {key: shard.get_tensor(key) for key in shard.keys()}  # noqa: SIM118 - no mapping
@@ -128,7 +103,7 @@ def read_adapter_file(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> Adap
         found[word] = Entry(key, tensor)
     if not layers:
         raise CheckpointError("holds no adapter; keys that end in lora_A.weight are needed")
-    return AdapterFile(layers, _config(file, metadata))
+    return layers, _config(file, metadata)
 
 
 def layer_names(parameters: Iterable[str]) -> dict[str, str]:
@@ -184,15 +159,13 @@ def _without_prefix(name: str) -> str:
 
 def _config(file: Path, metadata: str | None) -> Mapping[str, Any]:
     """PEFT's configuration: what diffusers keeps in the file's header, or the `adapter_config.json` beside it."""
-    config: Mapping[str, Any] = {}
-    if metadata is not None:
-        try:
-            config = {key.removeprefix("transformer."): value for key, value in json.loads(metadata).items()}
-        except (ValueError, AttributeError):
-            raise CheckpointError(f"{METADATA_KEY} in its header is no JSON object") from None
-    elif (file.parent / CONFIG_NAME).is_file():
-        config = read_json(file.parent / CONFIG_NAME)
-    return config
+    if metadata is None:
+        beside = file.parent / CONFIG_NAME
+        return read_json(beside) if beside.is_file() else {}
+    try:
+        return {key.removeprefix("transformer."): value for key, value in json.loads(metadata).items()}
+    except (ValueError, AttributeError):
+        raise CheckpointError(f"{METADATA_KEY} in its header is no JSON object") from None
 
 
 def find_adapter_file(path: Path) -> Path:

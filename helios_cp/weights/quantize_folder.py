@@ -23,10 +23,9 @@ from helios_cp.files.tensor_files import Reader, read_json
 from helios_cp.files.whole_files import write_json, write_tensors
 from helios_cp.model.transformer import empty_model
 from helios_cp.weights.check import check_execution
-from helios_cp.weights.lora import read_updates, shapes_of
+from helios_cp.weights.lora import merged, read_updates, shapes_of
 from helios_cp.weights.quantize import MARKER, quantise, quantization_marker, stored_quantization
 from helios_cp.weights.transformer import STEM, Updates, check_transformer, quantised_layers, stored_transformer
-from helios_cp.weights.updates import merged
 
 SHARD_BYTES = 2_000_000_000
 

@@ -29,7 +29,7 @@ from helios_cp.model.fused import stored_names
 from helios_cp.model.transformer import HeliosTransformer, empty_model
 from helios_cp.weights.allocate import allocate
 from helios_cp.weights.load import load_scheduler, load_text_encoder, load_vae
-from helios_cp.weights.lora import read_updates, shapes_of
+from helios_cp.weights.lora import Update, merged, read_updates, shapes_of
 from helios_cp.weights.placement import Destination, Moved, Placement
 from helios_cp.weights.quantize import (
     assemble,
@@ -41,7 +41,6 @@ from helios_cp.weights.quantize import (
     stored_quantization,
     with_components,
 )
-from helios_cp.weights.updates import Update, merged
 
 STEM = WEIGHT_STEMS["transformer"]
 IGNORED_KEY = "norm_added_q"  # in some checkpoints, used by no Helios; diffusers leaves it out too

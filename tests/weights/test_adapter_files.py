@@ -19,8 +19,7 @@ from helios_cp.config.errors import RequestError
 from helios_cp.config.execution import Adapter, Execution
 from helios_cp.model.transformer import HeliosTransformer
 from helios_cp.weights.adapter_files import layer_names
-from helios_cp.weights.lora import check_adapters, read_updates, shapes_of
-from helios_cp.weights.updates import merged
+from helios_cp.weights.lora import check_adapters, merged, read_updates, shapes_of
 from tests.loading import load_transformer
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]

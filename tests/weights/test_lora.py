@@ -26,9 +26,8 @@ from helios_cp.config.execution import Adapter, Execution
 from helios_cp.config.request import Request
 from helios_cp.model.transformer import HeliosTransformer
 from helios_cp.pipeline.pipeline import Pipeline
-from helios_cp.weights.lora import read_updates, shapes_of
+from helios_cp.weights.lora import merged, read_updates, shapes_of
 from helios_cp.weights.transformer import Source
-from helios_cp.weights.updates import merged
 from parallel.mesh import Degrees, Mesh
 from tests.loading import load_transformer
 
