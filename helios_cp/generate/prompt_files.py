@@ -55,20 +55,20 @@ def read_prompt_file(
     """
     if request.prompt or request.prompt_schedule:
         raise RequestError(f"--prompt-file {path}: give no --prompt or --prompt-schedule beside it")
-    table = read_table(path)
+    columns, rows = read_table(path)
     for pair in (("image_name", "prompt_index"), ("prompt_schedule", "prompt_index")):
-        if table.columns >= set(pair):
+        if columns >= set(pair):
             raise RequestError(f"--prompt-file {path}: the columns {' and '.join(pair)} exclude each other")
-    if "image_name" in table.columns and request.image is not None:
+    if "image_name" in columns and request.image is not None:
         raise RequestError(f"--prompt-file {path}: the pictures come from its image_name; give no --image beside it")
     pictures = image_folder or (path.parent if path.is_file() else Path())
-    is_interactive = "prompt_index" in table.columns
+    is_interactive = "prompt_index" in columns
     videos: dict[str, dict[int, Request]] = {}
-    for row in table.rows:
+    for row in rows:
         name, index = _name_and_index(row)
         parts = videos.setdefault(name, {})
         made = replace(request, **_shown(row, name), lora=_lora(row, name, path.parent) or request.lora)
-        if "image_name" in table.columns:
+        if "image_name" in columns:
             made = replace(made, image=_picture(row, name, pictures))
         if index in parts:
             again = f"the prompt_index {index} of " if is_interactive else ""

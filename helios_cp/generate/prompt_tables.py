@@ -6,9 +6,9 @@ import codecs
 import csv
 import functools
 import io
+import itertools
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,14 +31,8 @@ class Row:
     cells: dict[str, str]
 
 
-@dataclass(frozen=True)
-class Table:
-    columns: frozenset[str]
-    rows: tuple[Row, ...]
-
-
-def read_table(path: Path) -> Table:
-    """The rows of a prompt file; the lines of a .txt have the columns id, counted from 0, and prompt.
+def read_table(path: Path) -> tuple[set[str], list[Row]]:
+    """The columns and rows of a prompt file; the lines of a .txt have the columns id, counted from 0, and prompt.
 
     Without a suffix, as with a pipe, the first line tells what it is. Raises `RequestError`.
     """
@@ -50,12 +44,9 @@ def read_table(path: Path) -> Table:
         return _json_lines(path, text)
     if suffix in (".csv", ".tsv") or (not suffix and _delimiter(text) is not None):
         return _separated(path, text)
-    lines = [line.strip() for line in text.split("\n") if line.strip()]
-    rows = (
-        Row(f"--prompt-file {path}, prompt {number}", {"id": str(number), "prompt": line})
-        for number, line in enumerate(lines)
-    )
-    return Table(frozenset(("id", "prompt")), tuple(rows))
+    lines = enumerate(filter(None, map(str.strip, text.split("\n"))))
+    rows = [Row(f"--prompt-file {path}, prompt {at}", {"id": str(at), "prompt": line}) for at, line in lines]
+    return {"id", "prompt"}, rows
 
 
 def _read(path: Path) -> str:
@@ -83,39 +74,39 @@ def _read_once(path: Path, inode: int) -> bytes:
     return path.read_bytes()
 
 
-def _separated(path: Path, text: str) -> Table:
+def _separated(path: Path, text: str) -> tuple[set[str], list[Row]]:
     """Columns in any order and case. Rows of empty cells and columns of other names, or of none, are passed over."""
     hint = re.match(r'"?sep=(.)"?\n', text)  # a line for Excel
     start = hint.end() if hint else 0
     delimiter = hint[1] if hint else _delimiter(text) or ("\t" if path.suffix.lower() == ".tsv" else ",")
     reader = _reader(text[start:], delimiter)
     rows = []
+
+    def where() -> str:
+        return f"--prompt-file {path}, line {reader.line_num + (start > 0)}"
+
     try:
         header = [name.strip().casefold() for name in next(reader, [])]
         for name in COLUMNS:
             if header.count(name) > 1:
                 raise RequestError(f"--prompt-file {path}: the column {name} stands there twice; leave one out")
         for cells in reader:
-            where = f"--prompt-file {path}, line {reader.line_num + (start > 0)}"
             values = [cell.strip() for cell in cells]
             if any(values[len(header) :]):
-                raise RequestError(f"{where}: more cells than columns; put prompts with commas in double quotes")
+                raise RequestError(f"{where()}: more cells than columns; put prompts with commas in double quotes")
             if any(values):
-                values += [""] * (len(header) - len(values))
-                rows.append(
-                    Row(where, {name: cell for name, cell in zip(header, values, strict=False) if name in COLUMNS})
-                )
+                named = itertools.zip_longest(header, values, fillvalue="")
+                rows.append(Row(where(), {name: cell for name, cell in named if name in COLUMNS}))
     except csv.Error as error:
-        where = f"--prompt-file {path}, line {reader.line_num + (start > 0)}"
-        raise RequestError(f"{where}: it is no valid CSV: {error}; is a double quote missing?") from None
-    columns = frozenset(header) & frozenset(COLUMNS)
+        raise RequestError(f"{where()}: it is no valid CSV: {error}; is a double quote missing?") from None
+    columns = set(header) & set(COLUMNS)
     if "id" not in columns or not columns & set(SHOWN):
         found = ", ".join(filter(None, header)) or "none"
         raise RequestError(
             f"--prompt-file {path}: the columns are {found}; needed are id and prompt or refined_prompt, with "
             "image_name for pictures or prompt_index for interactive videos"
         )
-    return Table(columns, tuple(rows))
+    return columns, rows
 
 
 def _reader(text: str, delimiter: str) -> Any:
@@ -134,16 +125,9 @@ def _delimiter(text: str) -> str | None:
     return None
 
 
-def _json_lines(path: Path, text: str) -> Table:
+def _json_lines(path: Path, text: str) -> tuple[set[str], list[Row]]:
     """An object a line, whose values are texts or numbers; where no line has an id, they are counted from 0."""
-    rows = list(_objects(path, text))
-    columns = frozenset(name for row in rows for name in row.cells)
-    if "id" not in columns:
-        rows = [Row(row.where, {"id": str(number), **row.cells}) for number, row in enumerate(rows)]
-    return Table(columns | {"id"}, tuple(rows))
-
-
-def _objects(path: Path, text: str) -> Iterator[Row]:
+    rows = []
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -156,11 +140,16 @@ def _objects(path: Path, text: str) -> Iterator[Row]:
             raise RequestError(f'{where}: an object is allowed, such as {{"id": "fox", "prompt": "a red fox"}}')
         cells = {}
         for name, value in values.items():
-            if name.strip().casefold() not in COLUMNS or value is None:
+            column = name.strip().casefold()
+            if column not in COLUMNS or value is None:
                 continue
-            if name.strip().casefold() == "prompt_schedule" and isinstance(value, list):
+            if column == "prompt_schedule" and isinstance(value, list):
                 value = json.dumps(value)
             if isinstance(value, bool | list | dict):
                 raise RequestError(f"{where}: {name} is {json.dumps(value)}; a text is allowed")
-            cells[name.strip().casefold()] = str(value).strip()
-        yield Row(where, cells)
+            cells[column] = str(value).strip()
+        rows.append(Row(where, cells))
+    columns = {name for row in rows for name in row.cells}
+    if "id" not in columns:
+        rows = [Row(row.where, {"id": str(number), **row.cells}) for number, row in enumerate(rows)]
+    return columns | {"id"}, rows
