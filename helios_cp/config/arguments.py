@@ -183,16 +183,13 @@ def _fits(value: float, about: Flag) -> bool:
 
 
 def _allowed(about: Flag) -> str:
+    least, most = _shown(about.least), _shown(about.most)
     if about.above is not None:
-        return f"a finite number above {_shown(about.above)} is allowed" + (
-            "" if about.most is None else f", up to {_shown(about.most)}"
-        )
-    if about.least is not None and about.most is not None:
-        return f"allowed is {_shown(about.least)} to {_shown(about.most)}"
+        up_to = "" if about.most is None else f", up to {most}"
+        return f"a finite number above {_shown(about.above)} is allowed{up_to}"
     if about.most is not None:
-        return f"at most {_shown(about.most)} is allowed"
-    number = "a finite number of " if isinstance(about.least, float) else ""
-    return f"{number}at least {_shown(about.least)} is allowed"
+        return f"at most {most} is allowed" if about.least is None else f"allowed is {least} to {most}"
+    return f"{'a finite number of ' if isinstance(about.least, float) else ''}at least {least} is allowed"
 
 
 def _shown(value: Any) -> str:

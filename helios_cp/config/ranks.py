@@ -32,21 +32,18 @@ class Ranks:
     def of(cls, environment: Mapping[str, str]) -> Ranks:
         """Read torchrun's environment; one rank without it. Raises `RequestError` for what torchrun does not set."""
 
-        def number(name: str, default: int) -> int:
+        def number(name: str, default: int, least: int = 0) -> int:
             text = environment.get(name, str(default))
             if not text.isdecimal():
                 raise RequestError(f"{name} {text!r} in the environment: a whole number is allowed; torchrun sets it")
+            if int(text) < least:
+                raise RequestError(f"{name} {text} in the environment: at least {least} is allowed; torchrun sets it")
             return int(text)
 
-        size = number("WORLD_SIZE", 1)
-        local_size = number("LOCAL_WORLD_SIZE", 1)
-        for name, value in (("WORLD_SIZE", size), ("LOCAL_WORLD_SIZE", local_size)):
-            if value < 1:
-                raise RequestError(f"{name} {value} in the environment: at least 1 is allowed; torchrun sets it")
-        places = {"RANK": number("RANK", 0), "LOCAL_RANK": number("LOCAL_RANK", 0)}
-        for name, value in places.items():
-            of = "LOCAL_WORLD_SIZE" if name == "LOCAL_RANK" and "LOCAL_WORLD_SIZE" in environment else "WORLD_SIZE"
-            count = local_size if of == "LOCAL_WORLD_SIZE" else size
+        size, local_size = number("WORLD_SIZE", 1, 1), number("LOCAL_WORLD_SIZE", 1, 1)
+        rank, local_rank = number("RANK", 0), number("LOCAL_RANK", 0)
+        local = ("LOCAL_WORLD_SIZE", local_size) if "LOCAL_WORLD_SIZE" in environment else ("WORLD_SIZE", size)
+        for name, value, (of, count) in (("RANK", rank, ("WORLD_SIZE", size)), ("LOCAL_RANK", local_rank, local)):
             if value >= count:
                 told = f"{of} is {count}" if of in environment else f"{of} is not set"
                 raise RequestError(
@@ -56,7 +53,7 @@ class Ranks:
             _check_tasks(environment)
         # On several machines the counts can differ; there `--rdzv-backend c10d` makes a new store for each attempt.
         attempt = number("TORCHELASTIC_RESTART_COUNT", 0) if local_size == size else 0
-        return cls(places["RANK"], places["LOCAL_RANK"], local_size, size, attempt)
+        return cls(rank, local_rank, local_size, size, attempt)
 
     @property
     def is_first(self) -> bool:
