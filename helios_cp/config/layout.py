@@ -90,7 +90,9 @@ def complete_degrees(given: dict[str, int], world_size: int, **limits: Any) -> D
         degrees = fill_degrees(given, world_size, **limits)
         degrees.check(world_size, **limits)
     except ValueError as error:
-        raise RequestError(f"{as_typed(given)}: {error}") from None
+        names = {name: flag_name(AskedLayout, field) for field, name in DEGREES.items()}
+        typed = " ".join(f"{names[name]} {value}" for name, value in given.items()) or "number of ranks"
+        raise RequestError(f"{typed}: {error}") from None
     return degrees
 
 
@@ -118,12 +120,6 @@ def fill_degrees(
     rest = {name: value for name, value in given.items() if name in ("ffn_tp", "vae")}
     fitting = (d for d in range(1, degrees.sequence + 1) if degrees.sequence % d == 0 and d <= vae_rows)
     return replace(degrees, **{"vae": max(fitting), **rest})
-
-
-def as_typed(given: dict[str, int]) -> str:
-    """The layout flags of `given`, as a user types them."""
-    names = {name: flag_name(AskedLayout, field) for field, name in DEGREES.items()}
-    return " ".join(f"{names[name]} {value}" for name, value in given.items()) or "number of ranks"
 
 
 def smallest_tokens(request: Request, checkpoint: Checkpoint) -> int:

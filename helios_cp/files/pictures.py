@@ -82,21 +82,16 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     with contextlib.suppress(Exception):  # EXIF that cannot be read, which viewers ignore
         picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I"):
-        picture = _to_8_bits(picture)
+        pixels = np.asarray(picture).astype(np.int64)
+        if pixels.min() < 0 or pixels.max() > 65535:
+            raise RequestError("image with 32-bit pixels: save it with 8 or 16 bits")
+        picture = Image.fromarray(((pixels + 128) // 257).astype(np.uint8))  # Pillow would clip 16-bit grey to white
     elif picture.mode == "F":
         raise RequestError("image with floating-point pixels: their range is unknown; save it with 8 or 16 bits")
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     return picture.convert("RGB")
-
-
-def _to_8_bits(picture: Image.Image) -> Image.Image:
-    """Scale 16-bit grey to 8 bits; Pillow's own conversion clips it to white."""
-    pixels = np.asarray(picture).astype(np.int64)
-    if pixels.min() < 0 or pixels.max() > 65535:
-        raise RequestError("image with 32-bit pixels: save it with 8 or 16 bits")
-    return Image.fromarray(((pixels + 128) // 257).astype(np.uint8))
 
 
 def resize(picture: Image.Image, height: int, width: int, mode: str = "stretch") -> torch.Tensor:

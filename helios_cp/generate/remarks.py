@@ -14,7 +14,12 @@ from helios_cp.tiny.world import TRAINED_SIZE
 
 def request_remarks(requests: Sequence[Request], checkpoint: Checkpoint) -> list[str]:
     """Of resolved requests whose pictures and clips were checked: each remark once."""
-    found = [remark for request in requests for remark in [*_media(request), *_cut_prompts(request, checkpoint)]]
+    found: list[str] = []
+    for request in requests:
+        size = request.height, request.width, request.resize_mode
+        found += [] if request.image is None else picture_remarks(request.image, *size)
+        found += [] if request.video is None else clip_remarks(request.video, *size, request.fps)
+        found += _cut_prompts(request, checkpoint)
     if checkpoint.rendered_world:
         found += [remark for request in requests for remark in _outside(request)]
     ignored = {flag: value for request in requests for flag, value in request.ignored(checkpoint).items()}
@@ -23,12 +28,6 @@ def request_remarks(requests: Sequence[Request], checkpoint: Checkpoint) -> list
         for flag, value in ignored.items()
     ]
     return list(dict.fromkeys(found))
-
-
-def _media(request: Request) -> list[str]:
-    size = request.height, request.width, request.resize_mode
-    picture = [] if request.image is None else picture_remarks(request.image, *size)
-    return picture + ([] if request.video is None else clip_remarks(request.video, *size, request.fps))
 
 
 def _outside(request: Request) -> list[str]:

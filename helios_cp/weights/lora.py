@@ -69,22 +69,18 @@ class Update:
         joined = self.join(*sides)
         return self.scale * (joined.unflatten(1, like.shape[1:]) if like.ndim > 1 else joined.flatten())
 
-    def apply(self, total: Tensor, weight: Tensor) -> Tensor:
-        """The next `total`, in fp32: `weight` is the checkpoint's, whole, `total` what earlier updates made of it."""
-        product = self.product(weight)
-        if self.magnitude is None:
-            return total + product
-        lengths = (weight + product).flatten(1).norm(dim=1).clamp(min=1e-12)  # a row of zeros stays one
-        factors = self.magnitude.to(weight.device, torch.float32) / lengths
-        return factors.view(-1, *[1] * (weight.ndim - 1)) * (total + product)
-
 
 def merged(weight: Tensor, updates: Iterable[Update]) -> Tensor:
     """A whole weight of the checkpoint after all updates, in fp32."""
     weight = weight.float()
     total = weight
     for update in updates:
-        total = update.apply(total, weight)
+        product = update.product(weight)
+        total = total + product
+        if update.magnitude is not None:
+            lengths = (weight + product).flatten(1).norm(dim=1).clamp(min=1e-12)  # a row of zeros stays one
+            factors = update.magnitude.to(weight.device, torch.float32) / lengths
+            total = factors.view(-1, *[1] * (weight.ndim - 1)) * total
     return total
 
 

@@ -7,6 +7,7 @@ Each row is quantised alone. So q, k and v keep their names, and every rank can 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -114,15 +115,8 @@ def _copy_rest(source: Path, target: Path) -> None:
         for file in sorted(path for path in (source / part).rglob("*") if path.is_file() and part != "transformer"):
             copy = target / file.relative_to(source)
             copy.parent.mkdir(parents=True, exist_ok=True)
-            if file.suffix == ".safetensors":
-                _link(file, copy)
-            else:
-                shutil.copyfile(file, copy)
-
-
-def _link(file: Path, copy: Path) -> None:
-    """One file under two names takes no room, and files of weights are never written to."""
-    try:
-        os.link(os.path.realpath(file), copy)
-    except OSError:  # another disk, or a file system without links
-        shutil.copyfile(file, copy)
+            with contextlib.suppress(OSError):  # another disk, or a file system without links
+                if file.suffix == ".safetensors":  # such files are never written to
+                    os.link(os.path.realpath(file), copy)
+                    continue
+            shutil.copyfile(file, copy)
