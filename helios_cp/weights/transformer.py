@@ -81,24 +81,31 @@ def load_adaptable(
 
     placement.shrink(model, home)
     _allocate(model, home, kind)
-    source = Source(Reader(stored), shapes, kind, stored_kind is not None, device)
-    _fill_all(placement.destinations(model, {}), source, updates)
-    model.eval().requires_grad_(False)
-    return model, AdapterState(model, source, placement, execution.lora, frozenset(updates))
+    is_stored_quantised = stored_kind is not None
+    state = AdapterState(model, placement, Reader(stored), shapes, kind, is_stored_quantised, device)
+    _fill_all(state, updates)
+    state.current, state.touched = execution.lora, frozenset(updates)
+    return model.eval().requires_grad_(False), state
 
 
-@dataclass(frozen=True)
-class Source:
-    """What a transformer's weights are made from, and how.
+@dataclass
+class AdapterState:
+    """The adapters in a loaded transformer's weights, and what it takes to exchange them.
 
-    Weights of the blocks are of `kind`, in the files already if `is_stored_quantised`. They are computed on `device`.
+    `shapes` are those of all weights, by name. Weights of the blocks are of `kind`, in the files already if
+    `is_stored_quantised`. They are computed on `device`. `touched` are the weights that the `current` adapters change;
+    `current` is `None` after an interruption.
     """
 
+    model: HeliosTransformer
+    placement: Placement
     read: Reader
     shapes: Mapping[str, tuple[int, ...]]
     kind: str | None
     is_stored_quantised: bool
     device: torch.device
+    current: tuple[Adapter, ...] | None = ()
+    touched: frozenset[str] = frozenset()
 
     @torch.no_grad()
     def fill(self, destination: Destination, updates: Updates, read: Read | None = None) -> None:
@@ -117,20 +124,6 @@ class Source:
             own = part_of_component(part, component, self.kind)
             memory[component].copy_(values[own] if own else values)
 
-
-@dataclass
-class AdapterState:
-    """The adapters in a loaded transformer's weights, and what it takes to exchange them.
-
-    `touched` are the weights that the `current` adapters change, by name; `current` is `None` after an interruption.
-    """
-
-    model: HeliosTransformer
-    source: Source
-    placement: Placement
-    current: tuple[Adapter, ...] | None
-    touched: frozenset[str]
-
     def exchange(self, adapters: Iterable[Adapter], moved: Moved | None = None) -> None:
         """Have the transformer run with these adapters and no others.
 
@@ -144,15 +137,15 @@ class AdapterState:
         adapters = tuple(adapters)
         if adapters == self.current:
             return
-        if self.source.is_stored_quantised:
-            kind = self.source.kind
+        if self.is_stored_quantised:
+            kind = self.kind
             raise RequestError(f"--lora {adapters[0].path}: the weights are stored as {kind}, so none can be merged")
-        updates = read_updates(adapters, self.source.shapes)
+        updates = read_updates(adapters, self.shapes)
         touched = self.touched | frozenset(updates)
         self.current, self.touched = None, touched  # if this is interrupted, the next call makes all of them anew
         for destination in self.placement.destinations(self.model, moved or {}):
             if destination.name in touched:
-                self.source.fill(destination, updates)
+                self.fill(destination, updates)
         self.current, self.touched = adapters, frozenset(updates)
         if any(name.startswith("condition_embedder.") for name in touched):
             self.model.weights_changed()
@@ -213,23 +206,23 @@ def _allocate(model: HeliosTransformer, device: torch.device, kind: str | None) 
         module.weight = nn.Parameter(weight, requires_grad=False)
 
 
-def _fill_all(destinations: Iterable[Destination], source: Source, updates: Updates) -> None:
+def _fill_all(state: AdapterState, updates: Updates) -> None:
     """File after file, none of which stays mapped once it was read: what is mapped and read counts as memory used."""
-    stored = source.read.stored
-    found = {destination.name: destination for destination in _stored_destinations(destinations, source)}
+    stored = state.read.stored
+    found = {destination.name: destination for destination in _stored_destinations(state)}
     own = [name for name in stored if name in found]
     for file, names in itertools.groupby(own, key=lambda name: stored[name].file):
         with open_file(file) as shard:
             for name in names:
-                source.fill(found[name], updates, lambda name, part, shard=shard: read(shard, name, part))
+                state.fill(found[name], updates, lambda name, part, shard=shard: read(shard, name, part))
 
 
-def _stored_destinations(destinations: Iterable[Destination], source: Source) -> Iterator[Destination]:
+def _stored_destinations(state: AdapterState) -> Iterator[Destination]:
     """One for each tensor of the files. Of weights that are stored quantised, each component is one."""
-    for destination in destinations:
-        if not source.is_stored_quantised or not isinstance(destination.memory, dict):
+    for destination in state.placement.destinations(state.model, {}):
+        if not state.is_stored_quantised or not isinstance(destination.memory, dict):
             yield destination
             continue
         for component, memory in destination.memory.items():
-            part = part_of_component(destination.part, component, source.kind)
+            part = part_of_component(destination.part, component, state.kind)
             yield Destination(f"{destination.name}.{component}", part, memory)

@@ -27,7 +27,7 @@ from helios_cp.config.request import Request
 from helios_cp.model.transformer import HeliosTransformer
 from helios_cp.pipeline.pipeline import Pipeline
 from helios_cp.weights.lora import merged, read_updates, shapes_of
-from helios_cp.weights.transformer import Source
+from helios_cp.weights.transformer import AdapterState
 from parallel.mesh import Degrees, Mesh
 from tests.loading import load_transformer
 
@@ -247,8 +247,8 @@ def test_untouched_weights_are_not_read(checkpoint, pair, monkeypatch):
     """Only those that the adapters until now or the new ones change; and none if they are there already."""
     _, (style, motion) = pair
     pipeline = Pipeline.from_pretrained(checkpoint, dtype=torch.float32, execution=Execution(lora=(style,)))
-    read, fill = [], Source.fill
-    monkeypatch.setattr(Source, "fill", lambda self, to, *rest: (read.append(to.name), fill(self, to, *rest)))
+    read, fill = [], AdapterState.fill
+    monkeypatch.setattr(AdapterState, "fill", lambda self, to, *rest: (read.append(to.name), fill(self, to, *rest)))
     pipeline.set_adapters([motion])
     updates = read_updates([style, motion], shapes_of(pipeline.transformer))
     assert sorted(read) == sorted(updates)
@@ -380,7 +380,7 @@ def test_a_failed_exchange_changes_nothing(checkpoint, pair, tmp_path):
 def test_an_interrupted_exchange_is_made_good(checkpoint, pair, monkeypatch):
     """The next call makes all weights anew that may be half of one and half of the other."""
     pipeline = Pipeline.from_pretrained(checkpoint, dtype=torch.float32)
-    count, fill = [0], Source.fill
+    count, fill = [0], AdapterState.fill
 
     def fail(*arguments) -> None:
         count[0] += 1
@@ -389,7 +389,7 @@ def test_an_interrupted_exchange_is_made_good(checkpoint, pair, monkeypatch):
         fill(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Source, "fill", fail)
+        patch.setattr(AdapterState, "fill", fail)
         with pytest.raises(KeyboardInterrupt):
             pipeline.set_adapters(pair[1])
     plain = bits(load_transformer(checkpoint, torch.float32))
