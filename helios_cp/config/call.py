@@ -65,10 +65,7 @@ class Call:
     )
     image_folder: Path | None = flag(None, "where image_name is looked up (default: beside the .csv)", "DIR")
     interpolate_time: int | None = flag(
-        None,
-        "how long each prompt of an interactive .csv holds (default: 7)",
-        "CHUNKS",
-        least=1,
+        None, "how long each prompt of an interactive .csv holds (default: 7)", "CHUNKS", least=1
     )
     prompt_schedule_file: Path | None = flag(
         None,

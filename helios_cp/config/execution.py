@@ -103,11 +103,7 @@ class Execution:
         choices=OFFLOADS,
     )
     lora: tuple[Adapter, ...] = flag(
-        (),
-        "a LoRA, DoRA, LoHa or LoKr; repeat it for several",
-        "PATH[:WEIGHT]",
-        repeat=True,
-        convert=Adapter.parse,
+        (), "a LoRA, DoRA, LoHa or LoKr; repeat it for several", "PATH[:WEIGHT]", repeat=True, convert=Adapter.parse
     )
     block_cache: float | None = flag(
         None,

@@ -48,8 +48,7 @@ class AskedLayout:
     ffn_tp: int | None = flag(None, "split the feed-forward weights; saves memory", "T")
     vae_parallel: int | None = flag(None, "split the VAE by rows of the picture", "V")
     shard_weights: bool | None = flag(
-        None,
-        "spread the blocks' weights over all ranks, gathered one block ahead; saves most memory (default: off)",
+        None, "spread the blocks' weights over all ranks, gathered one block ahead; saves most memory (default: off)"
     )
     attention: str | None = flag(None, "kernels of the attention (default: native, PyTorch's own)", choices=ENGINES)
     backend: str | None = flag(

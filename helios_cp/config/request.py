@@ -55,8 +55,10 @@ class ScheduledPrompt:
             ) from None
 
 
-def _noise(kind: str) -> str:
-    return f"two numbers, the range of the noise mixed into the {kind}'s latents"
+def _noise(kind: str) -> Any:
+    about = f"two numbers, the range of the noise mixed into the {kind}'s latents"
+    sets = (f"{kind}_noise_sigma_min", f"{kind}_noise_sigma_max")
+    return flag(0.111, about, ("MIN", "MAX"), name=f"--{kind}-noise-sigma", nargs="+", sets=sets)
 
 
 @dataclass(frozen=True)
@@ -104,24 +106,10 @@ class Request:
         "(default: stretch, as diffusers does)",
         "MODE",
     )
-    image_noise_sigma_min: float = flag(
-        0.111,
-        _noise("image"),
-        ("MIN", "MAX"),
-        name="--image-noise-sigma",
-        nargs="+",
-        sets=("image_noise_sigma_min", "image_noise_sigma_max"),
-    )
+    image_noise_sigma_min: float = _noise("image")
     image_noise_sigma_max: float = 0.135
     add_noise_to_image_latents: bool = flag(True, "mix noise into them")
-    video_noise_sigma_min: float = flag(
-        0.111,
-        _noise("video"),
-        ("MIN", "MAX"),
-        name="--video-noise-sigma",
-        nargs="+",
-        sets=("video_noise_sigma_min", "video_noise_sigma_max"),
-    )
+    video_noise_sigma_min: float = _noise("video")
     video_noise_sigma_max: float = 0.135
     add_noise_to_video_latents: bool = flag(True, "mix noise into them")
 
@@ -138,22 +126,15 @@ class Request:
     )
     num_inference_steps: int | None = flag(None, "Base only (default: 50)", "N", least=1)
     pyramid_num_inference_steps_list: tuple[int, ...] | None = flag(
-        None,
-        "steps of each stage (default: 20 20 20 for Mid, 2 2 2 for Distilled)",
-        "N",
-        name="--pyramid-steps",
+        None, "steps of each stage (default: 20 20 20 for Mid, 2 2 2 for Distilled)", "N", name="--pyramid-steps"
     )
     sigmas: tuple[float, ...] | None = None
     lora: tuple[Adapter, ...] | None = None
     is_amplify_first_chunk: bool | None = flag(
-        None,
-        "twice the steps for the first chunk; Distilled only (default: on there)",
-        name="--amplify-first-chunk",
+        None, "twice the steps for the first chunk; Distilled only (default: on there)", name="--amplify-first-chunk"
     )
     is_skip_first_chunk: bool = flag(
-        False,
-        "anchor the video on its second chunk, for pictures that stay too still",
-        name="--skip-first-chunk",
+        False, "anchor the video on its second chunk, for pictures that stay too still", name="--skip-first-chunk"
     )
     keep_first_frame: bool = flag(True, "let every chunk see the first frame")
     match_seams: bool = flag(
