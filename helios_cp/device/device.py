@@ -54,7 +54,8 @@ def _import_npu(name: str) -> None:
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """The named dtype; "auto" is bfloat16 where an accelerator has it, else float32. Raises `RequestError`."""
     if name == "auto":
-        return torch.bfloat16 if device.type != "cpu" and has_bfloat16(device) else torch.float32
+        is_old_mac = device.type == "mps" and not torch.backends.mps.is_macos_or_newer(14, 0)
+        return torch.float32 if device.type == "cpu" or is_old_mac else torch.bfloat16
     if name not in DTYPES:
         raise RequestError(f"--dtype {name}: allowed are {', '.join(DTYPES)} and auto")
     return getattr(torch, name)
@@ -62,11 +63,6 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether the device has it; Apple's GPUs do from macOS 14 on."""
-    return device.type != "mps" or torch.backends.mps.is_macos_or_newer(14, 0)
 
 
 def has_float64(device: torch.device) -> bool:
