@@ -55,6 +55,10 @@ class Ranks:
         attempt = number("TORCHELASTIC_RESTART_COUNT", 0) if local_size == size else 0
         return cls(rank, local_rank, local_size, size, attempt)
 
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
 
 def _check_tasks(environment: Mapping[str, str]) -> None:
     """Raises `RequestError` where several tasks of one step would each take itself for the only one."""
@@ -76,7 +80,7 @@ def parse_on_rank(
         ranks = Ranks.of(environment)
     except RequestError as error:
         refusal = error
-    parser.is_quiet = ranks.rank > 0
+    parser.is_quiet = not ranks.is_first
     parsed = parser.parse_args(arguments)
     if refusal is not None:
         parser.error(str(refusal))
