@@ -1,12 +1,6 @@
-"""Work that runs on a device while the host goes on: marks in its streams, copies from and to the host, and clocks."""
+"""Work that runs on a device while the host goes on: streams, marks in them, and copies from and to the host."""
 
 from __future__ import annotations
-
-import time
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,6 +14,13 @@ def wait_for(device: torch.device) -> None:
         torch.accelerator.current_stream(device).synchronize()
     elif device.type != "cpu":
         torch.accelerator.synchronize(device)
+
+
+def mark(device: torch.device) -> torch.Event:
+    """A mark behind all that the current stream of a device with streams was given so far."""
+    event = torch.Event(device, enable_timing=True)
+    event.record(torch.accelerator.current_stream(device))
+    return event
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -39,33 +40,6 @@ def to_host(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
-class HostMark:
-    """A moment of the host's clock at which the device was done: a `torch.Event` where there are no streams."""
-
-    def __init__(self, device: torch.device) -> None:
-        wait_for(device)
-        self._seconds = time.perf_counter()
-
-    def synchronize(self) -> None:
-        pass
-
-    def elapsed_time(self, end: HostMark) -> float:
-        """In milliseconds."""
-        return 1000 * (end._seconds - self._seconds)
-
-
-Mark = torch.Event | HostMark
-
-
-def make_mark(device: torch.device) -> Mark:
-    """A mark after all work given to the device so far: in its current stream, or by the clock without streams."""
-    if not has_streams(device):
-        return HostMark(device)
-    event = torch.Event(device, enable_timing=True)
-    event.record(torch.accelerator.current_stream(device))
-    return event
-
-
 class Pace:
     """Keeps the host one step ahead of the device and no more.
 
@@ -75,55 +49,12 @@ class Pace:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._last: Mark | None = None
+        self._last: torch.Event | None = None
 
     def step(self) -> None:
         """A step was queued; waits for the one before it."""
         if not has_streams(self.device):
             return
-        before, self._last = self._last, make_mark(self.device)
+        before, self._last = self._last, mark(self.device)
         if before is not None:
             before.synchronize()
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A stage, or a piece of one, from one mark to another."""
-
-    name: str
-    begin: Mark
-    end: Mark
-
-
-class Stopwatch:
-    """Marks in the device's current stream where stages begin and end. The times are read once the device is past them.
-
-    A stage counts its own work and the time in which the device waits for the host. It does not count work on other
-    streams, such as the decoding of the chunk before. A stage may be measured in pieces; time between them is not
-    counted.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._measured: list[Measured] = []
-
-    @contextmanager
-    def measure(self, name: str) -> Iterator[None]:
-        """A stage, or a piece of one; one that fails is not counted."""
-        begin = make_mark(self.device)
-        yield
-        self._measured.append(Measured(name, begin, make_mark(self.device)))
-
-    def take(self) -> tuple[Measured, ...]:
-        """What was measured since the last call."""
-        measured = tuple(self._measured)
-        self._measured.clear()
-        return measured
-
-
-def seconds_of(measured: Iterable[Measured]) -> dict[str, float]:
-    """Seconds by stage, once the device is past all marks."""
-    seconds: Counter[str] = Counter()
-    for each in measured:
-        seconds[each.name] += each.begin.elapsed_time(each.end) / 1000
-    return dict(seconds)

@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from helios_cp.device.streams import Mark, Measured, Stopwatch, make_mark, seconds_of, to_host
+from helios_cp.device.streams import to_host
+from helios_cp.device.timing import Mark, Measured, Stopwatch, make_mark, seconds_of
 from helios_cp.pipeline.chunk import Chunk
 from helios_cp.sampling.denoise import Step
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from helios_cp.config.checkpoint import Checkpoint
 from helios_cp.config.request import Request
 from helios_cp.config.sampling_plan import SamplingPlan
-from helios_cp.device.streams import Stopwatch
+from helios_cp.device.timing import Stopwatch
 from helios_cp.model.block_cache import BlockCache
 from helios_cp.model.conditions import TextCondition
 from helios_cp.model.transformer import HeliosTransformer

@@ -19,7 +19,8 @@ from helios_cp.config.request import Request
 from helios_cp.config.sampling_plan import SamplingPlan
 from helios_cp.device.device import has_streams, make_current
 from helios_cp.device.memory import MemoryMeter
-from helios_cp.device.streams import Pace, Stopwatch, make_mark
+from helios_cp.device.streams import Pace
+from helios_cp.device.timing import Stopwatch, make_mark
 from helios_cp.model.block_cache import BlockCache
 from helios_cp.model.codec import OUTPUT_TYPES, Codec
 from helios_cp.model.seams import SeamMatcher

@@ -16,7 +16,8 @@ import torch
 from helios_cp.config.execution import Execution
 from helios_cp.config.request import Request
 from helios_cp.device.memory import MARGIN, allocated_memory, peak_memory, reset_peak_memory
-from helios_cp.device.streams import Measured, Pace
+from helios_cp.device.streams import Pace
+from helios_cp.device.timing import Measured
 from helios_cp.generate.background import HostCopies
 from helios_cp.pipeline import pipeline as pipeline_module
 from helios_cp.pipeline.chunk import Chunk
@@ -256,7 +257,7 @@ def test_the_host_is_one_step_ahead(monkeypatch):
         log.append(f"mark {number}")
         return SimpleNamespace(synchronize=lambda: log.append(f"wait {number}"))
 
-    monkeypatch.setattr("helios_cp.device.streams.make_mark", make_mark)
+    monkeypatch.setattr("helios_cp.device.streams.mark", make_mark)
     pace = Pace(torch.device("cuda"))
     for _ in range(3):
         pace.step()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from helios_cp.device import timing
-from helios_cp.device.streams import Stopwatch, seconds_of
+from helios_cp.device.timing import Stopwatch, seconds_of
 
 
 def test_what_passes_between_the_pieces_of_a_stage_is_charged_to_none(monkeypatch):
