@@ -146,8 +146,13 @@ def check(call: Call, cache: Path | None, ranks: Ranks | None = None, target: Ta
         if job.folder in runs:
             run = runs[job.folder]
             check_same_run(run, Run(job.request, model, dtype_name(dtype), (), execution), job.folder)
-            jobs[index] = replace(job, request=RunFolder(job.folder, run).current(job.request))
-            kept += _kept(job, jobs[index])
+            now = RunFolder(job.folder, run).current(job.request)
+            jobs[index] = replace(job, request=now)
+            if now.num_frames > job.request.num_frames:
+                kept.append(
+                    f"run folder {job.folder}: {now.num_chunks} chunks are finished, more than --num-frames "
+                    f"{job.request.num_frames} asks for; the video has them all"
+                )
     requests = [job.request for job in jobs]
     waiting = [job for job in jobs if job.output not in skipped]
     planned = planning_hardware(call.layout, device.type, ranks.local_size)
@@ -227,16 +232,6 @@ def _changes(runs: Mapping[Path, Run], now: MadeWith) -> list[str]:
         f"run folder {folder}: it was begun with {'; '.join(differences)}; what is made now can differ by rounding"
         for folder, run in runs.items()
         if (differences := run.made_with.differences(now))
-    ]
-
-
-def _kept(asked: Job, now: Job) -> list[str]:
-    """A remark for a run that has more chunks already than are asked for now."""
-    if now.request.num_frames <= asked.request.num_frames:
-        return []
-    return [
-        f"run folder {now.folder}: {now.request.num_chunks} chunks are finished, more than --num-frames "
-        f"{asked.request.num_frames} asks for; the video has them all"
     ]
 
 

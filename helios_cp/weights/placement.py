@@ -9,8 +9,9 @@ ranks, so all must call `encode_text` and `forward` in the same order.
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -160,16 +161,13 @@ def _gather_ahead(units: Sequence[nn.Module]) -> None:
     FSDP can prefetch by itself, but then it holds three units at once: it keeps what it received of one unit until the
     next is in place. A gather that starts here is freed together with its weights.
     """
-    units[0].register_forward_pre_hook(_start_gather(units[0]), prepend=True)  # before FSDP's own hook
+    units[0].register_forward_pre_hook(functools.partial(_start_gather, units[0]), prepend=True)  # before FSDP's own
     for unit, following in itertools.pairwise(units):
-        unit.register_forward_pre_hook(_start_gather(following))
+        unit.register_forward_pre_hook(functools.partial(_start_gather, following))
 
 
-def _start_gather(unit: FSDPModule) -> Callable[..., None]:
-    def hook(*_: Any) -> None:
-        unit.unshard(async_op=True)
-
-    return hook
+def _start_gather(unit: FSDPModule, *_: Any) -> None:
+    unit.unshard(async_op=True)
 
 
 def stacked_rows(heights: Sequence[int], first: int, last: int) -> Iterator[tuple[int, slice, slice]]:
