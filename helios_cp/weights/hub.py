@@ -65,9 +65,7 @@ def describe(hub_id: HubId) -> Path:
     The folder has the commit's name. Where the hub cannot be reached, the files in the cache serve. Raises
     `RequestError`.
     """
-    fetch = _snapshot(hub_id.repository, hub_id.revision, DESCRIPTIONS)
-    with _quiet():
-        return Path(_patiently(hub_id, "", fetch))
+    return Path(_patiently(hub_id, "", _snapshot(hub_id.repository, hub_id.revision, DESCRIPTIONS)))
 
 
 def download_weights(hub_id: HubId, folder: Path, parts: Iterable[str]) -> None:
@@ -83,29 +81,24 @@ def download_weights(hub_id: HubId, folder: Path, parts: Iterable[str]) -> None:
     commit = folder.name
     stems = [f"{part}/{WEIGHT_STEMS[part]}" for part in parts]
     patterns = [f"{stem}{end}" for stem in stems for end in (".safetensors", "-?????-of-?????.safetensors")]
-    look = _snapshot(hub_id.repository, commit, patterns, dry_run=True)
-    with _quiet():
-        found = _patiently(hub_id, "", look)
-        for stem in stems:
-            if not any(file.filename.startswith(stem) for file in found):
-                raise RequestError(
-                    f"--model {hub_id}: the hub has no {stem}.safetensors of it, and no shards; give a model in the "
-                    "diffusers layout, not a variant of one or a format of another program"
-                )
-        missing = [file for file in found if not Path(file.local_path).exists()]
-        missing.sort(key=lambda file: file.filename)
-        sizes = [(file.file_size or 0) * file.will_download for file in missing]  # other commits may share a file
-        if any(sizes):
-            _check_room(hub_id, sum(sizes))
-            say(f"{hub_id.repository}: downloading {_gigabytes(sum(sizes))} to {_cache()}")
-        for index, file in enumerate(missing):
-            fetch = functools.partial(
-                huggingface_hub.hf_hub_download, hub_id.repository, file.filename, revision=commit
+    found = _patiently(hub_id, "", _snapshot(hub_id.repository, commit, patterns, dry_run=True))
+    for stem in stems:
+        if not any(file.filename.startswith(stem) for file in found):
+            raise RequestError(
+                f"--model {hub_id}: the hub has no {stem}.safetensors of it, and no shards; give a model in the "
+                "diffusers layout, not a variant of one or a format of another program"
             )
-            _patiently(hub_id, file.filename, fetch)
-            if sizes[index] and not sys.stderr.isatty():
-                done = f"{_gigabytes(sum(sizes[: index + 1]))} of {_gigabytes(sum(sizes))}"
-                say(f"{hub_id.repository}: {file.filename} is here, {done}")
+    missing = sorted((file for file in found if not Path(file.local_path).exists()), key=lambda file: file.filename)
+    sizes = [(file.file_size or 0) * file.will_download for file in missing]  # other commits may share a file
+    if any(sizes):
+        _check_room(hub_id, sum(sizes))
+        say(f"{hub_id.repository}: downloading {_gigabytes(sum(sizes))} to {_cache()}")
+    for index, file in enumerate(missing):
+        fetch = functools.partial(huggingface_hub.hf_hub_download, hub_id.repository, file.filename, revision=commit)
+        _patiently(hub_id, file.filename, fetch)
+        if sizes[index] and not sys.stderr.isatty():
+            done = f"{_gigabytes(sum(sizes[: index + 1]))} of {_gigabytes(sum(sizes))}"
+            say(f"{hub_id.repository}: {file.filename} is here, {done}")
 
 
 def snapshot_in(folder: Path) -> Path:
@@ -131,6 +124,22 @@ def _is_whole(folder: Path, part: str) -> bool:
         return False
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the warnings of the hub's library, because they print signed addresses, which are secret.
+
+    The library must be imported before, because its import sets the level anew.
+    """
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@_quiet()
 def _patiently(hub_id: HubId, file: str, fetch: Callable[[], Result]) -> Result:
     """What `fetch` returns. It is tried again where that may help. `file` is what it fetches, if that is one file."""
     for pause in (*PAUSES, None):
@@ -168,21 +177,6 @@ def _check_room(hub_id: HubId, size: int) -> None:
             f"--model {hub_id}: its weights take {_gigabytes(size)}, and the disk of {folder} has {_gigabytes(free)} "
             "left; free some, or set HF_HOME to a folder with room"
         )
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the warnings of the hub's library, because they print signed addresses, which are secret.
-
-    The library must be imported before, because its import sets the level anew.
-    """
-    logger = logging.getLogger("huggingface_hub")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _snapshot(
