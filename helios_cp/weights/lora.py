@@ -186,8 +186,8 @@ def _words(side: Sequence[str]) -> set[str]:
 
 
 def _side(found: Entries, words: Sequence[str]) -> tuple[Tensor, ...]:
-    whole = words[0].removesuffix("_a")
-    words = (whole,) if whole in found else words
+    whole = _words(words) - set(words)  # of LoKr
+    words = tuple(whole) if whole & found.keys() else words
     for word in words:
         if word not in found:
             ending = ".weight" if word.startswith("lora_") else ""
