@@ -240,7 +240,6 @@ class Request:
         The message names the flag, the value and what is allowed; see `tests/generate/test_bad_input.py`.
         """
         refuse(self._rows_of_prompts())
-        check_bounds(self)
         refuse(self._rows_of_numbers())
 
     def _rows_of_prompts(self) -> Iterator[Row]:
@@ -262,13 +261,14 @@ class Request:
         for name, text in [*texts, ("--negative-prompt", self.negative_prompt)]:
             has_surrogate = any("\ud800" <= character <= "\udfff" for character in text)
             yield f"{name} {text!r}", has_surrogate, "this is not valid UTF-8 text"
+
+    def _rows_of_numbers(self) -> Iterator[Row]:
         yield (
             f"--seed {_joined(self.seed)}",
             len(self.seed) not in (1, self.batch_size),
             f"{len(self.seed)} seeds for {self.batch_size} prompt(s); give one, or one for each prompt",
         )
-
-    def _rows_of_numbers(self) -> Iterator[Row]:
+        check_bounds(self)
         allowed = f"allowed are {', '.join(RESIZE_MODES)}"
         yield f"--resize-mode {self.resize_mode}", self.resize_mode not in RESIZE_MODES, allowed
         for name in ("image", "video"):
