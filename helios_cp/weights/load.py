@@ -24,6 +24,7 @@ from helios_cp.weights.presets import DEFAULT_CACHE, PRESETS, preset_folder
 if TYPE_CHECKING:
     import torch
     from diffusers import HeliosDMDScheduler, HeliosScheduler
+    from torch import nn
     from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
     from helios_cp.model.vae.autoencoder import Autoencoder
@@ -86,7 +87,6 @@ def load_vae(
     import torch
 
     from helios_cp.model.vae.autoencoder import Autoencoder
-    from helios_cp.weights.allocate import allocate
 
     folder = checkpoint.folder / "vae"
     config = _vae_config(folder, checkpoint.transformer.in_channels)
@@ -98,6 +98,20 @@ def load_vae(
     read = Reader(stored)
     vae.load_state_dict({name: read(name) for name in stored})
     return vae.eval().requires_grad_(False)
+
+
+def allocate(model: nn.Module, device: str | torch.device) -> None:
+    """Give a model on the meta device memory.
+
+    As `to_empty`, whose `empty_like` of a meta tensor has torch import sympy, a third of a second. Sharded parameters
+    are of a kind of their own, which `to_empty` knows.
+    """
+    import torch
+
+    if not all(type(parameter) is torch.nn.Parameter for parameter in model.parameters()):
+        model.to_empty(device=device)
+        return
+    model._apply(lambda tensor: torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device))
 
 
 def _vae_config(folder: Path, channels: int) -> VaeConfig:

@@ -27,8 +27,7 @@ from helios_cp.files.tensor_files import (
 )
 from helios_cp.model.fused import stored_names
 from helios_cp.model.transformer import HeliosTransformer, empty_model
-from helios_cp.weights.allocate import allocate
-from helios_cp.weights.load import load_scheduler, load_text_encoder, load_vae
+from helios_cp.weights.load import allocate, load_scheduler, load_text_encoder, load_vae
 from helios_cp.weights.lora import Update, merged, read_updates, shapes_of
 from helios_cp.weights.placement import Destination, Moved, Placement
 from helios_cp.weights.quantize import (
