@@ -45,11 +45,12 @@ def browser(chromium):
 
 @pytest.fixture(scope="package")
 def server(tmp_path_factory, chromium) -> Iterator[RunningServer]:
-    """On a port that a second start has too, because pages come back to it."""
+    """On a port that a second start has too, because pages come back to it. It decodes where it denoises, which no page
+    can tell from a decoder of its own."""
     folder = tmp_path_factory.mktemp("live")
     (folder / "loras").mkdir()
     write_adapter(folder / "loras" / "ink.safetensors", width=128)
-    flags = [*SIZE, "--lora-folder", str(folder / "loras"), "--longest", str(LONGEST)]
+    flags = [*SIZE, "--decoders", "0", "--lora-folder", str(folder / "loras"), "--longest", str(LONGEST)]
     with RunningServer(folder, "tiny-distilled", *flags, port=free_port()) as server:
         yield server
 
