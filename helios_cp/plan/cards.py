@@ -20,7 +20,7 @@ from helios_cp.config.execution import Execution
 from helios_cp.config.layout import Layout
 from helios_cp.config.request import Request
 from helios_cp.plan.flags import PlanCall
-from helios_cp.plan.machines import GIBI, PROFILES
+from helios_cp.plan.machines import PROFILES
 from helios_cp.plan.memory import (
     FITTING_SHARE,
     card_memory,
@@ -34,6 +34,7 @@ from helios_cp.plan.vae_cost import FP32
 from helios_cp.plan.workload import Workload
 
 PROGRAM = "helios_cp.plan.cards"
+GIBI = 2**30  # what sellers of cards call a gigabyte
 PCIE = 0.8 * 32e9  # bytes/s to the card: assumed, of PCIe 4.0 x16
 CARDS = {8: None, 12: None, 16: None, 24: "rtx4090", 32: None, 40: None, 48: None, 80: "h100", 141: "h200"}
 """Gigabytes of a card, and the hardware profile that stands for it, where there is one."""

@@ -17,7 +17,6 @@ from helios_cp.config.errors import RequestError
 from helios_cp.config.json_types import from_json
 from helios_cp.plan.forward_cost import PASSES
 
-TERA, GIGA, MICRO = 1e12, 1e9, 1e-6
 SHARES = {
     "matmul_shares": "rows",
     "matmul_fp32_shares": "rows",

@@ -14,10 +14,9 @@ from benchmarks.models.full_size import quantize_blocks
 from helios_cp.config.execution import Execution
 from helios_cp.config.layout import Layout
 from helios_cp.pipeline.pipeline import Pipeline
-from helios_cp.plan.cards import CARDS, EXACT, Choice, chunk_seconds, main, rows, table
+from helios_cp.plan.cards import CARDS, EXACT, GIBI, Choice, chunk_seconds, main, rows, table
 from helios_cp.plan.configs import part_configs
 from helios_cp.plan.flags import PlanCall
-from helios_cp.plan.machines import GIBI
 from helios_cp.plan.memory import (
     CONTEXT,
     FITTING_SHARE,
