@@ -33,37 +33,29 @@ class Denoised:
     ready: Mark
 
 
-class Decoder:
-    """Gives a chunk its frames, and waits until the device is past all of it.
+@torch.no_grad()
+def add_frames(
+    denoised: Denoised,
+    decode: Callable[[Tensor], Tensor | None] | None,
+    device: torch.device,
+    stream: torch.Stream | None = None,
+) -> Chunk:
+    """A chunk with its frames on the host. Waits until the device is past all of it.
 
     `decode` turns latents `[B, C, T, h, w]` to frames `[B, T', H, W, 3]` on the device, or to `None` on ranks without
-    frames; it is `None` itself where no frames are wanted. It runs on `stream`, or on the current one. Frames are
-    copied to the host.
+    frames; it is `None` itself where no frames are wanted. It runs on `stream`, or on the current one.
     """
-
-    def __init__(
-        self,
-        decode: Callable[[Tensor], Tensor | None] | None,
-        device: torch.device,
-        stream: torch.Stream | None = None,
-    ) -> None:
-        self.decode = decode
-        self.device = device
-        self.stream = stream
-
-    @torch.no_grad()
-    def __call__(self, denoised: Denoised) -> Chunk:
-        watch, frames, chunk = Stopwatch(self.device), None, denoised.chunk
-        with self.stream or contextlib.nullcontext():
-            if self.stream is not None:
-                self.stream.wait_event(denoised.ready)
-            if self.decode is not None:
-                with watch.measure("decode"):
-                    frames = self.decode(chunk.latents)
-                    if frames is not None:
-                        frames = to_host(frames)
-            make_mark(self.device).synchronize()
-        return replace(chunk, frames=frames, seconds=seconds_of((*denoised.measured, *watch.take())))
+    watch, frames, chunk = Stopwatch(device), None, denoised.chunk
+    with stream or contextlib.nullcontext():
+        if stream is not None:
+            stream.wait_event(denoised.ready)
+        if decode is not None:
+            with watch.measure("decode"):
+                frames = decode(chunk.latents)
+                if frames is not None:
+                    frames = to_host(frames)
+        make_mark(device).synchronize()
+    return replace(chunk, frames=frames, seconds=seconds_of((*denoised.measured, *watch.take())))
 
 
 def with_frames(

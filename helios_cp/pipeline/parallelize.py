@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -155,14 +155,14 @@ class SplitBranches(Branches):
         return prompt, negative
 
 
+@dataclass(eq=False)
 class BroadcastPromptEncoder:
     """Text is encoded on rank 0 and broadcast."""
 
-    def __init__(self, encoder: PromptEncoder | None, group: Group, text_dim: int, device: torch.device) -> None:
-        self.encoder = encoder
-        self.group = group
-        self.text_dim = text_dim
-        self.device = device
+    encoder: PromptEncoder | None
+    group: Group
+    text_dim: int
+    device: torch.device
 
     def __call__(self, prompts: Sequence[str], max_sequence_length: int, dtype: torch.dtype) -> Tensor:
         if self.encoder is not None:
@@ -172,12 +172,11 @@ class BroadcastPromptEncoder:
         return self.group.broadcast(embeds)
 
 
+@dataclass(eq=False, kw_only=True)
 class ParallelPipeline(Pipeline):
     """A pipeline whose start is computed on rank 0 and broadcast, where there is a picture or clip to read."""
 
-    def __init__(self, *parts, mesh: Mesh, **options) -> None:
-        super().__init__(*parts, **options)
-        self.mesh = mesh
+    mesh: Mesh
 
     def initial_state(self, request: Request, inputs: Inputs | None = None) -> ChunkState:
         inputs = inputs or Inputs()

@@ -7,7 +7,9 @@ import copy
 import functools
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,60 +29,53 @@ from helios_cp.model.seams import SeamMatcher
 from helios_cp.model.text import PromptEncoder
 from helios_cp.model.transformer import HeliosTransformer
 from helios_cp.pipeline.chunk import Chunk
-from helios_cp.pipeline.decoding import Decoder, Denoised, with_frames
-from helios_cp.pipeline.denoising import ChunkDenoiser
+from helios_cp.pipeline.decoding import Denoised, add_frames, with_frames
 from helios_cp.pipeline.prepare import prepare_parts
 from helios_cp.pipeline.prompt_mix import first_entry, texts_from
 from helios_cp.pipeline.prompts import Branches, Prompts
 from helios_cp.pipeline.room import Room
-from helios_cp.pipeline.start import Inputs, initial_state, pixels_to_encode
+from helios_cp.pipeline.start import Inputs, initial_noise, initial_state, pixels_to_encode
 from helios_cp.runtime.offload import Card
-from helios_cp.sampling.denoise import Step
-from helios_cp.sampling.state import ChunkState
+from helios_cp.sampling.denoise import Step, denoise
+from helios_cp.sampling.state import ChunkState, split_history
 from helios_cp.weights.check import check_execution
 from helios_cp.weights.load import load_scheduler, load_text_encoder, load_vae, resolve
 from helios_cp.weights.transformer import AdapterState, load_adaptable
 
+Measure = Callable[[str], AbstractContextManager]
+"""Measures the memory of a named work, which runs inside."""
 
+
+@dataclass(eq=False)
 class Pipeline:
     """A loaded checkpoint that turns requests into videos, one chunk at a time.
 
     `prompt_encoder`, `codec`, `branches` and the transformer's `sequence` are what `pipeline.parallelize` exchanges to
     spread the work over ranks; every rank then runs `stream` with the same request. `device` is where the work is done,
-    by default where the transformer is. `decodes_beside` says whether a chunk is decoded beside the denoising of the
-    next; the memory that decoding takes then comes on top of that of denoising. `None` leaves it to the device: one
-    without streams decodes in turn, and a card too while it is not measured that both fit. `card` holds the weights
-    that are offloaded, and `block_cache` is the one in the transformer; see `pipeline.prepare`. `adapters` can exchange
-    the transformer's adapters, if its weights came from files.
+    by default where the transformer is. `card` holds the weights that are offloaded, and `block_cache` is the one in
+    the transformer; see `pipeline.prepare`. `adapters` can exchange the transformer's adapters, if its weights came
+    from files. `decodes_beside` says whether a chunk is decoded beside the denoising of the next, which takes the
+    memory of both at once. `None` leaves it to the device: one without streams decodes in turn, and a card too while it
+    is not measured that both fit.
     """
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        transformer: HeliosTransformer,
-        prompt_encoder: PromptEncoder,
-        codec: Codec,
-        scheduler,
-        branches: Branches | None = None,
-        device: torch.device | None = None,
-        card: Card | None = None,
-        block_cache: BlockCache | None = None,
-        adapters: AdapterState | None = None,
-    ) -> None:
-        self.checkpoint = checkpoint
-        self.transformer = transformer
-        self.prompt_encoder = prompt_encoder
-        self.codec = codec
-        self.scheduler = scheduler
-        self.branches = branches or Branches()
-        self.device = device or transformer.device
-        self.decodes_beside: bool | None = None
-        self.card = card
+    checkpoint: Checkpoint
+    transformer: HeliosTransformer
+    prompt_encoder: PromptEncoder
+    codec: Codec
+    scheduler: Any
+    branches: Branches = field(default_factory=Branches)
+    device: torch.device | None = None
+    card: Card | None = None
+    block_cache: BlockCache | None = None
+    adapters: AdapterState | None = None
+    decodes_beside: bool | None = None
+
+    def __post_init__(self) -> None:
+        self.device = self.device or self.transformer.device
         self.room = Room(MemoryMeter(self.device))
         self._offloaded: dict[Hashable, dict[str, int]] = {}
-        self.block_cache = block_cache
-        self.adapters = adapters
-        self._base: tuple[Adapter, ...] = () if adapters is None else adapters.current or ()
+        self._base: tuple[Adapter, ...] = () if self.adapters is None else self.adapters.current or ()
 
     @classmethod
     def from_pretrained(
@@ -177,20 +172,20 @@ class Pipeline:
             decode_chunk = functools.partial(self.codec.decode, output_type=output_type)
             if request.match_seams:
                 decode_chunk = SeamMatcher(decode_chunk, state.chunk_before(request.num_latent_frames_per_chunk))
-        decoder = Decoder(decode_chunk, self.device, self._side if may_be_beside else None)
+        side = self._side if may_be_beside else None
         measured = contextlib.nullcontext
         if may_be_beside and self.decodes_beside is None and self.codec.vae is not None:
             measured = functools.partial(self.room.measured, size)
 
         def decode(denoised: Denoised) -> Chunk:
             with measured("decode"):
-                chunk = decoder(denoised)
+                chunk = add_frames(denoised, decode_chunk, self.device, side)
             if self.card is not None and size not in self._offloaded:
                 self._offloaded[size] = self.card.measured()
                 self.card.expect(self._offloaded[size])
             return chunk
 
-        events = self._events(self._denoiser(request, inputs, prompts, watch), state, measured)
+        events = self._events(request, inputs, prompts, state, watch, measured)
         yield from with_frames(events, decode, lambda: may_be_beside and self._is_beside(size), on_step)
 
     @torch.no_grad()
@@ -201,10 +196,8 @@ class Pipeline:
 
         `request` and `inputs` are resolved and merged, `prompts` those of `encode_prompts`.
         """
-        self._adapt(request)
-        denoiser = self._denoiser(request, inputs, prompts, Stopwatch(self.device))
-        denoiser.encode_text(state.index)
-        *_, (latents, following) = denoiser.steps(state)
+        events = self._steps(request, inputs, prompts, state, copy.deepcopy(self.scheduler), Stopwatch(self.device))
+        *_, (latents, following) = events
         return latents.float(), following
 
     def encode_prompts(self, request: Request, inputs: Inputs | None = None, first: int = 0) -> Prompts:
@@ -230,38 +223,75 @@ class Pipeline:
         channels = self.checkpoint.transformer.in_channels
         return initial_state(request, inputs, self.codec, posteriors, hidden, channels, self.device)
 
-    def _denoiser(self, request: Request, inputs: Inputs, prompts: Prompts, watch: Stopwatch) -> ChunkDenoiser:
-        return ChunkDenoiser(
-            self.checkpoint,
-            self.transformer,
-            self.branches,
-            self.block_cache,
-            copy.deepcopy(self.scheduler),
-            self.device,
-            watch,
-            request,
-            inputs,
-            prompts,
-        )
-
     def _events(
-        self, denoiser: ChunkDenoiser, state: ChunkState, measured: Callable[[str], AbstractContextManager]
+        self,
+        request: Request,
+        inputs: Inputs,
+        prompts: Prompts,
+        state: ChunkState,
+        watch: Stopwatch,
+        measured: Measure,
     ) -> Iterator[Step | Denoised]:
         """The steps of each chunk, followed by the chunk without its frames."""
-        pace, request = Pace(self.device), denoiser.request
+        pace, scheduler = Pace(self.device), copy.deepcopy(self.scheduler)
         for index in range(state.index, request.num_chunks):
-            self._adapt(request)
-            denoiser.encode_text(index)
-            with measured("denoise"):
-                for event in denoiser.steps(state):
-                    if isinstance(event, Step):
-                        pace.step()
-                        yield event
-                    else:
-                        latents, state = event
+            for event in self._steps(request, inputs, prompts, state, scheduler, watch, measured):
+                if isinstance(event, Step):
+                    pace.step()
+                    yield event
+                else:
+                    latents, state = event
             skipped = () if self.block_cache is None else tuple(self.block_cache.skipped)
             chunk = Chunk(index, latents.float(), None, state, {}, skipped)
-            yield Denoised(chunk, denoiser.watch.take(), make_mark(self.device))
+            yield Denoised(chunk, watch.take(), make_mark(self.device))
+
+    def _steps(
+        self,
+        request: Request,
+        inputs: Inputs,
+        prompts: Prompts,
+        state: ChunkState,
+        scheduler: Any,
+        watch: Stopwatch,
+        measured: Measure = contextlib.nullcontext,
+    ) -> Iterator[Step | tuple[Tensor, ChunkState]]:
+        """Each step of the chunk that `state` starts. Last its latents `[B, C, T, h, w]` and the next chunk's state.
+
+        `scheduler` is changed. `watch` times the stages, and `measured` notes the memory that the denoising takes.
+        """
+        self._adapt(request)
+        if self.block_cache is not None:
+            self.block_cache.start_chunk()
+        with watch.measure("conditions"):
+            texts = prompts.at(state.index)
+
+        def predict(latents: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor | None]:
+            own = [self.transformer(latents, timestep, text, history, frame_indices) for text in texts]
+            return self.branches.exchange(own) if plan.is_guided else (own[0], None)
+
+        with measured("denoise"):
+            plan = SamplingPlan.of(request, self.checkpoint)
+            generators = state.make_generators()
+            channels = self.checkpoint.transformer.in_channels
+            noise = initial_noise(request, inputs, state, generators, channels, self.device)
+            with watch.measure("conditions"):
+                history, frame_indices = split_history(state, request)
+                history = self.transformer.encode_history(history)
+            events = denoise(
+                noise,
+                predict,
+                plan,
+                scheduler,
+                generators,
+                chunk=state.index,
+                dtype=self.transformer.dtype,
+                measure=watch.measure,
+            )
+            for event in events:
+                if isinstance(event, Step):
+                    yield event
+                else:
+                    yield event, state.after(event, generators, request, anchored=inputs.has_anchor)
 
     @property
     def peak_bytes(self) -> int:

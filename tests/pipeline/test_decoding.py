@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -21,7 +22,7 @@ from helios_cp.device.timing import Measured
 from helios_cp.generate.background import HostCopies
 from helios_cp.pipeline import pipeline as pipeline_module
 from helios_cp.pipeline.chunk import Chunk
-from helios_cp.pipeline.decoding import Decoder, Denoised, with_frames
+from helios_cp.pipeline.decoding import Denoised, add_frames, with_frames
 from helios_cp.pipeline.parallelize import SplitCodec
 from helios_cp.pipeline.pipeline import Pipeline
 from helios_cp.pipeline.room import Room
@@ -72,7 +73,7 @@ class Run:
                 yield Step(index, 0, 1, step + 1, STEPS)
             yield Denoised(make_chunk(index), (Measured("denoise_1", Mark(), Mark()),), Mark())
 
-    def decoder(self, fail: int | None = None) -> Decoder:
+    def decoder(self, fail: int | None = None) -> Callable[[Denoised], Chunk]:
         """Ten times the latents."""
 
         def decode(latents: torch.Tensor) -> torch.Tensor:
@@ -85,7 +86,7 @@ class Run:
                 raise RuntimeError("out of memory")
             return latents * 10
 
-        return Decoder(decode, CPU)
+        return partial(add_frames, decode=decode, device=CPU)
 
     def chunk_values(self, chunks: Iterator[Chunk], found: list[float] | None = None) -> list[float]:
         """The frames' values as chunks come; logs when."""
@@ -155,7 +156,7 @@ def test_seconds_are_those_of_the_chunk():
     chunks = list(with_frames(run.events(), run.decoder(), lambda: True))
     assert all(chunk.seconds.keys() == {"denoise_1", "decode"} for chunk in chunks)
     assert [chunk.seconds["denoise_1"] for chunk in chunks] == [0.25, 0.25]
-    latents_alone = Decoder(None, CPU)(Denoised(make_chunk(0), (), Mark()))
+    latents_alone = add_frames(Denoised(make_chunk(0), (), Mark()), None, CPU)
     assert latents_alone.frames is None and latents_alone.seconds == {}
 
 
@@ -209,8 +210,7 @@ def test_frames_are_copied_without_a_stop(monkeypatch):
     mark = SimpleNamespace(synchronize=lambda: log.append("wait"))
     monkeypatch.setattr("helios_cp.pipeline.decoding.to_host", lambda frames: log.append("copy") or frames + 1)
     monkeypatch.setattr("helios_cp.pipeline.decoding.make_mark", lambda device: mark)
-    decoder = Decoder(lambda latents: log.append("decode") or latents * 10, CPU)
-    chunk = decoder(Denoised(make_chunk(0), (), Mark()))
+    chunk = add_frames(Denoised(make_chunk(0), (), Mark()), lambda it: log.append("decode") or it * 10, CPU)
     assert log == ["decode", "copy", "wait"]
     assert chunk.frames[0] == 11
 
@@ -233,8 +233,7 @@ class Stream:
 
 def test_the_stream_waits_for_the_latents_first():
     log, ready = [], Mark()
-    decoder = Decoder(lambda latents: log.append("decode") or latents, CPU, Stream(log))
-    decoder(Denoised(make_chunk(0), (), ready))
+    add_frames(Denoised(make_chunk(0), (), ready), lambda it: log.append("decode") or it, CPU, Stream(log))
     assert log == ["on the stream", ready, "decode", "off the stream"]
 
 
