@@ -29,7 +29,7 @@ from benchmarks.models.forward_counts import COST_MODEL, count_forward
 from benchmarks.models.models import STAGES, TEXT_TOKENS
 from helios_cp.config.checkpoint import TransformerConfig
 from helios_cp.model.layers import Block
-from helios_cp.model.sequence import WholeSequence
+from helios_cp.model.sequence import TokenSequence
 from helios_cp.model.transformer import HeliosTransformer
 
 DTYPE = torch.bfloat16
@@ -131,7 +131,7 @@ def call_block(forward: Callable, config: TransformerConfig, stage: int, is_last
         states = torch.empty(1, tokens, config.dim, dtype=DTYPE)
         modulation, rotary = torch.empty(1, 2, 6, config.dim), torch.empty(tokens, dim // 2, 2)
         keys_values = tuple(torch.empty(1, TEXT_TOKENS, heads, dim, dtype=DTYPE) for _ in range(2))
-    operations, _ = WholeSequence().operations((tokens,))
+    operations, _ = TokenSequence().operations((tokens,))
     return forward(states, modulation, keys_values, rotary, HISTORY_TOKENS, operations, prune_history=is_last)
 
 

@@ -25,7 +25,7 @@ from benchmarks.models.diffusers_parallel import FunctionalCollectives, enable_p
 from benchmarks.models.models import Inputs, build_pair, encode_history, run_ours, run_theirs
 from benchmarks.ranks.groups import pinned, rank_device
 from helios_cp.config.checkpoint import TransformerConfig
-from helios_cp.model.sequence import TokenSequence, WholeSequence
+from helios_cp.model.sequence import TokenSequence
 from helios_cp.model.transformer import HeliosTransformer
 from helios_cp.pipeline.parallelize import ShardedSequence
 from parallel.collectives import Meter
@@ -99,7 +99,7 @@ def peers(ranks: int, device_type: str) -> dict[str, str]:
 def count_flops(case: Case) -> dict[str, int]:
     """FLOPs of one forward on one rank, by program."""
     theirs, ours, inputs = build(case, torch.device("meta"), torch.float32)
-    run = sequence_program(ours, inputs, WholeSequence())
+    run = sequence_program(ours, inputs, TokenSequence())
     run()  # fills the tables
     return {"diffusers": count(run_theirs, theirs, inputs).flops, "ours": count(run).flops}
 
@@ -115,7 +115,7 @@ def time_ranks(
     """
     device = rank_device(device_type, local_rank)
     theirs, ours, inputs = build(case, device, pick_dtype(device))
-    alone = sequence_program(ours, inputs, WholeSequence())
+    alone = sequence_program(ours, inputs, TokenSequence())
     meters: dict[str, Meter] = {}
     programs: dict[str, Program] = {
         "diffusers, 1 rank": lambda: run_theirs(theirs, inputs) if rank == 0 else None,
@@ -176,7 +176,7 @@ def _in_step(program: Program, cpu_seconds: list[float], device: torch.device) -
 
 
 def _sharded(degrees: Degrees, meter: Meter | None = None) -> TokenSequence:
-    return ShardedSequence(Mesh.build(degrees, meter=meter)) if degrees.world > 1 else WholeSequence()
+    return ShardedSequence(Mesh.build(degrees, meter=meter)) if degrees.world > 1 else TokenSequence()
 
 
 def _difference(output: Tensor | None, reference: Tensor) -> float:

@@ -16,10 +16,11 @@ from helios_cp.device.memory import free_host_memory, free_memory
 from helios_cp.device.streams import to_device
 from helios_cp.model.vae.autoencoder import FRAMES, Autoencoder, join
 from helios_cp.model.vae.memory import choose_group
-from helios_cp.model.vae.posterior import Posterior
 from helios_cp.model.vae.sweep import Rows
 
 OUTPUT_TYPES = ("uint8", "float", "latent")
+LOG_VARIANCES = (-30.0, 20.0)
+"""The range that diffusers' `DiagonalGaussianDistribution` keeps them in."""
 
 
 class Codec:
@@ -52,14 +53,18 @@ class Codec:
         """How many latent frames went through together last, for a report; `None` before the first."""
         return next(reversed(self._chosen.values()), None)
 
-    def encode(self, videos: Sequence[Tensor]) -> list[Posterior]:
-        """The posterior of each video `[1, 3, T, H, W]` in [−1, 1], in fp32; `draw` samples from it."""
-        return [posterior_of(self._encode(video)) for video in videos]
+    def encode(self, videos: Sequence[Tensor]) -> list[Tensor]:
+        """The posterior of each video `[1, 3, T, H, W]` in [−1, 1], to `draw` from.
 
-    def draw(self, posterior: Posterior, generator: torch.Generator) -> Tensor:
+        That is mean and log-variance of its latents, `[1, 2C, T/4, H/8, W/8]` in fp32: the noise is then the same for
+        every dtype of the VAE.
+        """
+        return [self._encode(video).float() for video in videos]
+
+    def draw(self, posterior: Tensor, generator: torch.Generator) -> Tensor:
         """Normalised latents `[1, C, T/4, H/8, W/8]` in fp32, drawn from a posterior."""
         mean, inverse_std = latent_statistics(self.vae)
-        return (posterior.sample(generator=generator) - mean) * inverse_std
+        return (sample(posterior, generator) - mean) * inverse_std
 
     def decode(self, latents: Tensor, output_type: str) -> Tensor | None:
         """Frames `[B, 4(T−1)+1, 8h, 8w, 3]` of one chunk's normalised latents `[B, C, T, h, w]`.
@@ -142,9 +147,11 @@ def latent_statistics(vae) -> tuple[Tensor, Tensor]:
     return mean, 1.0 / std
 
 
-def posterior_of(parameters: Tensor) -> Posterior:
-    """Of the encoder's output, in fp32: the noise drawn from it is then the same for every dtype of the VAE."""
-    return Posterior(parameters.float())
+def sample(posterior: Tensor, generator: torch.Generator) -> Tensor:
+    """Latents from their means and log-variances, with noise drawn on the generator's own device, as diffusers does."""
+    mean, log_variance = posterior.chunk(2, dim=1)
+    noise = torch.randn(mean.shape, generator=generator, device=generator.device, dtype=mean.dtype)
+    return mean + torch.exp(0.5 * log_variance.clamp(*LOG_VARIANCES)) * to_device(noise, mean.device)
 
 
 def denormalise(vae: Autoencoder, latents: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from helios_cp.model.conditions import History, HistoryCondition, TextCondition
 from helios_cp.model.embedders import ConditionEmbedder, PatchEmbedding
 from helios_cp.model.layers import Block, TokenOperations, modulated_norm
 from helios_cp.model.rope import RotaryTables, pad_to_multiple
-from helios_cp.model.sequence import TokenSequence, WholeSequence
+from helios_cp.model.sequence import TokenSequence
 
 KEPT_IN_FP32 = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3", "history_key_scale")
 
@@ -71,7 +71,7 @@ class HeliosTransformer(nn.Module):
         self.config = config
         dim = config.dim
         self.rotary = RotaryTables(config.rope_dim, config.rope_theta)
-        self.sequence: TokenSequence = WholeSequence()
+        self.sequence = TokenSequence()
         self.body: Body = run_blocks
         self.on_changed_weights: list[Callable[[], None]] = []
         self._zero_timestep: tuple[Tensor, Tensor] | None = None

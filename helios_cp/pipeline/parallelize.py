@@ -22,6 +22,7 @@ from helios_cp.config.layout import Layout
 from helios_cp.config.request import Request
 from helios_cp.device.device import make_current
 from helios_cp.model.layers import FeedForward, TokenOperations, gelu_tanh
+from helios_cp.model.sequence import TokenSequence
 from helios_cp.model.text import PromptEncoder
 from helios_cp.pipeline.pipeline import Pipeline
 from helios_cp.pipeline.prepare import prepare_parts
@@ -100,7 +101,7 @@ def placement_of(mesh: Mesh, shard_weights: bool) -> Placement:
     return Placement(shards=mesh.world) if shard_weights else Placement(mesh.ffn_tp)
 
 
-class ShardedSequence:
+class ShardedSequence(TokenSequence):
     """Each rank of the sequence group holds an equal part of every segment, history and noisy tokens alike."""
 
     def __init__(self, mesh: Mesh, attention: str = "native", device: str | torch.device = "cpu") -> None:

@@ -7,14 +7,15 @@ on either side for a convolution, and all rows for the attention of the middle b
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from helios_cp.config.execution import Execution
-from helios_cp.model.codec import Codec, denormalise, posterior_of
+from helios_cp.model.codec import Codec, denormalise
 from helios_cp.model.vae.autoencoder import Autoencoder
-from helios_cp.model.vae.posterior import Posterior
+from helios_cp.model.vae.sweep import Rows
 from parallel.collectives import Group
 from parallel.halo import fetch_borders
 from parallel.segments import split
@@ -23,14 +24,13 @@ LATENT_ROWS = 3  # dim of the rows in [B, C, T, h, w]
 FRAME_ROWS = 2  # in [B, T, H, W, C]
 
 
-class SplitRows:
+@dataclass(frozen=True)
+class SplitRows(Rows):
     """Consecutive rows on each rank of a group; `rows` are those of the latents, of all ranks."""
 
+    group: Group
+    rows: Sequence[int]
     is_whole = False
-
-    def __init__(self, group: Group, rows: Sequence[int]) -> None:
-        self.group = group
-        self.rows = rows
 
     def fetch(self, states: Tensor, above: int, below: int) -> None:
         fetch_borders(states, self.group, FRAME_ROWS, above, below)
@@ -53,14 +53,14 @@ class SplitCodec(Codec):
     def is_local(self) -> bool:
         return super().is_local and self.share.size == 1
 
-    def encode(self, videos: Sequence[Tensor | None]) -> list[Posterior | None]:
+    def encode(self, videos: Sequence[Tensor | None]) -> list[Tensor | None]:
         """As `Codec.encode`; ranks other than 0 pass a `None` for each video and get one back."""
         if self.vae is None:
             return [None] * len(videos)
         if self.share.size == 1:
             return super().encode(videos)
         parameters = [self._encode_split(video) for video in videos]
-        return [None if each is None else posterior_of(each) for each in parameters]
+        return [None if each is None else each.float() for each in parameters]
 
     def decode(self, latents: Tensor, output_type: str) -> Tensor | None:
         if self.vae is None:

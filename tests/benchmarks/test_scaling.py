@@ -31,7 +31,7 @@ from benchmarks.scaling.memory import peak_bytes, peak_bytes_of_diffusers, peak_
 from benchmarks.scaling.ranks import TOLERANCE, Case, Times, build, count_flops, sequence_program, time_ranks
 from benchmarks.scaling.world import GOALS, WorldTimes, compare
 from helios_cp.config.checkpoint import TransformerConfig
-from helios_cp.model.sequence import WholeSequence
+from helios_cp.model.sequence import TokenSequence
 from helios_cp.plan.forward_cost import Traffic
 from parallel.collectives import Group
 from parallel.mesh import Degrees
@@ -110,7 +110,7 @@ def peaks_of(axis: str, ranks: int) -> list[int]:
 def run_on_cpu(ours: bool) -> int:
     """The peak of a forward that is computed, on one rank."""
     theirs, model, inputs = build(TINY, CPU, torch.float32)
-    run = sequence_program(model, inputs, WholeSequence()) if ours else lambda: run_theirs(theirs, inputs)
+    run = sequence_program(model, inputs, TokenSequence()) if ours else lambda: run_theirs(theirs, inputs)
     run()
     with LiveMemory() as memory:
         run()

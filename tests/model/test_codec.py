@@ -30,13 +30,12 @@ from helios_cp.model.codec import (
     Codec,
     convolution_tf32,
     denormalise,
-    posterior_of,
+    sample,
     to_frames,
     vae_settings,
 )
 from helios_cp.model.vae.autoencoder import Autoencoder
 from helios_cp.model.vae.config import VaeConfig
-from helios_cp.model.vae.posterior import Posterior
 from helios_cp.pipeline.parallelize import SplitCodec
 from helios_cp.pipeline.pipeline import Pipeline
 from tests.parallel.reference import world_group
@@ -142,10 +141,9 @@ def test_noise_of_a_posterior_is_the_same_in_every_dtype(folder):
     """Were it drawn in the VAE's dtype, it would be other numbers, and the video another."""
     codecs = [make_codec(folder, Execution(vae_dtype=dtype)) for dtype in ("float32", "bfloat16")]
     parameters = torch.cat([torch.zeros(1, 16, 1, 8, 8), torch.full((1, 16, 1, 8, 8), 2.0)], 1)
-    drawn = [codec.draw(posterior_of(parameters), torch.Generator().manual_seed(3)) for codec in codecs]
+    drawn = [codec.draw(parameters, torch.Generator().manual_seed(3)) for codec in codecs]
     assert torch.equal(*drawn) and drawn[0].dtype == torch.float32
-    low = Posterior(parameters.bfloat16())
-    assert not torch.equal(codecs[1].draw(low, torch.Generator().manual_seed(3)).float(), drawn[0])
+    assert not torch.equal(codecs[1].draw(parameters.bfloat16(), torch.Generator().manual_seed(3)).float(), drawn[0])
 
 
 def test_latents_are_denormalised_in_fp32(folder):
@@ -318,6 +316,6 @@ def test_on_a_card(folder, exact):
 def test_samples_are_those_of_diffusers():
     """Bit for bit, with log-variances outside of the range that they are kept in."""
     parameters = torch.randn(2, 32, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 40
-    ours = Posterior(parameters).sample(torch.Generator().manual_seed(1))
+    ours = sample(parameters, torch.Generator().manual_seed(1))
     theirs = DiagonalGaussianDistribution(parameters).sample(torch.Generator().manual_seed(1))
     assert torch.equal(ours, theirs)

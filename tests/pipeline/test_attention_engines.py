@@ -17,7 +17,7 @@ from helios_cp.config.errors import RequestError
 from helios_cp.config.execution import Execution
 from helios_cp.config.layout import AskedLayout, segment_lengths, smallest_tokens
 from helios_cp.config.request import Request
-from helios_cp.model.sequence import WholeSequence
+from helios_cp.model.sequence import TokenSequence
 from helios_cp.pipeline.pipeline import Pipeline
 from helios_cp.plan.choose import choose_layout
 from helios_cp.weights.check import check_execution
@@ -34,7 +34,7 @@ def test_the_command_line_offers_every_engine():
     assert layout.ENGINES == ENGINES
 
 
-class Recorder(WholeSequence):
+class Recorder(TokenSequence):
     """Keeps the segment lengths of every forward."""
 
     def __init__(self):

@@ -8,12 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from helios_cp.model.vae.config import VaeConfig
-from helios_cp.model.vae.decoder import Decoder
-from helios_cp.model.vae.encoder import Encoder
+from helios_cp.model.vae.halves import Decoder, Encoder
 from helios_cp.model.vae.kernels import NormSilu, norm_silu
 from helios_cp.model.vae.layers import PointConvolution
 from helios_cp.model.vae.resampling import FoldedUpsampling
-from helios_cp.model.vae.sweep import Rows, Sweep, WholeRows
+from helios_cp.model.vae.sweep import Rows, Sweep
 
 FRAMES = 4
 """Pixel frames to a step of diffusers' encoder, after the first; a rest of fewer is left out."""
@@ -61,7 +60,7 @@ class Autoencoder(nn.Module):
         The first latent frame makes one frame, each other makes 4 where two levels double frames.
         """
         states = self.post_quant_conv(latents.movedim(1, -1).to(self.device, self.dtype).contiguous()).total()
-        sweep = Sweep(rows or WholeRows(), self.norm_silu)
+        sweep = Sweep(rows or Rows(), self.norm_silu)
         parts = states.split(group or states.shape[1], 1)
         for index, part in enumerate(parts):
             sweep.is_first, sweep.is_last = index == 0, index == len(parts) - 1
@@ -77,7 +76,7 @@ class Autoencoder(nn.Module):
         Of frames that lie elsewhere, or in another dtype, a group at a time is brought here. Raises `ValueError` for a
         height or width that `patch_size` does not divide.
         """
-        sweep = Sweep(rows or WholeRows(), self.norm_silu)
+        sweep = Sweep(rows or Rows(), self.norm_silu)
         steps = 1 + (video.shape[2] - 1) // FRAMES
         group = group or steps
         means = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from torch import Tensor, nn
 
@@ -12,33 +11,23 @@ from helios_cp.model.vae.kernels import NormSilu, norm_silu
 PAST = 2  # frames that a causal kernel of three sees beside its own
 
 
-class Rows(Protocol):
-    """Where the rows of a picture lie. The layers know no ranks; `pipeline.parallelize` puts another in its place."""
+class Rows:
+    """The rows of a picture, all of them here. The layers know no ranks; `pipeline.split_codec` spreads the rows."""
 
-    is_whole: bool
+    is_whole = True
     """Whether all are here. If not, what a convolution reads has room for a row of its neighbours on either side."""
 
     def fetch(self, states: Tensor, above: int, below: int) -> None:
         """Fill the first `above` and last `below` rows of `[B, T, above + H + below, W, C]` from those who have them.
 
-        They are 0 or 1. Rows outside the picture are zeros.
+        They are 0 or 1. Rows outside the picture are zeros. Where all rows are here, convolutions pad above by
+        themselves.
         """
-
-    def gather(self, states: Tensor) -> Tensor:
-        """All rows of a picture, from `[B, T, H, W, C]` with those that lie here."""
-
-
-class WholeRows:
-    """Every row is here."""
-
-    is_whole = True
-
-    def fetch(self, states: Tensor, above: int, below: int) -> None:
-        """Nothing lies elsewhere: convolutions pad by themselves, and a row below the last is zeros."""
         if below:
             states[:, :, -below:] = 0
 
     def gather(self, states: Tensor) -> Tensor:
+        """All rows of a picture, from `[B, T, H, W, C]` with those that lie here."""
         return states
 
 
@@ -49,7 +38,7 @@ class Sweep:
     `is_first` and `is_last` are about the current group. The first has no past, and of the last nothing is kept.
     """
 
-    rows: Rows = field(default_factory=WholeRows)
+    rows: Rows = field(default_factory=Rows)
     norm_silu: NormSilu = norm_silu
     is_first: bool = True
     is_last: bool = False
