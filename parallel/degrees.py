@@ -49,7 +49,6 @@ class Degrees:
         `guidance`: whether there are two branches to share out. `heads`: attention heads. `smallest_tokens`: sharded
         tokens of the smallest stage. `vae_rows`: rows of the VAE's coarsest grid, where it is to be split.
         """
-        allowed = layouts(world_size, guidance, heads, smallest_tokens)
         problem = None
         if self.cfg not in ((1, 2) if guidance else (1,)):
             problem = f"cfg {self.cfg}: allowed is {'1 or 2' if guidance else '1, as there is no guidance'}"
@@ -63,6 +62,7 @@ class Degrees:
                 "the tokens of the smallest stage"
             )
         if problem:
+            allowed = layouts(world_size, guidance, heads, smallest_tokens)
             nearest = sorted(allowed, key=self._distance)[:3]
             raise ValueError(f"{problem}; nearest that work: {' or '.join(map(str, nearest))}")
         for name in ("ffn_tp", "vae"):

@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     quiet_imports()
     # Imported here so that --help and misspelt flags need not wait for torch.
-    from helios_cp.plan.run import run
+    from helios_cp.plan.report import run
 
     try:
         return run(PlanCall.of(arguments))

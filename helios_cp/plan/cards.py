@@ -19,6 +19,7 @@ from helios_cp.config.errors import RequestError
 from helios_cp.config.execution import Execution
 from helios_cp.config.layout import Layout
 from helios_cp.config.request import Request
+from helios_cp.plan.configs import find_checkpoint
 from helios_cp.plan.flags import PlanCall
 from helios_cp.plan.machines import PROFILES
 from helios_cp.plan.memory import (
@@ -29,7 +30,6 @@ from helios_cp.plan.memory import (
     transformer_bytes,
 )
 from helios_cp.plan.predict import Candidate, predict
-from helios_cp.plan.run import find_checkpoint
 from helios_cp.plan.vae_cost import FP32
 from helios_cp.plan.workload import Workload
 

@@ -14,12 +14,10 @@ from helios_cp.config.layout import PLAIN, AskedLayout, Layout, complete_degrees
 from helios_cp.config.refusals import Setting, check_setting
 from helios_cp.config.request import Request
 from helios_cp.config.sampling_plan import SamplingPlan
-from helios_cp.plan.forward_cost import forward_cost
 from helios_cp.plan.hardware import Hardware
 from helios_cp.plan.machines import detect_hardware, find_hardware
 from helios_cp.plan.memory import FITTING_SHARE
 from helios_cp.plan.predict import Prediction
-from helios_cp.plan.rank_shares import whole
 from helios_cp.plan.search import Given, limits_of, make_plan
 from helios_cp.plan.workload import Workload
 from parallel.mesh import Degrees
@@ -109,9 +107,5 @@ def best_prediction(
 
 def _flops(workload: Workload) -> int:
     """Of a chunk, on one rank."""
-    forwards = 0
-    for stage in workload.stages:
-        alone = whole(workload.config, stage.lengths)
-        cost = forward_cost(workload.config, alone, Degrees(), workload.text_tokens, workload.dtype.itemsize)
-        forwards += stage.forwards * cost.flops
+    forwards = sum(stage.forwards * workload.forward_cost(stage).flops for stage in workload.stages)
     return workload.batch * (workload.branches * forwards + workload.decode_flops)

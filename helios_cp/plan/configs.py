@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from helios_cp.config.checkpoint import Checkpoint, TransformerConfig
 from helios_cp.config.errors import RequestError
+from helios_cp.config.paths import cache_folder
 from helios_cp.model.vae.config import VaeConfig
 
 BUILT_IN = {"14b": "distilled", "14b-mid": "mid", "14b-base": "base"}
@@ -29,6 +31,15 @@ class BuiltInCheckpoint(Checkpoint):
         """One of `BUILT_IN`. Only Mid has CFG-Zero*."""
         variant = BUILT_IN[name]
         return cls(Path(name), variant, variant == "mid", TransformerConfig())
+
+
+def find_checkpoint(model: str) -> Checkpoint:
+    """A built-in config, or a checkpoint as `helios_cp.generate` finds it. Raises `RequestError`."""
+    if model in BUILT_IN:
+        return BuiltInCheckpoint.named(model)
+    from helios_cp.weights.load import resolve  # which imports all of torch's libraries of models
+
+    return resolve(model, cache_folder(os.environ), weights=())
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from helios_cp.config.execution import Execution
 from helios_cp.config.layout import PLAIN, Layout
-from helios_cp.plan.forward_cost import ForwardCost, Traffic, forward_cost, guidance_traffic
+from helios_cp.plan.forward_cost import ForwardCost, Traffic, guidance_traffic
 from helios_cp.plan.hardware import Hardware
 from helios_cp.plan.memory import card_memory, sharded_bytes
 from helios_cp.plan.rank_shares import shares
@@ -120,10 +120,9 @@ def predict(workload: Workload, candidate: Candidate, hardware: Hardware, execut
 @functools.lru_cache(maxsize=4096)
 def _stage_costs(workload: Workload, degrees: Degrees, shard: bool, hardware: Hardware) -> tuple[StageCost, ...]:
     found = []
-    itemsize = workload.dtype.itemsize
     for stage in workload.stages:
         costs = [
-            forward_cost(workload.config, own, degrees, workload.text_tokens, itemsize).of_batch(workload.batch)
+            workload.forward_cost(stage, own, degrees).of_batch(workload.batch)
             for own in dict.fromkeys(shares(workload.config, stage.lengths, degrees))
         ]
         timed = [StageCost(cost, forward_seconds(workload, cost, degrees, shard, hardware)) for cost in costs]

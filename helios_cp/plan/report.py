@@ -1,30 +1,33 @@
-"""A plan as tables for a reader and as JSON for a program, with the counts that the times rest on."""
+"""From the flags of `helios_cp.plan` to its tables for a reader, or to JSON with the counts that the times rest on."""
 
 from __future__ import annotations
 
+import json
 import sys
 import textwrap
 from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from helios_cp.config.request import Request
+from helios_cp.plan.configs import find_checkpoint
 from helios_cp.plan.flags import PlanCall
-from helios_cp.plan.forward_cost import ForwardCost, forward_cost, repeated_flops
+from helios_cp.plan.forward_cost import ForwardCost, repeated_flops
 from helios_cp.plan.hardware import Hardware
+from helios_cp.plan.machines import find_hardware
 from helios_cp.plan.memory import transformer_parameters
 from helios_cp.plan.predict import Candidate, Prediction, StageCost, limit_fps
 from helios_cp.plan.rank_shares import whole
-from helios_cp.plan.search import Plan
+from helios_cp.plan.search import Plan, make_plan
 from helios_cp.plan.workload import Workload
-from parallel.mesh import Degrees
 
 WIDTH = 118
-AXES = "cfg x ring x uly"
+LAYOUT = ("cfg x ring x uly", "ffn-tp", "shard", "VAE")
 
 
 @dataclass(frozen=True)
@@ -37,12 +40,26 @@ class Subject:
     hardware: Hardware
 
 
+def run(call: PlanCall) -> int:
+    """Print the plan. Returns 0, or 1 where no layout fits. Raises `RequestError`."""
+    hardware = replace(find_hardware(call.hardware), gpus_per_node=call.gpus)
+    checkpoint = find_checkpoint(call.model)
+    request = Request(prompt=("any",), **call.request).resolve(checkpoint)
+    workload = Workload.of(checkpoint, request, getattr(torch, call.dtype))
+    plan = make_plan([workload], hardware, call.ranks)
+    subject = Subject(call, request, workload, hardware)
+    if call.json:
+        print(json.dumps(to_json(plan, subject), indent=2))
+    else:
+        print_tables(plan, subject)
+    return 0 if plan.fitting else 1
+
+
 def stage_counts(workload: Workload) -> list[dict[str, Any]]:
     """Of each stage, tokens and what one forward on one rank costs; `diffusers_flops` are those of its forward."""
     found = []
     for stage in workload.stages:
         alone = whole(workload.config, stage.lengths)
-        cost = forward_cost(workload.config, alone, Degrees(), workload.text_tokens, workload.dtype.itemsize)
         found.append(
             {
                 "tokens": alone.tokens,
@@ -50,7 +67,7 @@ def stage_counts(workload: Workload) -> list[dict[str, Any]]:
                 "noisy_tokens": alone.noisy,
                 "forwards_per_chunk": stage.forwards * workload.branches,
                 "diffusers_flops": repeated_flops(workload.config, stage.lengths, workload.text_tokens),
-                **_cost_counts(cost, workload.dtype.itemsize),
+                **_cost_counts(workload.forward_cost(stage, alone), workload.dtype.itemsize),
             }
         )
     return found
@@ -201,13 +218,11 @@ def _advice(plan: Plan, subject: Subject) -> Iterator[str]:
 
 def _count_table(subject: Subject) -> Table:
     workload, request, call = subject.workload, subject.request, subject.call
-    table = Table(
-        title=f"{call.model}, {transformer_parameters(workload.config) / 1e9:.3f} B parameters, {call.dtype}, "
-        f"{request.height}x{request.width}, {request.frames_per_chunk} frames a chunk; counted"
+    table = _table(
+        f"{call.model}, {transformer_parameters(workload.config) / 1e9:.3f} B parameters, {call.dtype}, "
+        f"{request.height}x{request.width}, {request.frames_per_chunk} frames a chunk; counted",
+        right=("stage", "tokens", "noisy", "forwards", "TFLOP", "GB elementwise", "GB matrix", "kernels"),
     )
-    names = ("stage", "tokens", "noisy", "forwards", "TFLOP", "GB elementwise", "GB matrix", "kernels")
-    for name in names:
-        table.add_column(name, justify="right")
     for index, stage in enumerate(stage_counts(workload)):
         table.add_row(
             str(index + 1),
@@ -224,13 +239,11 @@ def _count_table(subject: Subject) -> Table:
 
 def _plan_table(plan: Plan, subject: Subject) -> Table:
     call = subject.call
-    table = Table(
-        title=f"{call.ranks} rank(s) on {call.nodes} node(s) of {subject.hardware.name}, eager; all times are modelled"
+    table = _table(
+        f"{call.ranks} rank(s) on {call.nodes} node(s) of {subject.hardware.name}, eager; all times are modelled",
+        left=LAYOUT,
+        right=("FPS", "latency s", "GB a rank", "GB sent a chunk", "most time"),
     )
-    for name in (AXES, "ffn-tp", "shard", "VAE"):
-        table.add_column(name)
-    for name in ("FPS", "latency s", "GB a rank", "GB sent a chunk", "most time"):
-        table.add_column(name, justify="right")
     for each in plan.fitting[: call.top]:
         total = sum(each.seconds.values())
         table.add_row(
@@ -250,12 +263,20 @@ def _refusal_table(plan: Plan, top: int) -> Table:
     for each in plan.refused:
         alike[each.reason].append(each.candidate)
     more = f", the first {top} of {len(alike)} reasons" if len(alike) > top else ""
-    table = Table(title=f"Impossible{more}")
-    for name in (AXES, "ffn-tp", "shard", "VAE", "why"):
-        table.add_column(name)
+    table = _table(f"Impossible{more}", left=(*LAYOUT, "why"))
     for reason, found in list(alike.items())[:top]:
         axes, *rest = _cells(found[0])
         table.add_row(axes + (f" and {len(found) - 1} more" if len(found) > 1 else ""), *rest, reason)
+    return table
+
+
+def _table(title: str, left: Sequence[str] = (), right: Sequence[str] = ()) -> Table:
+    """Without rows; its columns by the side that their cells keep to."""
+    table = Table(title=title)
+    for name in left:
+        table.add_column(name)
+    for name in right:
+        table.add_column(name, justify="right")
     return table
 
 

@@ -56,7 +56,6 @@ def make_plan(
     refused: list[Refused] = []
     limits = limits_of(workloads)
     usable = FITTING_SHARE * hardware.memory_bytes
-    can_misfit = "vae" in given or "ffn_tp" in given  # those tried otherwise fit
     for decoders, core in _cores(ranks, given):
         reason = _refusal(core, limits)
         if reason is not None:
@@ -64,7 +63,7 @@ def make_plan(
             continue
         for layout in _layouts(core, decoders, workloads[0], limits["vae_rows"], given, execution):
             candidate = Candidate(layout, decoders)
-            reason = _refusal(layout.degrees, limits) if can_misfit else None
+            reason = _refusal(layout.degrees, limits)
             if reason is not None:
                 refused.append(Refused(candidate, reason))
                 continue

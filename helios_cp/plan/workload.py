@@ -13,6 +13,11 @@ from helios_cp.config.sampling_plan import SamplingPlan
 from helios_cp.model.vae.config import VaeConfig
 from helios_cp.plan import vae_cost
 from helios_cp.plan.configs import TextEncoderConfig, part_configs
+from helios_cp.plan.forward_cost import ForwardCost, forward_cost
+from helios_cp.plan.rank_shares import Share, whole
+from parallel.degrees import Degrees
+
+ALONE = Degrees()
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,11 @@ class Workload:
             frames=request.frames_per_chunk,
             batch=request.batch_size,
         )
+
+    def forward_cost(self, stage: PyramidStage, own: Share | None = None, degrees: Degrees = ALONE) -> ForwardCost:
+        """What one forward of one sample costs a rank with a share of the tokens, or one that is alone."""
+        own = own or whole(self.config, stage.lengths)
+        return forward_cost(self.config, own, degrees, self.text_tokens, self.dtype.itemsize)
 
     @property
     def branches(self) -> int:
