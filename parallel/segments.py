@@ -77,21 +77,11 @@ class SegmentPlan:
         """The same cut of one segment alone, as when only the noisy outputs are gathered."""
         return SegmentPlan((self.lengths[segment],), self.ranks, self._first(segment))
 
-    def slices(self, rank: int) -> tuple[slice, ...]:
-        """For each segment, the part of the whole sequence that a rank holds."""
-        starts = offsets(self.lengths)
-        begins = [start + offsets(self.segment_sizes(segment))[rank] for segment, start in enumerate(starts)]
-        return tuple(slice(begin, begin + size) for begin, size in zip(begins, self.sizes(rank), strict=True))
-
-    def local_slices(self, rank: int) -> tuple[slice, ...]:
-        """For each segment, its part of a rank's local tokens."""
-        sizes = self.sizes(rank)
-        return tuple(slice(begin, begin + size) for begin, size in zip(offsets(sizes), sizes, strict=True))
-
     def shard(self, tensor: torch.Tensor, dim: int, rank: int) -> torch.Tensor:
         """A rank's local tokens out of the whole sequence along `dim`; a view where there is one segment."""
         self._check(tensor, dim, self.total)
-        parts = [tensor.narrow(dim, part.start, part.stop - part.start) for part in self.slices(rank)]
+        segments = tensor.split(self.lengths, dim)
+        parts = [whole.split(self.segment_sizes(segment), dim)[rank] for segment, whole in enumerate(segments)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
     def unshard(self, parts: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
@@ -100,12 +90,8 @@ class SegmentPlan:
             raise ValueError(f"unshard of {len(parts)} parts: this plan has {self.ranks} ranks; give one part a rank")
         for part, length in zip(parts, self.local_lengths, strict=True):
             self._check(part, dim, length)
-        pieces = [
-            parts[rank].narrow(dim, local[segment].start, local[segment].stop - local[segment].start)
-            for segment in range(len(self.lengths))
-            for rank, local in enumerate(map(self.local_slices, range(self.ranks)))
-        ]
-        return torch.cat(pieces, dim)
+        pieces = [part.split(self.sizes(rank), dim) for rank, part in enumerate(parts)]
+        return torch.cat([piece for segment in zip(*pieces, strict=True) for piece in segment], dim)
 
     def _check(self, tensor: torch.Tensor, dim: int, length: int) -> None:
         if tensor.shape[dim] != length:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from helios_cp.config.checkpoint import TransformerConfig
 from helios_cp.model.fused import FusedLinear
 from helios_cp.model.rope import rotate_
 
@@ -93,18 +94,17 @@ def _parts(rows: Tensor, length: int, history: int) -> list[tuple[slice, slice, 
 class SelfAttention(nn.Module):
     """Attention among all tokens, history keys amplified if the checkpoint says so."""
 
-    def __init__(
-        self, dim: int, heads: int, eps: float, *, amplify_history: bool = False, history_scale_mode: str = "per_head"
-    ) -> None:
+    def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
+        dim, heads = config.dim, config.num_attention_heads
         self.heads = heads
         self.to_qkv = FusedLinear(dim, dim, ("to_q", "to_k", "to_v"))
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
-        self.norm_q = nn.RMSNorm(dim, eps)
-        self.norm_k = nn.RMSNorm(dim, eps)
+        self.norm_q = nn.RMSNorm(dim, config.eps)
+        self.norm_k = nn.RMSNorm(dim, config.eps)
         self.history_key_scale = None
-        if amplify_history:
-            self.history_key_scale = nn.Parameter(torch.ones(heads if history_scale_mode == "per_head" else 1))
+        if config.is_amplify_history:
+            self.history_key_scale = nn.Parameter(torch.ones(heads if config.history_scale_mode == "per_head" else 1))
         self.register_load_state_dict_pre_hook(FusedLinear.gather_parts)
 
     def forward(
@@ -142,14 +142,15 @@ def scale_first_(key: Tensor, scale: Tensor, history: int) -> Tensor:
 class CrossAttention(nn.Module):
     """Attention to the text, whose keys and values are computed once per prompt."""
 
-    def __init__(self, dim: int, heads: int, eps: float) -> None:
+    def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.heads = heads
+        dim = config.dim
+        self.heads = config.num_attention_heads
         self.to_q = nn.Linear(dim, dim)
         self.to_kv = FusedLinear(dim, dim, ("to_k", "to_v"))
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
-        self.norm_q = nn.RMSNorm(dim, eps)
-        self.norm_k = nn.RMSNorm(dim, eps)
+        self.norm_q = nn.RMSNorm(dim, config.eps)
+        self.norm_k = nn.RMSNorm(dim, config.eps)
         self.register_load_state_dict_pre_hook(FusedLinear.gather_parts)
 
     def keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
@@ -184,27 +185,15 @@ def gelu_tanh(states: Tensor) -> Tensor:
 class Block(nn.Module):
     """Self-attention, cross-attention and feed-forward, each on a modulated or plain norm of the residual stream."""
 
-    def __init__(
-        self,
-        dim: int,
-        heads: int,
-        ffn_dim: int,
-        eps: float,
-        *,
-        cross_attn_norm: bool,
-        guidance_cross_attn: bool,
-        amplify_history: bool,
-        history_scale_mode: str,
-    ) -> None:
+    def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.eps = eps
-        self.guidance_cross_attn = guidance_cross_attn
-        self.attn1 = SelfAttention(
-            dim, heads, eps, amplify_history=amplify_history, history_scale_mode=history_scale_mode
-        )
-        self.attn2 = CrossAttention(dim, heads, eps)
-        self.norm2 = nn.LayerNorm(dim, eps) if cross_attn_norm else None
-        self.ffn = FeedForward(dim, ffn_dim)
+        dim = config.dim
+        self.eps = config.eps
+        self.guidance_cross_attn = config.guidance_cross_attn
+        self.attn1 = SelfAttention(config)
+        self.attn2 = CrossAttention(config)
+        self.norm2 = nn.LayerNorm(dim, config.eps) if config.cross_attn_norm else None
+        self.ffn = FeedForward(dim, config.ffn_dim)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
     def forward(
@@ -240,10 +229,6 @@ class Block(nn.Module):
 
         normed = modulated_norm(states, ffn_shift, ffn_scale, history, self.eps)
         return gated_add_(states, operations.feed_forward(self.ffn, normed), ffn_gate, history)
-
-    def keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross-attention keys and values `[B, L, H, D]` of the embedded text `[B, L, dim]`."""
-        return self.attn2.keys_values(text)
 
     def _cross_norm(self, states: Tensor) -> Tensor:
         return states if self.norm2 is None else self.norm2(states.float()).to(states.dtype)

@@ -82,19 +82,7 @@ class HeliosTransformer(nn.Module):
                 size = tuple(factor * p for p in config.patch_size)
                 self.add_module(f"patch_{name}", PatchEmbedding(config.in_channels, dim, size))
         self.condition_embedder = ConditionEmbedder(config)
-        self.blocks = nn.ModuleList(
-            Block(
-                dim,
-                config.num_attention_heads,
-                config.ffn_dim,
-                config.eps,
-                cross_attn_norm=config.cross_attn_norm,
-                guidance_cross_attn=config.guidance_cross_attn,
-                amplify_history=config.is_amplify_history,
-                history_scale_mode=config.history_scale_mode,
-            )
-            for _ in range(config.num_layers)
-        )
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm_out = OutputNorm(dim, config.eps)
         self.proj_out = nn.Linear(dim, config.out_channels * math.prod(config.patch_size))
         self.register_load_state_dict_post_hook(lambda model, _: model.weights_changed())
@@ -136,7 +124,7 @@ class HeliosTransformer(nn.Module):
     def encode_text(self, prompt_embeds: Tensor, number: int = 0) -> TextCondition:
         """Keys and values of every block for `[B, L, text_dim]`; once per prompt. `number` as in `TextCondition`."""
         text = self.condition_embedder.text_embedder(prompt_embeds.to(self.dtype))
-        return TextCondition(tuple(block.keys_values(text) for block in self.blocks), number)
+        return TextCondition(tuple(block.attn2.keys_values(text) for block in self.blocks), number)
 
     def encode_history(self, history: History) -> HistoryCondition:
         """Embed the history frames; once per chunk.

@@ -46,7 +46,7 @@ def test_every_rank_holds_an_equal_part_of_each_segment_and_of_all(plan):
 
 def indices_of(plan: SegmentPlan, rank: int) -> list[int]:
     """The place in the whole sequence of each local token of a rank."""
-    return [index for part in plan.slices(rank) for index in range(part.start, part.stop)]
+    return plan.shard(torch.arange(plan.total), 0, rank).tolist()
 
 
 @given(plans)
@@ -72,7 +72,7 @@ def test_one_segment_alone_is_cut_as_it_is_among_the_others(plan):
     for segment, start in enumerate(starts):
         only = plan.only(segment)
         own = whole[start : start + plan.lengths[segment]]
-        parts = [plan.shard(whole, 0, rank)[plan.local_slices(rank)[segment]] for rank in range(plan.ranks)]
+        parts = [plan.shard(whole, 0, rank).split(plan.sizes(rank))[segment] for rank in range(plan.ranks)]
         assert torch.equal(only.unshard(parts, 0), own)
         for rank, part in enumerate(parts):
             assert torch.equal(only.shard(own, 0, rank), part)
@@ -83,7 +83,7 @@ def test_local_order_is_segment_after_segment():
     assert plan.sizes(0) == (2, 1)
     assert indices_of(plan, 0) == [0, 1, 5]
     assert indices_of(plan, 2) == [4, 7, 8]
-    assert plan.local_slices(2) == (slice(0, 1), slice(1, 3))
+    assert plan.sizes(2) == (1, 2)
 
 
 def test_helios_at_384_by_640_on_8_ranks():
