@@ -7,10 +7,9 @@ call. On gloo, CUDA tensors travel through pinned host memory, so several ranks 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -43,19 +42,20 @@ class Meter:
         self.sent_bytes.clear()
 
 
+@dataclass
 class Pending:
     """Messages under way. `wait` returns the received tensors, in the order in which they were asked for."""
 
-    def __init__(self, works: Sequence[dist.Work], keep: Sequence[torch.Tensor], finish: Callable[[], list]) -> None:
-        self._works = works
-        self._keep = keep  # a sent buffer must outlive its message
-        self._finish = finish
+    works: Sequence[dist.Work]
+    sent: Sequence[torch.Tensor]  # a buffer must outlive its message
+    received: Sequence[torch.Tensor]
+    device: torch.device
 
     def wait(self) -> list[torch.Tensor]:
-        for work in self._works:
+        for work in self.works:
             work.wait()
-        self._keep = ()
-        return self._finish()
+        self.sent = ()
+        return [tensor.to(self.device) for tensor in self.received]
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,7 +199,7 @@ class Group:
     def ring_exchange(self, tensor: torch.Tensor, receive_shape: Sequence[int]) -> Pending:
         """Start passing a tensor to the next rank while receiving one of `receive_shape` from the rank before."""
         if self.size == 1:
-            return Pending((), (), lambda: [tensor])
+            return Pending((), (), [tensor], tensor.device)
         return self.exchange(
             [((self.rank + 1) % self.size, tensor)], [((self.rank - 1) % self.size, receive_shape)], tensor, "ring"
         )
@@ -213,15 +213,14 @@ class Group:
         # Both ends know every size, so empty messages are left out.
         outgoing = [(rank, self._to_wire(tensor)) for rank, tensor in sends if tensor.numel()]
         incoming = [(rank, self._buffer(shape, like)) for rank, shape in receives]
-        messages = [self._message(dist.isend, tensor, rank) for rank, tensor in outgoing]
-        messages += [self._message(dist.irecv, tensor, rank) for rank, tensor in incoming if tensor.numel()]
+        messages = [
+            dist.P2POp(operation, tensor, group=self.process_group, group_peer=rank)
+            for operation, parts in ((dist.isend, outgoing), (dist.irecv, incoming))
+            for rank, tensor in parts
+            if tensor.numel()
+        ]
         works = dist.batch_isend_irecv(messages) if messages else []
-        return Pending(
-            works, [tensor for _, tensor in outgoing], lambda: [tensor.to(like.device) for _, tensor in incoming]
-        )
-
-    def _message(self, operation: Callable, tensor: torch.Tensor, rank: int) -> dist.P2POp:
-        return dist.P2POp(operation, tensor, group=self.process_group, group_peer=rank)
+        return Pending(works, [tensor for _, tensor in outgoing], [tensor for _, tensor in incoming], like.device)
 
     @property
     def _on_gloo(self) -> bool:
@@ -248,12 +247,9 @@ class Group:
 
 def pieces(flat: torch.Tensor, shapes: Sequence[Sequence[int]]) -> list[torch.Tensor]:
     """Consecutive views of a flat tensor in the given shapes."""
-    sizes = [torch.Size(shape).numel() for shape in shapes]
-    starts = accumulate(sizes, initial=0)
-    return [flat[start : start + size].view(shape) for start, size, shape in zip(starts, sizes, shapes, strict=False)]
+    parts = flat.split([torch.Size(shape).numel() for shape in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def _with_length(shape: torch.Size, dim: int, length: int) -> torch.Size:
-    changed = list(shape)
-    changed[dim] = length
-    return torch.Size(changed)
+    return torch.Size((*shape[:dim], length, *shape[dim + 1 :]))

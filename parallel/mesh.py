@@ -8,7 +8,6 @@ consecutive ranks of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -31,13 +30,12 @@ def axis_groups(degrees: Degrees, axis: str) -> tuple[tuple[int, ...], ...]:
         "ffn_tp": (1, degrees.ffn_tp),
         "vae": (1, degrees.vae),
     }
-    return tuple(_strided_groups(degrees.world, *spans[axis]))
-
-
-def _strided_groups(world: int, step: int, size: int) -> Iterator[tuple[int, ...]]:
-    for begin in range(0, world, step * size):
-        for offset in range(step):
-            yield tuple(begin + offset + step * index for index in range(size))
+    step, size = spans[axis]
+    return tuple(
+        tuple(range(first, first + step * size, step))
+        for begin in range(0, degrees.world, step * size)
+        for first in range(begin, begin + step)
+    )
 
 
 def position(degrees: Degrees, axis: str, rank: int) -> tuple[tuple[int, ...], int]:

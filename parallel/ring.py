@@ -7,6 +7,7 @@ outputs are merged by their log-sum-exp (Liu et al., Ring Attention, arXiv 2310.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -15,6 +16,7 @@ from parallel.collectives import Group
 from parallel.segments import check_lengths, check_local
 
 
+@dataclass(eq=False)
 class RingAttention:
     """Attention over the tokens of a whole group, called with this rank's `[B, S_local, H, D]` and returning the same.
 
@@ -24,20 +26,14 @@ class RingAttention:
     group of one, where nothing is merged. Raises `ValueError` for tokens that do not follow the plan.
     """
 
-    def __init__(
-        self,
-        group: Group,
-        query_lengths: Sequence[int],
-        key_lengths: Sequence[int],
-        attention: Attention = attend,
-        attention_with_lse: AttentionWithLse = attend_with_lse,
-    ) -> None:
-        check_lengths(group.size, query_lengths, key_lengths)
-        self.group = group
-        self.query_lengths = tuple(query_lengths)
-        self.key_lengths = tuple(key_lengths)
-        self.attention = attention
-        self.attention_with_lse = attention_with_lse
+    group: Group
+    query_lengths: Sequence[int]
+    key_lengths: Sequence[int]
+    attention: Attention = attend
+    attention_with_lse: AttentionWithLse = attend_with_lse
+
+    def __post_init__(self) -> None:
+        check_lengths(self.group.size, self.query_lengths, self.key_lengths)
 
     def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         check_local(self.group.rank, self.query_lengths, self.key_lengths, query, key)
@@ -47,15 +43,11 @@ class RingAttention:
         out = lse = None
         for step in range(self.group.size):
             last = step == self.group.size - 1
-            pending = None if last else self.group.ring_exchange(block, self._shape_after(step, block))
+            if not last:  # what arrives during this step started step + 1 ranks before
+                owner = (self.group.rank - step - 1) % self.group.size
+                pending = self.group.ring_exchange(block, (*block.shape[:2], self.key_lengths[owner], *block.shape[3:]))
             partial, partial_lse = self.attention_with_lse(query, *block)
             out, lse = (partial, partial_lse) if step == 0 else merge(out, lse, partial, partial_lse)
-            if pending is not None:
+            if not last:
                 (block,) = pending.wait()
         return out.to(query.dtype)
-
-    def _shape_after(self, step: int, block: torch.Tensor) -> tuple[int, ...]:
-        """Shape `[2, B, S, H, D]` of the block that arrives during a step: it started `step + 1` ranks before."""
-        owner = (self.group.rank - step - 1) % self.group.size
-        kinds, batch, _, heads, dim = block.shape
-        return kinds, batch, self.key_lengths[owner], heads, dim

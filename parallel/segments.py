@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 
@@ -25,11 +24,6 @@ def split(total: int, parts: int, first: int = 0) -> tuple[int, ...]:
         raise ValueError(f"split({total}, {parts}): allowed are a total of at least 0 and at least 1 part")
     size, surplus = divmod(total, parts)
     return tuple(size + ((rank - first) % parts < surplus) for rank in range(parts))
-
-
-def offsets(sizes: Sequence[int]) -> tuple[int, ...]:
-    """Where each part begins: `offsets((3, 2, 2))` is `(0, 3, 5)`."""
-    return tuple(accumulate(sizes, initial=0))[:-1]
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from parallel.collectives import Group
-from parallel.segments import offsets, split
+from parallel.segments import split
 
 
 def shard_sizes(hidden: int, ranks: int) -> tuple[int, ...]:
@@ -30,7 +30,7 @@ def shard_sizes(hidden: int, ranks: int) -> tuple[int, ...]:
 def shard_slice(hidden: int, ranks: int, rank: int) -> slice:
     """The hidden features of one rank: rows of the first weight and of its bias, columns of the second weight."""
     sizes = shard_sizes(hidden, ranks)
-    start = offsets(sizes)[rank]
+    start = sum(sizes[:rank])
     return slice(start, start + sizes[rank])
 
 

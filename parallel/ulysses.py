@@ -8,6 +8,7 @@ Ulysses, arXiv 2309.14509). Heads and tokens may both be uneven.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import groupby
 
 import torch
@@ -17,6 +18,7 @@ from parallel.collectives import Group, pieces
 from parallel.segments import check_lengths, check_local, split
 
 
+@dataclass(eq=False)
 class UlyssesAttention:
     """Attention over the tokens of a whole group, called with this rank's `[B, S_local, H, D]` and returning the same.
 
@@ -25,18 +27,13 @@ class UlyssesAttention:
     of one. Raises `ValueError` for more ranks than heads or for tokens that do not follow the plan.
     """
 
-    def __init__(
-        self,
-        group: Group,
-        query_lengths: Sequence[int],
-        key_lengths: Sequence[int],
-        attention: Attention = attend,
-    ) -> None:
-        check_lengths(group.size, query_lengths, key_lengths)
-        self.group = group
-        self.query_lengths = tuple(query_lengths)
-        self.key_lengths = tuple(key_lengths)
-        self.attention = attention
+    group: Group
+    query_lengths: Sequence[int]
+    key_lengths: Sequence[int]
+    attention: Attention = attend
+
+    def __post_init__(self) -> None:
+        check_lengths(self.group.size, self.query_lengths, self.key_lengths)
 
     def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         check_local(self.group.rank, self.query_lengths, self.key_lengths, query, key)

@@ -34,8 +34,8 @@ def unified_attention(
     rows = [slice(row * ulysses.size, (row + 1) * ulysses.size) for row in range(ring.size)]
     between_rows = RingAttention(
         ring,
-        [sum(query_lengths[row]) for row in rows],
-        [sum(key_lengths[row]) for row in rows],
+        tuple(sum(query_lengths[row]) for row in rows),
+        tuple(sum(key_lengths[row]) for row in rows),
         attention,
         attention_with_lse,
     )
