@@ -68,7 +68,7 @@ def transformer_bytes(
             total += quantised_bytes(*tensor.shape, quantize) if is_quantised else packed_bytes([tensor])
         return total
 
-    layers, others, _ = transformer_layers(model)
+    layers, others = transformer_layers(model)
     text, keys_values, block = map(size, layers)
     sizes = [text, *[keys_values] * config.num_layers, *[block] * config.num_layers]
     slots = tuple(max(sizes[slot::SLOTS]) for slot in range(SLOTS))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -69,13 +70,13 @@ class DeviceMemory:
             self.counter.add(-self.size)
 
 
+@dataclass
 class MemoryCounter:
     """Bytes of weights on the device, now and at most; and how often each piece of weights was brought."""
 
-    def __init__(self) -> None:
-        self.bytes = 0
-        self.peak_bytes = 0
-        self.brought: Counter[int] = Counter()
+    bytes: int = 0
+    peak_bytes: int = 0
+    brought: Counter[int] = field(default_factory=Counter)
 
     def add(self, size: int) -> None:
         self.bytes += size

@@ -15,7 +15,8 @@ Each rank keeps its own weights in the memory of its host.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -28,17 +29,17 @@ from helios_cp.runtime.device_weights import Copies, MemoryCounter, Resident, St
 from helios_cp.runtime.host_weights import HostWeights, Place, places, tensors_at
 
 
+@dataclass(eq=False)
 class Part:
     """Weights that are on the card together: those of a model, or of half of the VAE.
 
     `working` are the bytes that it needs beside its weights, if they were measured.
     """
 
-    def __init__(self, name: str, *held: Resident | Streamed) -> None:
-        self.name = name
-        self.held = held
-        self.is_here = False
-        self.working: int | None = None
+    name: str
+    held: Sequence[Resident | Streamed]
+    is_here: bool = False
+    working: int | None = None
 
     @property
     def device_bytes(self) -> int:
@@ -78,7 +79,7 @@ class Card:
 
     def add(self, name: str, held: Sequence[Resident | Streamed], entrances: Sequence[nn.Module]) -> Part:
         """A part whose work begins with a call of one of `entrances`."""
-        part = self.parts[name] = Part(name, *held)
+        part = self.parts[name] = Part(name, held)
         self._trim()
         for module in entrances:
             module.register_forward_pre_hook(lambda *_: self.use(part))
@@ -198,26 +199,23 @@ def _add_transformer(card: Card, transformer: HeliosTransformer, how: str) -> No
     if how == "model":
         card.add("transformer", [card.resident(places([transformer]))], entrances)
         return
-    layers, rest, first_block = transformer_layers(transformer)
-    streamed = card.streamed(layers, [*range(1, len(layers)), first_block])
+    layers, rest = transformer_layers(transformer)
+    before_blocks = [text_embedder, *(block.attn2.to_kv for block in blocks)]
+    streamed = card.streamed(layers, [*range(1, len(layers)), len(before_blocks)])
     card.add("transformer", [card.resident(rest), streamed], entrances)
-    for index, layer in enumerate([text_embedder, *(block.attn2.to_kv for block in blocks)]):
-        layer.register_forward_pre_hook(_fetch(streamed, index))
-    for index, block in enumerate(blocks, first_block):
-        block.register_forward_pre_hook(_fetch(streamed, index))
+    _fetch_for([*before_blocks, *blocks], streamed)
 
 
-def transformer_layers(transformer: HeliosTransformer) -> tuple[list[list[Place]], list[Place], int]:
-    """What passes through the buffers together, in order; what does not; and at which layer the blocks begin.
+def transformer_layers(transformer: HeliosTransformer) -> tuple[list[list[Place]], list[Place]]:
+    """What passes through the buffers together, in order; and what does not.
 
     Before the blocks comes what encodes a prompt, as a forward never needs that.
     """
     blocks = transformer.blocks
-    layers = [places([transformer.condition_embedder.text_embedder])]
-    layers += [places([block.attn2.to_kv, block.attn2.norm_k]) for block in blocks]
-    first_block = len(layers)
-    layers += [places([block], tensors_at(own)) for block, own in zip(blocks, layers[1:], strict=True)]
-    return layers, places([transformer], tensors_at(itertools.chain.from_iterable(layers))), first_block
+    text = [places([block.attn2.to_kv, block.attn2.norm_k]) for block in blocks]
+    layers = [places([transformer.condition_embedder.text_embedder]), *text]
+    layers += [places([block], tensors_at(own)) for block, own in zip(blocks, text, strict=True)]
+    return layers, places([transformer], tensors_at(itertools.chain.from_iterable(layers)))
 
 
 def _add_text_encoder(card: Card, text_encoder: nn.Module, how: str) -> None:
@@ -234,10 +232,10 @@ def _add_text_encoder(card: Card, text_encoder: nn.Module, how: str) -> None:
     rest = places([text_encoder], [*kept, *tensors_at(itertools.chain.from_iterable(layers))])
     streamed = card.streamed(layers, [*range(1, len(layers)), 0])
     card.add("text encoder", [card.resident(rest), streamed], [text_encoder])
-    for index, layer in enumerate(stack.block):
-        layer.register_forward_pre_hook(_fetch(streamed, index))
+    _fetch_for(stack.block, streamed)
 
 
-def _fetch(streamed: Streamed, layer: int) -> Callable[..., None]:
-    """A hook before a layer's forward. It stays outside of compiled code, which knows nothing of offloading."""
-    return lambda *_: streamed.fetch(layer)
+def _fetch_for(layers: Iterable[nn.Module], streamed: Streamed) -> None:
+    """Before a layer runs its weights are fetched, by a hook: compiled code knows nothing of offloading."""
+    for index, layer in enumerate(layers):
+        layer.register_forward_pre_hook(lambda *_, index=index: streamed.fetch(index))

@@ -6,9 +6,10 @@ The order of the random draws and every rounding follow diffusers' `HeliosPipeli
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,9 @@ from helios_cp.config.sampling_plan import SamplingPlan
 from helios_cp.device.streams import to_device
 from helios_cp.sampling.noise import block_noise, double_nearest, halve_noise
 from helios_cp.sampling.solvers import solver_on
+
+SHIFT = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
+"""Keys of a scheduler's config that the shift follows from, and what they are where it has none."""
 
 Predict = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
 """`(latents [B, C, T, h, w], timestep [1]) -> (velocity for the prompt, for the negative prompt or None)`."""
@@ -110,12 +114,11 @@ def renoise_coefficients(start_sigma: float, gamma: float) -> tuple[float, float
     return alpha, alpha * (1 - signal) / math.sqrt(gamma)
 
 
-def shift_mu(
-    tokens: int, base_length: int = 256, max_length: int = 4096, base_shift: float = 0.5, max_shift: float = 1.15
-) -> float:
-    """Shift of the noise schedule, linear in the number of tokens (as in FLUX)."""
-    slope = (max_shift - base_shift) / (max_length - base_length)
-    return tokens * slope + base_shift - slope * base_length
+def shift_mu(tokens: int, config: Mapping[str, Any] = SHIFT) -> float:
+    """Shift of the noise schedule, linear in the number of tokens (as in FLUX); `config` is a scheduler's."""
+    base, most, base_shift, max_shift = (config.get(name, default) for name, default in SHIFT.items())
+    slope = (max_shift - base_shift) / (most - base)
+    return tokens * slope + base_shift - slope * base
 
 
 def set_timesteps(scheduler, plan: SamplingPlan, stage: int, latents: Tensor, *, first_chunk: bool) -> None:
@@ -124,14 +127,7 @@ def set_timesteps(scheduler, plan: SamplingPlan, stage: int, latents: Tensor, *,
     `latents` are those before the stage's upsample, whose size gives the shift.
     """
     tokens = math.prod(latents.shape[-3:]) // math.prod(plan.patch_size)
-    settings = {
-        "base_length": "base_image_seq_len",
-        "max_length": "max_image_seq_len",
-        "base_shift": "base_shift",
-        "max_shift": "max_shift",
-    }
-    config = {name: scheduler.config[key] for name, key in settings.items() if key in scheduler.config}
-    mu = shift_mu(tokens, **config)
+    mu = shift_mu(tokens, scheduler.config)
     steps = plan.steps[stage]
     if plan.is_pyramid:
         amplify = plan.amplify_first_chunk and first_chunk

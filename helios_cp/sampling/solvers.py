@@ -8,6 +8,8 @@ stay on the CPU, with the schedule, and the device computes only products and su
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,13 +53,13 @@ def make_solver(scheduler, start: Tensor) -> Solver:
     return SchedulerSteps(scheduler, start)
 
 
+@dataclass
 class SchedulerSteps:
     """The steps of a diffusers scheduler itself."""
 
-    def __init__(self, scheduler, start: Tensor) -> None:
-        self.scheduler = scheduler
-        self.start = start
-        self.index = 0
+    scheduler: Any
+    start: Tensor
+    index: int = 0
 
     def __call__(self, velocity: Tensor, latents: Tensor) -> Tensor:
         timesteps, options = self.scheduler.timesteps, {}
@@ -169,11 +171,11 @@ class UniPcSolver:
         return torch.linalg.solve(torch.stack([torch.ones_like(ratios), ratios]), right)
 
 
+@dataclass
 class HostSolver:
     """A solver on the CPU: each step fetches the latents and sends them back, 2.2 MB a chunk in fp32 at 384×640."""
 
-    def __init__(self, solve: Solver) -> None:
-        self.solve = solve
+    solve: Solver
 
     def __call__(self, velocity: Tensor, latents: Tensor) -> Tensor:
         return self.solve(velocity.cpu(), latents.cpu()).to(latents.device)
