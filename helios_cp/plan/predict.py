@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from helios_cp.config.execution import Execution
 from helios_cp.config.layout import PLAIN, Layout
-from helios_cp.plan.forward_cost import ForwardCost, Traffic, guidance_traffic
+from helios_cp.plan.forward_cost import AttentionCall, ForwardCost, Product, Traffic, guidance_traffic
 from helios_cp.plan.hardware import Hardware
 from helios_cp.plan.memory import card_memory, sharded_bytes
 from helios_cp.plan.rank_shares import shares
@@ -135,17 +135,13 @@ def forward_seconds(
 ) -> dict[str, float]:
     """Seconds of one forward by what takes them. The rank waits for messages, and for nothing else of other ranks."""
     itemsize = workload.dtype.itemsize
-    bandwidth = hardware.memory_bandwidth
-    products = sum(
-        max(each.flops / hardware.matmul_rate(each.rows, itemsize), each.moved_bytes(itemsize) / bandwidth)
-        for each in cost.products
-    )
+
+    def seconds(part: Product | AttentionCall, rate: float) -> float:
+        return max(part.flops / rate, part.moved_bytes(itemsize) / hardware.memory_bandwidth)
+
+    products = sum(seconds(each, hardware.matmul_rate(each.rows, itemsize)) for each in cost.products)
     attention = sum(
-        max(
-            each.flops / hardware.attention_rate(each.queries, each.keys, itemsize),
-            each.moved_bytes(itemsize) / bandwidth,
-        )
-        for each in cost.attentions
+        seconds(each, hardware.attention_rate(each.queries, each.keys, itemsize)) for each in cost.attentions
     )
     passes = sum(moved / hardware.pass_bandwidth(kind) for kind, moved in cost.passes.items())
     computing = products + attention + passes

@@ -15,15 +15,15 @@ from rich.console import Console
 from rich.table import Table
 
 from helios_cp.config.request import Request
+from helios_cp.plan.choose import Plan, make_plan
 from helios_cp.plan.configs import find_checkpoint
 from helios_cp.plan.flags import PlanCall
 from helios_cp.plan.forward_cost import ForwardCost, repeated_flops
 from helios_cp.plan.hardware import Hardware
 from helios_cp.plan.machines import find_hardware
 from helios_cp.plan.memory import transformer_parameters
-from helios_cp.plan.predict import Candidate, Prediction, StageCost, limit_fps
+from helios_cp.plan.predict import Candidate, Prediction, limit_fps
 from helios_cp.plan.rank_shares import whole
-from helios_cp.plan.search import Plan, make_plan
 from helios_cp.plan.workload import Workload
 
 WIDTH = 118
@@ -139,15 +139,14 @@ def _prediction(prediction: Prediction, subject: Subject) -> dict[str, Any]:
         "dominant": prediction.dominant,
         "memory_bytes": dict(prediction.memory),
         "sent_bytes_per_chunk": prediction.sent_bytes,
-        "stages": [_stage(each, subject.workload.dtype.itemsize) for each in prediction.stages],
-    }
-
-
-def _stage(stage: StageCost, itemsize: int) -> dict[str, Any]:
-    return {
-        **_cost_counts(stage.cost, itemsize),
-        "traffic": {axis: asdict(traffic) for axis, traffic in stage.cost.traffic.items()},
-        "modelled_seconds": dict(stage.seconds),
+        "stages": [
+            {
+                **_cost_counts(stage.cost, subject.workload.dtype.itemsize),
+                "traffic": {axis: asdict(traffic) for axis, traffic in stage.cost.traffic.items()},
+                "modelled_seconds": dict(stage.seconds),
+            }
+            for stage in prediction.stages
+        ],
     }
 
 

@@ -84,6 +84,12 @@ class Workload:
         return 2 if self.is_guided else 1
 
     @property
+    def flops(self) -> int:
+        """Of a chunk, on one rank."""
+        forwards = sum(stage.forwards * self.forward_cost(stage).flops for stage in self.stages)
+        return self.batch * (self.branches * forwards + self.decode_flops)
+
+    @property
     def decode_flops(self) -> int:
         """Of one video."""
         return vae_cost.decode_flops(self.vae, self.latent_frames, *self.latent_size)
