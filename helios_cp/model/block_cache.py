@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from helios_cp.model.transformer import BlockInputs, HeliosTransformer
+from helios_cp.model.transformer import BlockInputs
 
 Total = Callable[[Tensor], Tensor]
 """From sums `[2]` over this rank's tokens to those over all tokens of the prompt's branch, equal on all ranks."""
@@ -26,14 +25,6 @@ Total = Callable[[Tensor], Tensor]
 def own_total(sums: Tensor) -> Tensor:
     """Where all tokens are here."""
     return sums
-
-
-@dataclass(frozen=True)
-class Residuals:
-    """What the first block and all others added to the noisy tokens `[B, S, dim]` of one branch in a step."""
-
-    first: Tensor
-    others: Tensor
 
 
 class BlockCache:
@@ -54,7 +45,8 @@ class BlockCache:
         self.steps = 0
         self.skipped: list[int] = []
         self._first: int | None = None  # the text whose forward comes first in each step
-        self._residuals: dict[int, Residuals] = {}  # by the number of the text
+        # What the first block and all others added to the noisy tokens `[B, S, dim]`, by the number of the text.
+        self._residuals: dict[int, tuple[Tensor, Tensor]] = {}
         self._skips = False
 
     def __call__(self, blocks: nn.ModuleList, states: Tensor, inputs: BlockInputs) -> Tensor:
@@ -66,19 +58,18 @@ class BlockCache:
         states = inputs.run(blocks[:1], states)
         after = states[:, inputs.history :]
         first = after - before
-        last = self._residuals.get(inputs.text)
-        if last is not None and last.first.shape != first.shape:
-            last = None
+        last, others = self._residuals.get(inputs.text, (None, None))
         if inputs.text == self._first:
-            self._skips = last is not None and self._change(first, last.first) < self.threshold
+            is_alike = last is not None and last.shape == first.shape
+            self._skips = is_alike and self._change(first, last) < self.threshold
             if self._skips:
                 self.skipped.append(self.steps)
             self.steps += 1
         if self._skips:
-            return after + last.others
+            return after + others
         after = after.clone()
         states = inputs.run(blocks[1:], states, first=1)
-        self._residuals[inputs.text] = Residuals(first, states - after)
+        self._residuals[inputs.text] = first, states - after
         return states
 
     def _change(self, residual: Tensor, last: Tensor) -> float:
@@ -88,9 +79,3 @@ class BlockCache:
         if size:
             return difference / size
         return math.inf if difference else 0.0
-
-
-def cache_blocks(transformer: HeliosTransformer, threshold: float, total: Total = own_total) -> BlockCache:
-    """Have a transformer leave blocks out of steps that change little."""
-    transformer.body = BlockCache(threshold, total)
-    return transformer.body

@@ -27,7 +27,7 @@ class FusedLinear(nn.Linear):
         return F.linear(states, self.weight[rows], self.bias[rows])
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        parent = _parent(prefix)
+        parent = prefix[: prefix.rstrip(".").rfind(".") + 1]
         for kind, fused in (("weight", self.weight), ("bias", self.bias)):
             for name, part in zip(self.names, fused.chunk(len(self.names)), strict=True):
                 destination[f"{parent}{name}.{kind}"] = part if keep_vars else part.detach()
@@ -42,10 +42,6 @@ class FusedLinear(nn.Linear):
                 keys = [f"{prefix}{name}.{kind}" for name in child.names]
                 if all(key in state_dict for key in keys):
                     state_dict[f"{prefix}{child_name}.{kind}"] = torch.cat([state_dict.pop(key) for key in keys])
-
-
-def _parent(prefix: str) -> str:
-    return prefix[: prefix.rstrip(".").rfind(".") + 1]
 
 
 def stored_names(path: str, module: nn.Module, kind: str) -> list[str]:

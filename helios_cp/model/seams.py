@@ -8,6 +8,7 @@ chunk to chunk, and a chunk needs only the latents of the one before.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -47,23 +48,27 @@ def _low(pictures: Tensor) -> Tensor:
     return F.interpolate(small, size=(height, width), mode="bilinear").permute(0, 2, 3, 1)
 
 
+@dataclass(eq=False)
 class SeamMatcher:
     """Decodes the chunks of a video in order, each of them once, and matches it to the one before.
 
     `before` are the latents of the chunk before the first one, which is decoded too; `None` for the start of a video.
     """
 
-    def __init__(self, decode: Decode, before: Tensor | None) -> None:
-        self._decode, self._before = decode, before
-        self._last: Tensor | None = None
+    decode: Decode
+    before: Tensor | None
+    _last: Tensor | None = None
 
     def __call__(self, latents: Tensor) -> Tensor | None:
-        if self._before is not None:
-            self._keep(self._decode(self._before))
-            self._before = None
-        frames, last = self._decode(latents), self._last
-        self._keep(frames)
+        if self.before is not None:
+            self._decode(self.before)
+            self.before = None
+        last = self._last
+        frames = self._decode(latents)
         return frames if last is None or frames is None else match_seam(frames, last)
 
-    def _keep(self, frames: Tensor | None) -> None:
+    def _decode(self, latents: Tensor) -> Tensor | None:
+        """Frames, of which the last is kept as it is before matching."""
+        frames = self.decode(latents)
         self._last = None if frames is None else frames[:, -1].clone()
+        return frames

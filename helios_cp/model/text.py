@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import ftfy
@@ -46,21 +47,16 @@ def encode_prompts(
     return states.masked_fill(tokens.attention_mask.unsqueeze(-1) == 0, 0)
 
 
+@dataclass(eq=False)
 class PromptEncoder:
     """The text encoder on this rank. `helios_cp.pipeline.parallelize` has one that broadcasts from one rank.
 
     `device` is where it computes, by default where its weights are.
     """
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        text_encoder: UMT5EncoderModel,
-        device: torch.device | None = None,
-    ) -> None:
-        self.tokenizer = tokenizer
-        self.text_encoder = text_encoder
-        self.device = device
+    tokenizer: PreTrainedTokenizerBase
+    text_encoder: UMT5EncoderModel
+    device: torch.device | None = None
 
     def __call__(self, prompts: Sequence[str], max_sequence_length: int, dtype: torch.dtype) -> Tensor:
         """Embeddings `[B, max_sequence_length, text_dim]` in `dtype`.

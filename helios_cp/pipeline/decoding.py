@@ -8,13 +8,15 @@ of one chunk more. The same kernels run on the same numbers either way, so the b
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from helios_cp.device.memory import MARGIN, MemoryMeter
 from helios_cp.device.streams import to_host
 from helios_cp.device.timing import Mark, Measured, Stopwatch, make_mark, seconds_of
 from helios_cp.pipeline.chunk import Chunk
@@ -102,3 +104,38 @@ def with_frames(
             raise
         if in_hand is not None:
             yield take()
+
+
+WORK = {"denoise", "decode"}
+
+
+class Room:
+    """Whether a chunk can be decoded while the next is denoised: both have to fit into the device's memory.
+
+    What each takes beside what stays on the device is measured once a size of video.
+    """
+
+    def __init__(self, meter: MemoryMeter) -> None:
+        self.meter = meter
+        self._needed: dict[Hashable, dict[str, int]] = defaultdict(dict)
+
+    @contextlib.contextmanager
+    def measured(self, size: Hashable, work: str) -> Iterator[None]:
+        """Measures one of `WORK`, which runs inside with nothing beside it. It does so the first time only.
+
+        It measures nothing where nobody can tell how much memory is free.
+        """
+        if work in self._needed[size] or self.meter.free() is None:
+            yield
+            return
+        self.meter.begin()
+        yield
+        self._needed[size][work] = self.meter.needed()
+
+    def has_both(self, size: Hashable) -> bool:
+        """Whether both fit together. Ask while neither runs. False until both were measured.
+
+        True where nobody can tell how much memory is free.
+        """
+        free, needed = self.meter.free(), self._needed[size]
+        return free is None or (needed.keys() == WORK and free >= MARGIN * sum(needed.values()))

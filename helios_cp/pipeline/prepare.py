@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from helios_cp.config.execution import Execution
-from helios_cp.model.block_cache import BlockCache, Total, cache_blocks, own_total
+from helios_cp.model.block_cache import BlockCache, Total, own_total
 from helios_cp.model.transformer import HeliosTransformer
 from helios_cp.model.vae.autoencoder import Autoencoder
 from helios_cp.runtime.offload import Card, offload
@@ -27,7 +27,7 @@ def prepare_parts(
     """
     block_cache = card = None
     if execution.block_cache is not None:
-        block_cache = cache_blocks(transformer, execution.block_cache, total)
+        transformer.body = block_cache = BlockCache(execution.block_cache, total)
     if execution.offload != "none":
         card = offload(execution.offload, device, text_encoder, transformer, vae)
     if execution.compile:

@@ -22,10 +22,9 @@ from helios_cp.device.timing import Measured
 from helios_cp.generate.background import HostCopies
 from helios_cp.pipeline import pipeline as pipeline_module
 from helios_cp.pipeline.chunk import Chunk
-from helios_cp.pipeline.decoding import Denoised, add_frames, with_frames
+from helios_cp.pipeline.decoding import Denoised, Room, add_frames, with_frames
 from helios_cp.pipeline.parallelize import SplitCodec
 from helios_cp.pipeline.pipeline import Pipeline
-from helios_cp.pipeline.room import Room
 from helios_cp.sampling.denoise import Step
 from helios_cp.sampling.state import ChunkState
 

@@ -7,6 +7,7 @@ group that follows. `tests/plan/test_vae_cost.py` holds it against running code.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 from helios_cp.model.vae.config import VaeConfig
 from helios_cp.model.vae.kernels import ON_CARD
@@ -43,28 +44,28 @@ def choose_group(config: VaeConfig, shape: tuple[int, ...], itemsize: int, free:
     return group
 
 
-def _elements(config: VaeConfig, group: int, rows: int, columns: int) -> list[int]:
-    """Of the tensors of a residual block at each level, from the resolution of the latents up."""
-    found = []
-    frames = group
-    grows_in_time = (*config.temperal_downsample[::-1], False)
+def _levels(config: VaeConfig) -> Iterator[tuple[int, int, bool]]:
+    """Channels, pixels to each of the latents, and whether frames double after it, from the latents' level up."""
     base = max(config.base_dim, config.decoder_dim)
-    for level, factor in enumerate(config.dim_mult[::-1]):
-        pixels = rows * columns * 4**level
-        found.append((LIVE * frames + 2) * factor * base * pixels)
-        frames *= 2 if grows_in_time[level] else 1
+    grows_in_time = (*config.temperal_downsample[::-1], False)
+    for level, (factor, grows) in enumerate(zip(config.dim_mult[::-1], grows_in_time, strict=True)):
+        yield factor * base, 4**level, grows
+
+
+def _elements(config: VaeConfig, group: int, rows: int, columns: int) -> list[int]:
+    """Of the tensors of a residual block at each level."""
+    found, frames = [], group
+    for width, pixels, grows in _levels(config):
+        found.append((LIVE * frames + 2) * width * rows * columns * pixels)
+        frames *= 2 if grows else 1
     return found
 
 
 def _kept(config: VaeConfig, rows: int, columns: int) -> int:
     """Of the frames that convolutions keep: two of the input of each."""
-    base = max(config.base_dim, config.decoder_dim)
-    widths = [base * factor for factor in config.dim_mult[::-1]]
-    grows_in_time = (*config.temperal_downsample[::-1], False)
-    blocks = [2 * (config.num_res_blocks + 1) + grows for grows in grows_in_time]
-    blocks[0] += 4  # of the middle block
-    blocks[-1] += 1  # the last convolution
-    return sum(
-        2 * count * width * rows * columns * 4**level
-        for level, (count, width) in enumerate(zip(blocks, widths, strict=True))
-    )
+    levels = list(_levels(config))
+    convolutions = [2 * (config.num_res_blocks + 1) + grows for _, _, grows in levels]
+    convolutions[0] += 4  # of the middle block
+    convolutions[-1] += 1  # the last convolution
+    sizes = [width * rows * columns * pixels for width, pixels, _ in levels]
+    return sum(2 * count * size for count, size in zip(convolutions, sizes, strict=True))
