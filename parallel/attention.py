@@ -73,7 +73,7 @@ def attend_with_lse(
         lse = query.new_full((batch, heads, queries), -torch.inf, dtype=_accumulator(query))
         return torch.zeros_like(query), lse
     if engine == "flash":
-        return _flash_attn(query, key, value)
+        return _flash_attn_function(query.device)(query, key, value)[:2]
     out, lse = _torch_with_lse(*(t.transpose(1, 2) for t in (query, key, value)), engine)
     return out.transpose(1, 2), lse
 
@@ -119,11 +119,6 @@ def _torch_with_lse(
 
 def _installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
-
-
-def _flash_attn(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    out, lse, *_ = _flash_attn_function(query.device)(query, key, value)
-    return out, lse
 
 
 @functools.cache

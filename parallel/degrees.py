@@ -65,22 +65,18 @@ class Degrees:
             allowed = layouts(world_size, guidance, heads, smallest_tokens)
             nearest = sorted(allowed, key=self._distance)[:3]
             raise ValueError(f"{problem}; nearest that work: {' or '.join(map(str, nearest))}")
-        for name in ("ffn_tp", "vae"):
-            self._check_folded(name, vae_rows if name == "vae" else None)
+        for name, degree, rows in (("ffn_tp", self.ffn_tp, None), ("vae", self.vae, vae_rows)):
+            fits = [d for d in range(1, self.sequence + 1) if self.sequence % d == 0 and (rows is None or d <= rows)]
+            if degree not in fits:
+                at_most = "" if rows is None else f" and be at most {rows}, the rows of its coarsest grid"
+                raise ValueError(
+                    f"{name} {degree}: must divide or equal the sequence group of {self.sequence} "
+                    f"(ring {self.ring} · ulysses {self.ulysses}){at_most}; allowed are {', '.join(map(str, fits))}"
+                )
 
     def _distance(self, other: Degrees) -> float:
         """How far apart two layouts are, by the ratios of their degrees."""
         return sum(abs(math.log(getattr(self, name) / getattr(other, name))) for name in ("cfg", "ring", "ulysses"))
-
-    def _check_folded(self, name: str, rows: int | None) -> None:
-        degree = getattr(self, name)
-        fits = [d for d in range(1, self.sequence + 1) if self.sequence % d == 0 and (rows is None or d <= rows)]
-        if degree not in fits:
-            at_most = "" if rows is None else f" and be at most {rows}, the rows of its coarsest grid"
-            raise ValueError(
-                f"{name} {degree}: must divide or equal the sequence group of {self.sequence} "
-                f"(ring {self.ring} · ulysses {self.ulysses}){at_most}; allowed are {', '.join(map(str, fits))}"
-            )
 
 
 def layouts(world_size: int, guidance: bool, heads: int, smallest_tokens: int) -> list[Degrees]:

@@ -52,17 +52,12 @@ class Inputs:
         )
         if inputs.image is not None and inputs.video is not None:
             raise RequestError("--image and --video: give one of the two")
-        inputs._check_latents()
-        return request, inputs
-
-    def _check_latents(self) -> None:
-        if self.image is not None:
-            return
-        if self.image_latents is None:
-            if self.fake_image_latents is not None or self.video_latents is not None:
+        has_recent = self.fake_image_latents is not None or self.video_latents is not None
+        if inputs.image is None and has_recent != (self.image_latents is not None):
+            if has_recent:
                 raise RequestError("image_latents, those of the first frame, are needed beside the latents given")
-        elif self.fake_image_latents is None and self.video_latents is None:
             raise RequestError("image_latents: fake_image_latents or video_latents is needed beside it")
+        return request, inputs
 
     @property
     def has_anchor(self) -> bool:
@@ -147,8 +142,8 @@ def _from_image(
     if repeated is None:
         repeated = codec.draw(posteriors[1], generator)[:, :, -1:]
     if request.add_noise_to_image_latents:
-        anchor = _add_noise(anchor, 1, _image_range(request), generator)
-        repeated = _add_noise(repeated, 1, _video_range(request), generator)
+        anchor = _add_noise(anchor, request, "image", generator)
+        repeated = _add_noise(repeated, request, "video", generator)
     return anchor, repeated
 
 
@@ -170,23 +165,16 @@ def _from_video(
     else:
         anchor, chunks = inputs.image_latents, list(inputs.video_latents.split(per_chunk, dim=2))
     if request.add_noise_to_video_latents:
-        anchor = _add_noise(anchor, 1, _image_range(request), generator)
-        chunks = [_add_noise(chunk, chunk.shape[2], _video_range(request), generator) for chunk in chunks]
+        anchor = _add_noise(anchor, request, "image", generator)
+        chunks = [_add_noise(chunk, request, "video", generator) for chunk in chunks]
     return anchor, torch.cat(chunks, dim=2)
 
 
-def _image_range(request: Request) -> tuple[float, float]:
-    return request.image_noise_sigma_min, request.image_noise_sigma_max
-
-
-def _video_range(request: Request) -> tuple[float, float]:
-    return request.video_noise_sigma_min, request.video_noise_sigma_max
-
-
-def _add_noise(latents: Tensor, sigmas: int, bounds: tuple[float, float], generator: torch.Generator) -> Tensor:
-    """σ·ε + (1 − σ)·x with σ uniform in `bounds`: one σ for all frames, or `sigmas` = T of them, one a frame."""
-    low, high = bounds
-    sigma = (torch.rand(sigmas, generator=generator) * (high - low) + low).view(1, 1, -1, 1, 1).to(latents.device)
+def _add_noise(latents: Tensor, request: Request, kind: str, generator: torch.Generator) -> Tensor:
+    """σ·ε + (1 − σ)·x with a σ for each frame, uniform between the bounds of an "image" or a "video"."""
+    low, high = (getattr(request, f"{kind}_noise_sigma_{end}") for end in ("min", "max"))
+    sigma = torch.rand(latents.shape[2], generator=generator) * (high - low) + low
+    sigma = sigma.view(1, 1, -1, 1, 1).to(latents.device)
     noise = torch.randn(latents.shape, generator=generator).to(latents.device)
     return sigma * noise + (1 - sigma) * latents
 

@@ -90,40 +90,32 @@ def rows(workloads: Sequence[Workload]) -> Iterator[Row]:
     `workloads` are of one request with different steps.
     """
     for gigabytes, profile in CARDS.items():
-        exact = _first_that_fits(EXACT, workloads[0], gigabytes)
-        if exact is None:
-            continue
-        yield _row(gigabytes, exact, workloads, profile)
-        quantised = _first_that_fits(QUANTISED, workloads[0], gigabytes)
-        if quantised is not None and exact not in EXACT[:2]:
-            yield _row(gigabytes, quantised, workloads, profile)
+        usable = FITTING_SHARE * GIBI * gigabytes
+        exact, quantised = (
+            next((choice for choice in choices if _needed(choice, workloads[0]) <= usable), None)
+            for choices in (EXACT, QUANTISED)
+        )
+        if exact is not None:
+            yield _row(gigabytes, exact, workloads, profile)
+            if quantised is not None and exact not in EXACT[:2]:
+                yield _row(gigabytes, quantised, workloads, profile)
 
 
 def _needed(choice: Choice, workload: Workload) -> float:
     return card_memory(workload, choice.execution, transformer_stays=choice.transformer_stays).bytes
 
 
-def _first_that_fits(choices: Sequence[Choice], workload: Workload, gigabytes: int) -> Choice | None:
-    usable = FITTING_SHARE * GIBI * gigabytes
-    return next((choice for choice in choices if _needed(choice, workload) <= usable), None)
-
-
 def _row(gigabytes: int, choice: Choice, workloads: Sequence[Workload], profile: str | None) -> Row:
     is_bound = profile is None and choice.execution.offload == "group"
-    if is_bound:
-        fps = tuple(each.frames / _transfer_seconds(each) for each in workloads)
+    if is_bound:  # every forward brings the blocks to the card
+        streamed = transformer_bytes(workloads[0].config, workloads[0].dtype).streamed
+        fps = tuple(each.frames / (each.forwards * streamed / PCIE) for each in workloads)
     elif profile is None or choice.execution.quantize is not None:  # quantised products are not modelled
         fps = (None,) * len(workloads)
     else:
         fps = tuple(each.frames / chunk_seconds(each, choice, profile) for each in workloads)
     needed, host = _needed(choice, workloads[0]), host_bytes(workloads[0], choice.execution)
     return Row(gigabytes, choice, needed, host, fps, is_bound, None if is_bound else profile)
-
-
-def _transfer_seconds(workload: Workload) -> float:
-    """Of a chunk with `--offload group`: every forward brings the blocks to the card."""
-    streamed = transformer_bytes(workload.config, workload.dtype).streamed
-    return sum(stage.forwards for stage in workload.stages) * workload.branches * streamed / PCIE
 
 
 def chunk_seconds(workload: Workload, choice: Choice, profile: str) -> float:

@@ -84,6 +84,11 @@ class Workload:
         return 2 if self.is_guided else 1
 
     @property
+    def forwards(self) -> int:
+        """Of a chunk, all branches together."""
+        return sum(stage.forwards for stage in self.stages) * self.branches
+
+    @property
     def flops(self) -> int:
         """Of a chunk, on one rank."""
         forwards = sum(stage.forwards * self.forward_cost(stage).flops for stage in self.stages)
