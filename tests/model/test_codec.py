@@ -98,7 +98,7 @@ def run_split(rank: int, folder: Path) -> list:
         codec = make_codec(folder, execution, world_group())
         frames = codec.decode(make_latents(), "float")
         (posterior,) = codec.encode([make_video() if rank == 0 else None])
-        found.append(None if rank else (frames, posterior.parameters))
+        found.append(None if rank else (frames, posterior))
     return found
 
 

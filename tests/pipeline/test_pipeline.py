@@ -145,7 +145,7 @@ def test_parity_can_fail(ours, theirs, monkeypatch, name):
     fields = SETTINGS[name] | ({"is_amplify_first_chunk": False} if name == "random-distilled" else {})
     reference = run_theirs(theirs[name], monkeypatch, with_frames=False, **fields)[0]
     assert (run_ours(ours[name], output_type="latent", seed=(6,), **fields)[0] - reference).abs().max() > 0.01
-    from helios_cp.pipeline import denoising as module
+    from helios_cp.pipeline import pipeline as module
 
     split = module.split_history
 
