@@ -26,7 +26,7 @@ from benchmarks.ranks.pool import shared_pool
 from helios_cp.config.errors import RequestError
 from helios_cp.config.layout import Layout
 from helios_cp.config.sampling_plan import SamplingPlan
-from helios_cp.pipeline import denoising
+from helios_cp.pipeline import pipeline as module
 from helios_cp.pipeline.world import Ranks
 from helios_cp.plan.memory import transformer_parameters
 from helios_cp.plan.predict import Workload
@@ -120,13 +120,13 @@ def test_ours_and_diffusers_make_the_same_video(name, tmp_path):
 
 def test_other_work_is_not_compared(tmp_path, monkeypatch):
     """The first chunk has no history to speak of; what differs is the place of the noisy frames."""
-    split = denoising.split_history
+    split = module.split_history
 
     def shifted(state, request):
         history, noisy = split(state, request)
         return history, tuple(index + 1 for index in noisy)
 
-    monkeypatch.setattr(denoising, "split_history", shifted)
+    monkeypatch.setattr(module, "split_history", shifted)
     _, peer, videos = start_videos("tiny", tmp_path)
     with repaired(peer):
         measured = take_turns(videos, chunks=1, warmup=0, with_alone=False)
