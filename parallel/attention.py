@@ -19,8 +19,7 @@ import torch
 import torch.nn.functional as F
 
 ENGINES = ("native", "cudnn", "flash")
-HALF = (torch.float16, torch.bfloat16)
-"""Dtypes that flash kernels take."""
+HALF = (torch.float16, torch.bfloat16)  # dtypes that flash kernels take
 
 # (query, key, value) → out, or out and log-sum-exp: what the sequence-parallel algorithms take for local attention
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]

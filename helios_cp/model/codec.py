@@ -19,8 +19,7 @@ from helios_cp.model.vae.memory import choose_group
 from helios_cp.model.vae.sweep import Rows
 
 OUTPUT_TYPES = ("uint8", "float", "latent")
-LOG_VARIANCES = (-30.0, 20.0)
-"""The range that diffusers' `DiagonalGaussianDistribution` keeps them in."""
+LOG_VARIANCES = (-30.0, 20.0)  # the range that diffusers' `DiagonalGaussianDistribution` keeps them in
 
 
 class Codec:

@@ -14,10 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FRAMES = 8
-"""Frames over which the match fades out."""
-BLOCKS = 8
-"""Low frequencies are means of so many blocks over the smaller side of the picture."""
+FRAMES = 8  # frames over which the match fades out
+BLOCKS = 8  # low frequencies are means of so many blocks over the smaller side of the picture
 
 Decode = Callable[[Tensor], Tensor | None]
 """Latents `[B, C, T, h, w]` to frames `[B, T', H, W, 3]`, or to `None` on ranks without frames."""

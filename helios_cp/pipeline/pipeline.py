@@ -41,8 +41,7 @@ from helios_cp.weights.check import check_execution
 from helios_cp.weights.load import load_scheduler, load_text_encoder, load_vae, resolve
 from helios_cp.weights.transformer import AdapterState, load_adaptable
 
-Measure = Callable[[str], AbstractContextManager]
-"""Measures the memory of a named work, which runs inside."""
+Measure = Callable[[str], AbstractContextManager]  # measures the memory of a named work, which runs inside
 
 
 @dataclass(eq=False)

@@ -24,10 +24,8 @@ from helios_cp.config.errors import CheckpointError, RequestError
 from helios_cp.config.ranks import Ranks
 from helios_cp.device.device import TESTED, card_count, make_current
 
-POLL = 0.05
-"""Seconds between two looks whether all ranks are as far as this one."""
-BEAT = 1.0
-"""Seconds between two signs of life of a rank that has long work to do before it meets the others."""
+POLL = 0.05  # seconds between two looks whether all ranks are as far as this one
+BEAT = 1.0  # seconds between two signs of life of a rank that has long work to do before it meets the others
 GRACE = 2.0
 """Seconds that a rank waits for a lost rank to say why. torchrun and `generate` let it live for longer than that."""
 

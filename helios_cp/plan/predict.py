@@ -23,8 +23,7 @@ from helios_cp.plan.workload import Workload
 from parallel.mesh import Degrees, axis_groups
 from parallel.segments import split
 
-EXCHANGES = ("ring", "vae")
-"""Axes on which two ranks exchange messages; on the others a whole group does."""
+EXCHANGES = ("ring", "vae")  # axes on which two ranks exchange messages; on the others a whole group does
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,7 @@ from helios_cp.model.vae.layers import PointConvolution
 from helios_cp.model.vae.resampling import FoldedUpsampling
 from helios_cp.model.vae.sweep import Rows, Sweep
 
-FRAMES = 4
-"""Pixel frames to a step of diffusers' encoder, after the first; a rest of fewer is left out."""
+FRAMES = 4  # pixel frames to a step of diffusers' encoder, after the first; a rest of fewer is left out
 
 
 class Autoencoder(nn.Module):

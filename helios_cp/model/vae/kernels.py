@@ -41,8 +41,7 @@ class Sum:
         return self.states
 
 
-NormSilu = Callable[..., Any]
-"""With the arguments of `norm_silu`."""
+NormSilu = Callable[..., Any]  # with the arguments of `norm_silu`
 
 
 def rms_norm(states: Tensor, weight: Tensor) -> Tensor:

@@ -16,8 +16,7 @@ LIVE = 3
 """Tensors of a residual block at a time: what came in, the buffer that a convolution reads, and its result."""
 SHARE = 0.4
 """Share of the free memory. The rest is for workspaces of convolutions and for denoising the next chunk."""
-LARGEST = 2**31
-"""Elements of a tensor that every convolution kernel can count."""
+LARGEST = 2**31  # elements of a tensor that every convolution kernel can count
 
 
 def group_bytes(config: VaeConfig, group: int, frames: int, rows: int, columns: int, itemsize: int = 4) -> int:
