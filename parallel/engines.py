@@ -6,12 +6,10 @@ Queries may be fewer than keys, if those too are shared out evenly.
 
 - `yunchang` is `LongContextAttention` of yunchang 0.6: an all-to-all each for q, k, v and the output. Its kernel is
   flash-attn 2 where that is installed, else torch's flash kernel, whose log-sum-exps its ring rounds to the dtype of q:
-  the error is then several times ours. On a CPU it takes torch's mathematical kernel, which gives no log-sum-exp, so
-  that a ring is wrong there. It reads `yunchang.globals.PROCESS_GROUP` when a layer is made, and only then: that holds
-  the groups of the mesh for this moment alone.
-- `xfuser` is `USP` of xfuser 0.7, with torch's flash kernel. (Its class `xFuserLongContextAttention` needs a yunchang
-  newer than any released.) It looks up its groups at every call: xfuser makes them once a process, of the degrees of
-  the mesh, and a second mesh of other degrees is refused. It logs to stdout; `LOG_LEVEL=error` quiets it.
+  the error is then several times ours. On a CPU its kernel gives no log-sum-exp, so a ring is wrong there. It reads
+  `yunchang.globals.PROCESS_GROUP` when a layer is made, and only then.
+- `xfuser` is `USP` of xfuser 0.7, with torch's flash kernel. It makes its groups once a process and looks them up at
+  every call, so a second mesh of other degrees is refused. It logs to stdout; `LOG_LEVEL=error` quiets it.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """The process groups of a layout, made from its degrees of parallelism.
 
-Ranks are numbered with cfg outermost, then ring, then ulysses: `rank = (cfg · R + ring) · U + ulysses`. Neighbouring
-ranks usually share a node, so the all-to-all of Ulysses stays on it and the ring's point-to-point crosses nodes. The
-sequence group is the ring × ulysses ranks of one cfg branch; the tensor-parallel FFN and the VAE are folded over
-consecutive ranks of it.
+`rank = (cfg · R + ring) · U + ulysses`: neighbours usually share a node, so the all-to-all of Ulysses stays on it and
+the ring's messages cross nodes. The sequence group is the ring × ulysses ranks of one cfg branch; the tensor-parallel
+FFN and the VAE are folded over consecutive ranks of it.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """How a sequence made of several segments is cut over ranks, as arithmetic on integers.
 
-A diffusion transformer's sequence is often several segments laid end to end, such as history tokens followed by noisy
-tokens. Cutting the whole into contiguous shards would leave one rank with many noisy tokens and another with few, so
-each segment is cut on its own and every rank holds an equal part of each. Nothing is padded: parts are uneven where the
-numbers do not divide.
+Segments are laid end to end, such as history tokens followed by noisy tokens. Contiguous shards of the whole would
+leave one rank with many noisy tokens and another with few, so each segment is cut on its own. Nothing is padded: parts
+are uneven where the numbers do not divide.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Sequence-parallel attention by all-to-all: tokens are exchanged for heads, attended to, and exchanged back.
 
-Each rank holds some tokens of all heads. After one all-to-all of q, k and v packed together it holds all tokens of some
-heads, on which attention is exact and local; a second all-to-all brings the result back (Jacobs et al., DeepSpeed
-Ulysses, arXiv 2309.14509). Heads and tokens may both be uneven.
+After one all-to-all of q, k and v packed together a rank holds all tokens of some heads, on which attention is local; a
+second brings the result back (Jacobs et al., DeepSpeed Ulysses, arXiv 2309.14509). Heads and tokens may be uneven.
 """
 
 from __future__ import annotations

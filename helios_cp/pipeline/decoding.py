@@ -1,8 +1,7 @@
 """When a chunk is decoded: at once, or in a thread beside the denoising of the next chunk.
 
-Denoising of chunk k+1 needs the latents of chunk k and not its frames. So chunk k can be decoded, and its frames copied
-to the host, on a stream of its own while chunk k+1 is denoised. At most one chunk is on its way, so it takes the memory
-of one chunk more. The same kernels run on the same numbers either way, so the bits are the same.
+Denoising of chunk k+1 needs the latents of chunk k and not its frames, so these can be made on a stream of their own
+meanwhile. At most one chunk is on its way, which takes the memory of one chunk more. The bits are the same either way.
 """
 
 from __future__ import annotations

@@ -111,8 +111,7 @@ class Pipeline:
         )
 
     def set_adapters(self, adapters: Iterable[Adapter]) -> None:
-        """Run with these adapters and no others from the next request on, unless that has its own (`Request.lora`);
-        `[]` gives the checkpoint itself.
+        """Run with these adapters alone from the next request on, unless that has its own; `[]` gives the checkpoint.
 
         The result has the bits of a fresh load; every rank calls it. Raises `RequestError` for adapters that do not
         fit, before anything is changed. `helios_cp.weights.transformer.AdapterState` says what it costs.
@@ -144,11 +143,10 @@ class Pipeline:
     ) -> Iterator[Chunk]:
         """Yield each chunk as soon as it is denoised and decoded; nothing of earlier chunks is kept.
 
-        Frames come to the host. An accelerator decodes and copies a chunk beside the denoising of the next
-        (`pipeline.decoding`), and the chunk comes between two steps of that. The first chunk of a size is decoded in
-        turn, to measure whether both fit. Frames of an accelerator lie in pinned memory, which is used again once they
-        are dropped. `state` goes on from a saved chunk. `on_step` is called after every denoising step.
-        Raises `RequestError` for a bad request before any work is done.
+        Frames come to the host. An accelerator makes those of a chunk beside the denoising of the next, between two
+        steps of which they come (`pipeline.decoding`); those of the first chunk of a size in turn, to measure whether
+        both fit. They lie in pinned memory, which is used again once they are dropped. `state` goes on from a saved
+        chunk. `on_step` is called after every step. Raises `RequestError` for a bad request before any work is done.
         """
         if output_type not in OUTPUT_TYPES:
             raise RequestError(f"output_type {output_type!r}: allowed are {', '.join(OUTPUT_TYPES)}")
@@ -312,7 +310,6 @@ class Pipeline:
     def _side(self) -> torch.Stream | None:
         """The stream that decodes, where the device has streams.
 
-        One for all videos, and for chunks that are decoded at once too: torch keeps the memory that was freed on a
-        stream for that stream alone.
+        One for all chunks, as torch keeps the memory that was freed on a stream for that stream alone.
         """
         return torch.Stream(self.device) if has_streams(self.device) else None

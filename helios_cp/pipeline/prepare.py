@@ -20,10 +20,10 @@ def prepare_parts(
     device: torch.device,
     total: Total = own_total,
 ) -> tuple[Card | None, BlockCache | None]:
-    """Prepare loaded parts, in the one order that works, and return what a pipeline needs to know of it.
+    """Prepare loaded parts, in the one order that works.
 
-    That is the card that offloaded weights come to, and the cache of blocks. `total` is for the cache. The transformer
-    was loaded adapted and quantised; `execution` is checked already.
+    Returns the card that offloaded weights come to, and the cache of blocks, which `total` is for. The transformer was
+    loaded adapted and quantised; `execution` is checked already.
     """
     block_cache = card = None
     if execution.block_cache is not None:

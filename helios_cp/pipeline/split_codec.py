@@ -1,7 +1,6 @@
 """The VAE split over the ranks of a group along the height, equal to the unsplit one.
 
-Each rank runs the same modules on its rows alone. The layers that look at other rows get them from `SplitRows`: a row
-on either side for a convolution, and all rows for the attention of the middle block. All else works row by row.
+Each rank runs the same modules on its rows alone. The layers that look at other rows get them from `SplitRows`.
 """
 
 from __future__ import annotations

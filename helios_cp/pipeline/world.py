@@ -80,8 +80,7 @@ class World:
     def share(self, decide: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What `decide` returns on rank 0, as JSON, on every rank. It is called on rank 0 only.
 
-        It may take long, say to look through a clip: rank 0 is waited for while it gives signs of life. Raises
-        `TimeoutError` where it gives none for longer than the timeout.
+        Rank 0 is waited for while it gives signs of life. Raises `TimeoutError` for none within the timeout.
         """
         if self._store is None:
             return decide()
@@ -95,8 +94,7 @@ class World:
     def prepare(self, step: Callable[[], object]) -> None:
         """Call `step` once on every machine, and wait until it has come to its end on all.
 
-        It may take long: a machine is waited for while it gives signs of life. Raises `TimeoutError` for one that does
-        not, for longer than the timeout.
+        A machine is waited for while it gives signs of life. Raises `TimeoutError` for none within the timeout.
         """
         if self.ranks.local_rank == 0:
             with self._beating():

@@ -45,9 +45,8 @@ def choose_layout(
 ) -> Layout:
     """The layout of the flags given, or a sound default for `world_size` ranks. Raises `RequestError`.
 
-    By default guidance is split first where it is on, then the sequence by Ulysses; a degree that is given is kept and
-    the others follow from it. With `hardware`, see `planning_hardware`, they are what `helios_cp.plan` models as
-    fastest there of what fits in memory, which depends on the execution.
+    A degree that is given is kept. The others follow as `parallel.degrees.default_degrees` says, or with `hardware` they
+    are what is modelled as fastest there of what fits in memory with this execution.
     """
     attention = asked.attention or "native"
     if hardware is not None:

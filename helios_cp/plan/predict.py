@@ -1,8 +1,8 @@
 """How long a layout takes for a chunk on one kind of machine, and what a rank holds. All of it is modelled.
 
-A matrix product takes as long as its FLOPs or its bytes, whichever takes longer. A pass over memory takes as long as
-its bytes. A rank waits for its messages, but two kinds travel while it computes, as far as the hardware can do both: a
-ring's messages beside the attention, and gathered weights beside the whole forward.
+A matrix product takes as long as its FLOPs or its bytes, whichever takes longer. A rank waits for its messages, but two
+kinds travel while it computes, as far as the hardware can do both: a ring's beside the attention, and gathered weights
+beside the whole forward.
 """
 
 from __future__ import annotations

@@ -1,17 +1,14 @@
 """`torch.compile` of what a chunk repeats: the blocks of the transformer, and the norms of the VAE.
 
 All blocks share one compiled function. It is compiled twice for each pyramid stage: for the inner blocks, and for the
-last, which drops the history. Shapes are static, and graphs are whole: a graph break is an error, not a slow path.
-Layers and sequence-parallel algorithms that compute in another way when compiled ask `torch.compiler.is_compiling()`.
+last, which drops the history. Shapes are static, and a graph break is an error, not a slow path. What computes in
+another way when compiled asks `torch.compiler.is_compiling()`. Hooks stay outside: they bring weights beforehand.
 
 In the VAE one function is compiled: norm and SiLU before a convolution, because memory bounds it, with the sums before
 the norm that a card's convolutions leave to it. It is compiled once for each number of channels and kind of sum, for
-all sizes of video. Convolutions stay with their libraries. Ranks that share a VAE exchange rows between the two, so a
-split VAE compiles like a whole one.
+all sizes of video. Convolutions stay with their libraries, and the exchange of rows between ranks stays outside.
 
 A process that has compiled very many sizes drops its compiled code and starts over, from the cache if there is one.
-
-Hooks of the blocks stay outside, so sharded weights are gathered before the compiled code is called.
 """
 
 from __future__ import annotations

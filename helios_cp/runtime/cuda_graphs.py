@@ -1,9 +1,8 @@
 """A whole forward of the transformer as one CUDA graph: launched at once, with the host out of the way.
 
 A graph reads and writes fixed memory. Inputs are copied into static buffers before a replay: latents and timestep at
-every step; keys and values of a prompt, and the history with its rotary table, only when they have changed. All pyramid
-stages share the buffers of texts and history. A graph reads the rest (weights, rotary table, t = 0 rows) where it lies.
-The transformer drops all graphs when its weights move.
+every step, texts and history, whose buffers all stages share, only when they have changed. It reads the rest (weights,
+rotary table, t = 0 rows) where it lies. The transformer drops all graphs when its weights move.
 
 One graph serves one text and inputs of the same shapes and frame indices, that is one stage in one layout. Prompt and
 negative prompt take turns in every step, so each has a number, and by it buffers and graphs of its own: neither is

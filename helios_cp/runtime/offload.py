@@ -4,10 +4,8 @@
 the layers of the transformer and of the text encoder pass through two buffers, one at work and the next on its way; no
 other part is on the card meanwhile. Weights never change on the card, so nothing is copied back.
 
-`diffusers.hooks.apply_group_offloading` does not serve here. It hooks the forward of a block, but prompts are encoded
-by a layer of each block outside of its forward. It pins every tensor by itself, rounded up to a power of two. It
-allocates memory for every tensor that it brings. The host waits for the copies of every block, so it launches no kernel
-ahead. And what is outside of the blocks is brought for every forward.
+`diffusers.hooks.apply_group_offloading` does not serve: it hooks forwards of blocks alone, but a layer of each encodes
+prompts outside of these; it pins every tensor rounded up to a power of two; and the host waits for each block's copies.
 
 Each rank keeps its own weights in the memory of its host.
 """

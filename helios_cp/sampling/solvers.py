@@ -1,8 +1,7 @@
 """One step of the sampler without the host waiting for the device: diffusers' arithmetic, bit for bit on a CPU.
 
-`HeliosScheduler` and `HeliosDMDScheduler` build small tensors on the device from numbers of the host, look up a sigma
-by a timestep on the device, and solve a 2 × 2 system there. Each of these makes the host wait for the device. Here they
-stay on the CPU, with the schedule, and the device computes only products and sums.
+diffusers' schedulers make small tensors, look up sigmas and solve a 2 × 2 system on the device, and the host waits for
+each. Here these stay on the CPU, with the schedule, and the device computes only products and sums.
 """
 
 from __future__ import annotations
@@ -98,10 +97,8 @@ class DmdSolver:
 class UniPcSolver:
     """UniPC of order 2 with B(h) = e^h − 1, for data prediction (arXiv:2302.04867, algorithms 5 and 6).
 
-    The first step, and the last, are of order 1.
-
-    Coefficients are CPU tensors without dims, in the dtype of the schedule. PyTorch passes such a tensor to a kernel as
-    a number, and the dtype of the latents stays.
+    The first step, and the last, are of order 1. Coefficients are CPU tensors without dims, in the dtype of the
+    schedule, which PyTorch passes to kernels as numbers: the dtype of the latents stays.
     """
 
     def __init__(self, sigmas: Tensor) -> None:
