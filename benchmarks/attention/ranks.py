@@ -21,7 +21,7 @@ from benchmarks.ranks.groups import axis_group, in_step, nothing, rank_device
 from parallel.attention import attend
 from parallel.collectives import Meter
 from parallel.mesh import Degrees
-from parallel.segments import offsets, split
+from parallel.segments import split
 from parallel.unified import unified_attention
 
 ON_CPU, ON_GPU = Shape(2048, heads=8), Shape(11040, heads=40)
@@ -90,7 +90,7 @@ def time_algorithms(rank: int, case: Case, repeats: int) -> RankTimes:
     traffic = {}
     for ranks in case.ranks:
         heads = split(shape.heads, ranks)
-        begin = offsets(heads)[rank] if rank < ranks else 0
+        begin = sum(heads[:rank]) if rank < ranks else 0
         own = [tensor[:, :, begin : begin + heads[min(rank, ranks - 1)]].contiguous() for tensor in whole]
         programs[shares_at_once(ranks)] = _on(rank < ranks, lambda own=own: attend(*own))
         for name, degrees in algorithms(ranks).items():

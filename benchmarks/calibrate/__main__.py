@@ -29,8 +29,7 @@ from helios_cp.config.arguments import OneLineParser, whole_number
 from helios_cp.config.errors import RequestError
 from helios_cp.config.paths import user_path
 from helios_cp.files.whole_files import check_file_target, write_json
-from helios_cp.plan.hardware import MEASUREMENTS, Hardware
-from helios_cp.plan.machines import detect_hardware
+from helios_cp.plan.hardware import MEASUREMENTS, Hardware, detect_hardware
 
 PATIENCE = 170.0
 """Seconds for all measurements of ranks; one that takes longer hangs."""

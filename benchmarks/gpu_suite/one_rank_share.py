@@ -23,9 +23,9 @@ from helios_cp.config.checkpoint import VAE_SPATIAL
 from helios_cp.config.layout import segment_lengths
 from helios_cp.config.request import Request
 from helios_cp.pipeline.parallelize import ParallelPipeline
-from helios_cp.plan.configs import BuiltInCheckpoint
 from helios_cp.plan.forward_cost import forward_cost
 from helios_cp.plan.rank_shares import shares
+from helios_cp.plan.workload import BuiltInCheckpoint
 from parallel.collectives import Group
 from parallel.degrees import Degrees, default_degrees
 from parallel.mesh import Mesh

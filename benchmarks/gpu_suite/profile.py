@@ -21,8 +21,7 @@ from benchmarks.calibrate.rates import Measurement, Settings, measure
 from benchmarks.gpu_suite.runner import Record
 from benchmarks.gpu_suite.scope import Scope
 from helios_cp.config.layout import Layout
-from helios_cp.plan.hardware import MEASUREMENTS, Hardware
-from helios_cp.plan.machines import detect_hardware
+from helios_cp.plan.hardware import MEASUREMENTS, Hardware, detect_hardware
 from helios_cp.plan.predict import Candidate, predict
 from helios_cp.plan.workload import Workload
 from parallel.mesh import Degrees

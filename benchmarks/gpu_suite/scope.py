@@ -14,7 +14,7 @@ from benchmarks.models import full_size
 from helios_cp.config.execution import Execution
 from helios_cp.config.request import Request
 from helios_cp.pipeline.parallelize import ParallelPipeline
-from helios_cp.plan.configs import BuiltInCheckpoint
+from helios_cp.plan.workload import BuiltInCheckpoint
 from parallel.mesh import Degrees, Mesh
 
 

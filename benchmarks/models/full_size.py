@@ -36,7 +36,7 @@ from helios_cp.model.vae.autoencoder import Autoencoder
 from helios_cp.model.vae.config import VaeConfig
 from helios_cp.pipeline.parallelize import ParallelPipeline, load_parallel
 from helios_cp.pipeline.start import Inputs
-from helios_cp.plan.configs import BuiltInCheckpoint
+from helios_cp.plan.workload import BuiltInCheckpoint
 from helios_cp.weights import presets
 from helios_cp.weights.placement import Placement
 from helios_cp.weights.quantize import assemble, is_block_linear, is_quantised, quantise

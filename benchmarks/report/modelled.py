@@ -11,10 +11,9 @@ import torch
 
 from helios_cp.config.request import Request
 from helios_cp.plan.choose import make_plan
-from helios_cp.plan.configs import BuiltInCheckpoint
-from helios_cp.plan.hardware import MEASUREMENTS, Hardware, read_profile
-from helios_cp.plan.machines import PROFILES
+from helios_cp.plan.hardware import MEASUREMENTS, PROFILES, Hardware, read_profile
 from helios_cp.plan.predict import Prediction, Workload
+from helios_cp.plan.workload import BuiltInCheckpoint
 
 HARDWARE = ("h100", "h200")
 STEPS = ((1, 1, 1), (2, 2, 2))

@@ -41,8 +41,7 @@ from helios_cp.config.layout import Layout
 from helios_cp.device.device import dtype_name
 from helios_cp.files.whole_files import check_file_target
 from helios_cp.model.vae.config import VaeConfig
-from helios_cp.plan.hardware import Hardware
-from helios_cp.plan.machines import find_hardware
+from helios_cp.plan.hardware import Hardware, find_hardware
 from helios_cp.plan.predict import Candidate, predict
 from helios_cp.plan.workload import Workload
 from parallel.mesh import Degrees

@@ -19,7 +19,7 @@ ENGINES = ("native", "cudnn", "flash", "yunchang", "xfuser")
 """As in `parallel.engines`, which imports torch."""
 
 MACHINES = ("h100", "h200", "a100-80", "rtx4090", "cpu")
-"""As in `helios_cp.plan.machines`, which imports torch."""
+"""As in `helios_cp.plan.hardware`, which imports torch."""
 
 PLAIN = Execution()
 """Nothing compiled, quantised or offloaded."""

@@ -31,7 +31,7 @@ class ScheduledPrompt:
     """One entry of an interactive schedule: a prompt, for how many chunks it holds, and how it takes over.
 
     `transition`: within how many chunks it takes over from what was shown before, 1 for at once. `None` is diffusers'
-    blend, over `Request.interpolation_steps`. See `helios_cp.pipeline.prompt_mix`.
+    blend, over `Request.interpolation_steps`. See `helios_cp.pipeline.prompts`.
     """
 
     prompt: str

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from helios_cp.device.device import has_streams
 from helios_cp.device.streams import to_host, wait_for
-from helios_cp.pipeline.chunk import Chunk
+from helios_cp.pipeline.decoding import Chunk
 
 T = TypeVar("T")
 

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from helios_cp.config.console import say
-from helios_cp.pipeline.chunk import Chunk
+from helios_cp.pipeline.decoding import Chunk
 from helios_cp.sampling.denoise import Step
 
 

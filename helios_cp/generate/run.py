@@ -26,7 +26,7 @@ from helios_cp.generate.prompt_files import Job
 from helios_cp.generate.report import Report, tell_failures, write_report
 from helios_cp.generate.run_folder import Run, RunFolder
 from helios_cp.generate.stopping import Stopped, StopSignal, handled, stop_at_once
-from helios_cp.pipeline.chunk import Chunk
+from helios_cp.pipeline.decoding import Chunk
 from helios_cp.pipeline.parallelize import ParallelPipeline, load_parallel
 from helios_cp.pipeline.world import World
 from helios_cp.sampling.denoise import Step

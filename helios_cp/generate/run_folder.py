@@ -31,7 +31,7 @@ from helios_cp.config.layout import Layout
 from helios_cp.config.request import Request, ScheduledPrompt
 from helios_cp.files.chunk_files import ChunkFiles
 from helios_cp.files.whole_files import write_json, write_tensors
-from helios_cp.pipeline.chunk import Chunk
+from helios_cp.pipeline.decoding import Chunk
 from helios_cp.sampling.state import ChunkState
 
 FORMAT = 1

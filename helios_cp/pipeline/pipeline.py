@@ -28,11 +28,9 @@ from helios_cp.model.codec import OUTPUT_TYPES, Codec
 from helios_cp.model.seams import SeamMatcher
 from helios_cp.model.text import PromptEncoder
 from helios_cp.model.transformer import HeliosTransformer
-from helios_cp.pipeline.chunk import Chunk
-from helios_cp.pipeline.decoding import Denoised, Room, add_frames, with_frames
+from helios_cp.pipeline.decoding import Chunk, Denoised, Room, add_frames, with_frames
 from helios_cp.pipeline.prepare import prepare_parts
-from helios_cp.pipeline.prompt_mix import first_entry, texts_from
-from helios_cp.pipeline.prompts import Branches, Prompts
+from helios_cp.pipeline.prompts import Branches, Prompts, first_entry, texts_from
 from helios_cp.pipeline.start import Inputs, initial_noise, initial_state, pixels_to_encode
 from helios_cp.runtime.offload import Card
 from helios_cp.sampling.denoise import Step, denoise

@@ -19,9 +19,8 @@ from helios_cp.config.errors import RequestError
 from helios_cp.config.execution import Execution
 from helios_cp.config.layout import Layout
 from helios_cp.config.request import Request
-from helios_cp.plan.configs import find_checkpoint
 from helios_cp.plan.flags import PlanCall
-from helios_cp.plan.machines import PROFILES
+from helios_cp.plan.hardware import PROFILES
 from helios_cp.plan.memory import (
     FITTING_SHARE,
     card_memory,
@@ -31,7 +30,7 @@ from helios_cp.plan.memory import (
 )
 from helios_cp.plan.predict import Candidate, predict
 from helios_cp.plan.vae_cost import FP32
-from helios_cp.plan.workload import Workload
+from helios_cp.plan.workload import Workload, find_checkpoint
 
 PROGRAM = "helios_cp.plan.cards"
 GIBI = 2**30  # what sellers of cards call a gigabyte

@@ -20,8 +20,7 @@ from helios_cp.config.layout import PLAIN, AskedLayout, Layout, complete_degrees
 from helios_cp.config.refusals import Setting, check_setting
 from helios_cp.config.request import Request
 from helios_cp.config.sampling_plan import SamplingPlan
-from helios_cp.plan.hardware import Hardware
-from helios_cp.plan.machines import detect_hardware, find_hardware
+from helios_cp.plan.hardware import Hardware, detect_hardware, find_hardware
 from helios_cp.plan.memory import FITTING_SHARE
 from helios_cp.plan.predict import Candidate, Prediction, predict
 from helios_cp.plan.workload import Workload
@@ -45,8 +44,8 @@ def choose_layout(
 ) -> Layout:
     """The layout of the flags given, or a sound default for `world_size` ranks. Raises `RequestError`.
 
-    A degree that is given is kept. The others follow as `parallel.degrees.default_degrees` says, or with `hardware` they
-    are what is modelled as fastest there of what fits in memory with this execution.
+    A degree that is given is kept. The others follow as `parallel.degrees.default_degrees` says, or with `hardware`
+    they are what is modelled as fastest there of what fits in memory with this execution.
     """
     attention = asked.attention or "native"
     if hardware is not None:

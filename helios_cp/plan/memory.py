@@ -19,10 +19,9 @@ from helios_cp.config.layout import PLAIN, Layout
 from helios_cp.model.transformer import empty_model
 from helios_cp.model.vae.autoencoder import Autoencoder
 from helios_cp.model.vae.config import VaeConfig
-from helios_cp.plan.configs import TextEncoderConfig
 from helios_cp.plan.rank_shares import Share, shares
 from helios_cp.plan.vae_cost import FP32, decode_bytes
-from helios_cp.plan.workload import Workload
+from helios_cp.plan.workload import TextEncoderConfig, Workload
 from helios_cp.runtime.device_weights import SLOTS
 from helios_cp.runtime.host_weights import Place, packed_bytes, tensors_at
 from helios_cp.runtime.offload import transformer_layers

@@ -16,15 +16,13 @@ from rich.table import Table
 
 from helios_cp.config.request import Request
 from helios_cp.plan.choose import Plan, make_plan
-from helios_cp.plan.configs import find_checkpoint
 from helios_cp.plan.flags import PlanCall
 from helios_cp.plan.forward_cost import ForwardCost, repeated_flops
-from helios_cp.plan.hardware import Hardware
-from helios_cp.plan.machines import find_hardware
+from helios_cp.plan.hardware import Hardware, find_hardware
 from helios_cp.plan.memory import transformer_parameters
 from helios_cp.plan.predict import Candidate, Prediction, limit_fps
 from helios_cp.plan.rank_shares import whole
-from helios_cp.plan.workload import Workload
+from helios_cp.plan.workload import Workload, find_checkpoint
 
 WIDTH = 118
 LAYOUT = ("cfg x ring x uly", "ffn-tp", "shard", "VAE")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from helios_cp.config.errors import RequestError
-from helios_cp.pipeline.prompt_mix import first_entry, prompt_mix
+from helios_cp.pipeline.prompts import first_entry, prompt_mix
 from helios_cp.sampling.state import ChunkState
 from launchers.cluster.payload import Payload
 from launchers.driver.crew import Crew

@@ -15,8 +15,7 @@ from helios_cp.config.console import say
 from helios_cp.config.errors import RequestError
 from helios_cp.config.layout import DEGREES
 from helios_cp.plan.choose import best_prediction
-from helios_cp.plan.hardware import Hardware
-from helios_cp.plan.machines import detect_hardware, find_hardware
+from helios_cp.plan.hardware import Hardware, detect_hardware, find_hardware
 from launchers.cluster.cluster import nodes_free
 from launchers.driver.recipes import Resources, bundle, text_gpus
 from launchers.generate.checks import checked_without_layout

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from helios_cp.config.imports import import_text_encoder
 from helios_cp.config.request import Request
-from helios_cp.pipeline.prompt_mix import texts_from
+from helios_cp.pipeline.prompts import texts_from
 from launchers.messages.arrays import Array
 from launchers.messages.messages import ActorInfo, Clock, Text
 from launchers.workers.watched import Watched, own_info

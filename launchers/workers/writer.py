@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from helios_cp.generate.run_folder import RunFolder
-from helios_cp.pipeline.chunk import Chunk
+from helios_cp.pipeline.decoding import Chunk
 from launchers.messages.arrays import Array
 from launchers.messages.messages import ActorInfo, Clock, Decoded, NextStart, Schedule, VideoFiles, Written
 from launchers.workers import denoised_chunks

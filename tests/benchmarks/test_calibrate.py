@@ -39,8 +39,7 @@ from benchmarks.measuring.counting import count
 from benchmarks.ranks.pool import shared_pool
 from helios_cp.config.errors import RequestError
 from helios_cp.plan.forward_cost import PASSES, Product
-from helios_cp.plan.hardware import MEASUREMENTS, Hardware, read_profile
-from helios_cp.plan.machines import CPU
+from helios_cp.plan.hardware import CPU, MEASUREMENTS, Hardware, read_profile
 from parallel.collectives import Group, Meter
 
 HOST = torch.device("cpu")

@@ -8,8 +8,7 @@ import pytest
 
 from benchmarks.gpu_suite.profile import Factors, Share, compare, fitted, predict_share, share_workload
 from benchmarks.gpu_suite.scope import Scope
-from helios_cp.plan.hardware import Hardware
-from helios_cp.plan.machines import H200
+from helios_cp.plan.hardware import H200, Hardware
 from helios_cp.plan.workload import Workload
 from parallel.mesh import Degrees
 

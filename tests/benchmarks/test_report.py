@@ -21,8 +21,7 @@ from benchmarks.report.data import STAGES, read_chunks, read_projected, read_res
 from benchmarks.report.modelled import calibrated_lines, predict_lines
 from benchmarks.report.sections import SECTIONS, any_section, table
 from helios_cp.plan.__main__ import main as plan
-from helios_cp.plan.hardware import MEASUREMENTS
-from helios_cp.plan.machines import H100
+from helios_cp.plan.hardware import H100, MEASUREMENTS
 
 STAGE_SECONDS = dict(zip(STAGES, (1.5, 0.4, 0.05, 0.05), strict=True))
 

@@ -27,11 +27,10 @@ from benchmarks.validate_plan.ranks import WARM_UP, ChunkTimes, Model, make_requ
 from helios_cp.config.checkpoint import Checkpoint, TransformerConfig
 from helios_cp.config.layout import Layout, segment_lengths
 from helios_cp.plan.choose import make_plan
-from helios_cp.plan.configs import part_configs
-from helios_cp.plan.machines import CPU
+from helios_cp.plan.hardware import CPU
 from helios_cp.plan.predict import Candidate, predict
 from helios_cp.plan.vae_cost import VaeConfig
-from helios_cp.plan.workload import Workload
+from helios_cp.plan.workload import Workload, part_configs
 from parallel.mesh import Degrees
 
 TINY = Model(

@@ -238,7 +238,7 @@ assert "torch._dynamo" not in sys.modules
 
 def test_names_that_config_repeats_are_those_of_the_packages_that_need_torch():
     from helios_cp.config.layout import ENGINES, MACHINES
-    from helios_cp.plan.machines import PROFILES
+    from helios_cp.plan.hardware import PROFILES
     from parallel import engines
 
     assert set(MACHINES) == set(PROFILES) and set(ENGINES) == set(engines.ENGINES)

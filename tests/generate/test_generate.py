@@ -34,7 +34,7 @@ from helios_cp.generate import run as runner
 from helios_cp.generate.__main__ import build_parser, main
 from helios_cp.generate.progress import ProgressReporter
 from helios_cp.generate.stopping import Stopped
-from helios_cp.pipeline.chunk import Chunk
+from helios_cp.pipeline.decoding import Chunk
 from helios_cp.pipeline.pipeline import Pipeline
 
 MODEL = ["--model", "random-distilled"]

@@ -11,7 +11,7 @@ from helios_cp.config.errors import RequestError
 from helios_cp.config.layout import Layout
 from helios_cp.config.request import Request
 from helios_cp.plan.choose import best_prediction
-from helios_cp.plan.machines import detect_hardware
+from helios_cp.plan.hardware import detect_hardware
 from helios_cp.weights.load import resolve
 from launchers.driver.recipes import Resources, bundle, recipes
 from launchers.generate import automatic_layout as automatic

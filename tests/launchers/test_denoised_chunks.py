@@ -8,7 +8,7 @@ import torch
 from helios_cp.config.errors import RequestError
 from helios_cp.config.request import Request, ScheduledPrompt
 from helios_cp.generate.run_folder import Run, RunFolder
-from helios_cp.pipeline.chunk import Chunk
+from helios_cp.pipeline.decoding import Chunk
 from helios_cp.sampling.state import ChunkState
 from helios_cp.weights.load import resolve
 from launchers.driver.submission import Submission

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from helios_cp.config.request import ScheduledPrompt
 from helios_cp.model.text import clean, encode_prompts
-from helios_cp.pipeline.prompt_mix import prompt_mix
+from helios_cp.pipeline.prompts import prompt_mix
 
 PROMPTS = [
     "a cat",

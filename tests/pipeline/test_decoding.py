@@ -21,8 +21,7 @@ from helios_cp.device.streams import Pace
 from helios_cp.device.timing import Measured
 from helios_cp.generate.background import HostCopies
 from helios_cp.pipeline import pipeline as pipeline_module
-from helios_cp.pipeline.chunk import Chunk
-from helios_cp.pipeline.decoding import Denoised, Room, add_frames, with_frames
+from helios_cp.pipeline.decoding import Chunk, Denoised, Room, add_frames, with_frames
 from helios_cp.pipeline.parallelize import SplitCodec
 from helios_cp.pipeline.pipeline import Pipeline
 from helios_cp.sampling.denoise import Step

@@ -15,7 +15,6 @@ from helios_cp.config.execution import Execution
 from helios_cp.config.layout import Layout
 from helios_cp.pipeline.pipeline import Pipeline
 from helios_cp.plan.cards import CARDS, EXACT, GIBI, Choice, chunk_seconds, main, rows, table
-from helios_cp.plan.configs import part_configs
 from helios_cp.plan.flags import PlanCall
 from helios_cp.plan.memory import (
     CONTEXT,
@@ -27,6 +26,7 @@ from helios_cp.plan.memory import (
     text_encoder_bytes,
     transformer_bytes,
 )
+from helios_cp.plan.workload import part_configs
 from helios_cp.runtime.device_weights import SLOTS
 from helios_cp.runtime.offload import offload
 from parallel.mesh import Degrees

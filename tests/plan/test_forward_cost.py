@@ -22,10 +22,10 @@ from helios_cp.config.checkpoint import TransformerConfig
 from helios_cp.model.transformer import HeliosTransformer
 from helios_cp.pipeline.parallelize import ShardedSequence
 from helios_cp.plan import forward_cost as cost
-from helios_cp.plan.configs import TextEncoderConfig
 from helios_cp.plan.forward_cost import PASSES, Product, Traffic, forward_cost, guidance_traffic
 from helios_cp.plan.memory import activation_bytes, sharded_bytes, transformer_bytes
 from helios_cp.plan.rank_shares import shares, whole
+from helios_cp.plan.workload import TextEncoderConfig
 from helios_cp.runtime.host_weights import packed_bytes
 from helios_cp.weights.placement import narrow_feed_forward, predicted_bytes
 from parallel.collectives import Meter

@@ -14,8 +14,17 @@ from helios_cp.config.errors import RequestError
 from helios_cp.config.layout import Layout
 from helios_cp.plan.__main__ import main
 from helios_cp.plan.forward_cost import PASSES
-from helios_cp.plan.hardware import Hardware, read_profile
-from helios_cp.plan.machines import CPU, H100, PROFILES, RTX4090, detect_hardware, find_hardware, match_card
+from helios_cp.plan.hardware import (
+    CPU,
+    H100,
+    PROFILES,
+    RTX4090,
+    Hardware,
+    detect_hardware,
+    find_hardware,
+    match_card,
+    read_profile,
+)
 from helios_cp.plan.predict import Candidate, predict
 from parallel.mesh import Degrees
 from tests.plan.workloads import workload

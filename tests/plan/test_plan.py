@@ -22,14 +22,13 @@ from helios_cp.model.vae.config import VaeConfig
 from helios_cp.plan import memory
 from helios_cp.plan.__main__ import main
 from helios_cp.plan.choose import choose_layout, make_plan
-from helios_cp.plan.configs import TextEncoderConfig
 from helios_cp.plan.flags import PlanCall
 from helios_cp.plan.forward_cost import Traffic, forward_cost, repeated_flops
-from helios_cp.plan.machines import CPU, H100, PROFILES, RTX4090
+from helios_cp.plan.hardware import CPU, H100, PROFILES, RTX4090
 from helios_cp.plan.predict import Candidate, limit_fps, message_seconds, predict
 from helios_cp.plan.rank_shares import shares
 from helios_cp.plan.report import command, stage_counts
-from helios_cp.plan.workload import Workload
+from helios_cp.plan.workload import TextEncoderConfig, Workload
 from parallel.mesh import Degrees
 from tests.plan.workloads import workload
 

@@ -16,9 +16,8 @@ from helios_cp.config.execution import Execution
 from helios_cp.config.layout import AskedLayout, Layout
 from helios_cp.config.request import Request
 from helios_cp.plan.choose import best_prediction, choose_layout, make_plan, planning_hardware
-from helios_cp.plan.configs import BuiltInCheckpoint
-from helios_cp.plan.hardware import Hardware
-from helios_cp.plan.machines import H100, RTX4090
+from helios_cp.plan.hardware import H100, RTX4090, Hardware
+from helios_cp.plan.workload import BuiltInCheckpoint
 from parallel.mesh import Degrees
 from tests.plan.workloads import workload
 

@@ -19,7 +19,7 @@ from helios_cp.model.vae.autoencoder import Autoencoder
 from helios_cp.model.vae.config import VaeConfig
 from helios_cp.pipeline.split_codec import SplitCodec
 from helios_cp.plan import vae_cost
-from helios_cp.plan.machines import CPU, H100
+from helios_cp.plan.hardware import CPU, H100
 from helios_cp.plan.predict import Candidate, predict
 from parallel.mesh import Degrees
 from tests.plan.workloads import workload

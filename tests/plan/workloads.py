@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 
 from helios_cp.config.request import Request
-from helios_cp.plan.configs import BuiltInCheckpoint
-from helios_cp.plan.workload import Workload
+from helios_cp.plan.workload import BuiltInCheckpoint, Workload
 
 
 def workload(name: str = "14b", dtype: torch.dtype = torch.bfloat16, **fields) -> Workload:
