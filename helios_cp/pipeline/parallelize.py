@@ -173,7 +173,7 @@ class BroadcastPromptEncoder:
         return self.group.broadcast(embeds)
 
 
-@dataclass(eq=False, kw_only=True)
+@dataclass(eq=False, repr=False, kw_only=True)
 class ParallelPipeline(Pipeline):
     """A pipeline whose start is computed on rank 0 and broadcast, where there is a picture or clip to read."""
 

@@ -42,7 +42,7 @@ from helios_cp.weights.transformer import AdapterState, load_adaptable
 Measure = Callable[[str], AbstractContextManager]  # measures the memory of a named work, which runs inside
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Pipeline:
     """A loaded checkpoint that turns requests into videos, one chunk at a time.
 
