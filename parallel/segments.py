@@ -64,7 +64,7 @@ class SegmentPlan:
     @property
     def local_lengths(self) -> tuple[int, ...]:
         """Tokens of all segments together on each rank: what the attention of a group needs to know."""
-        return tuple(sum(self.sizes(rank)) for rank in range(self.ranks))
+        return tuple(map(sum, zip(*map(self.segment_sizes, range(len(self.lengths))), strict=True)))
 
     def only(self, segment: int) -> SegmentPlan:
         """The same cut of one segment alone, as when only the noisy outputs are gathered."""

@@ -46,7 +46,8 @@ class Share:
 @functools.lru_cache(maxsize=1024)
 def shares(config: TransformerConfig, lengths: tuple[int, ...], degrees: Degrees) -> tuple[Share, ...]:
     """The share of each rank of a sequence group."""
-    tokens, noisy = _local_lengths(lengths, degrees.sequence)
+    plan = SegmentPlan(lengths, degrees.sequence)
+    tokens, noisy = plan.local_lengths, plan.only(len(lengths) - 1).local_lengths
     row_tokens, row_noisy = (_sums(each, degrees.ulysses) for each in (tokens, noisy))
     gathered_tokens, gathered_noisy = (_sums(each, degrees.ffn_tp) for each in (tokens, noisy))
     heads = split(config.num_attention_heads, degrees.ulysses)
@@ -77,13 +78,6 @@ def shares(config: TransformerConfig, lengths: tuple[int, ...], degrees: Degrees
 def whole(config: TransformerConfig, lengths: tuple[int, ...]) -> Share:
     """The share of a rank that is alone."""
     return shares(config, lengths, Degrees())[0]
-
-
-@functools.lru_cache(maxsize=1024)
-def _local_lengths(lengths: tuple[int, ...], ranks: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """All tokens, and the noisy ones, of each rank. Kept, as many layouts cut a sequence alike."""
-    plan = SegmentPlan(lengths, ranks)
-    return plan.local_lengths, plan.only(len(lengths) - 1).local_lengths
 
 
 def _sums(values: Sequence[int], size: int) -> list[int]:
