@@ -36,13 +36,7 @@ class Degrees:
         return f"cfg {self.cfg} ring {self.ring} ulysses {self.ulysses}{folded}"
 
     def check(
-        self,
-        world_size: int,
-        *,
-        guidance: bool,
-        heads: int,
-        smallest_tokens: int,
-        vae_rows: int | None = None,
+        self, world_size: int, *, guidance: bool, heads: int, smallest_tokens: int, vae_rows: int | None = None
     ) -> None:
         """Raises `ValueError` in one line: the value, what is allowed, and the nearest layouts that work.
 

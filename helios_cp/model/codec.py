@@ -108,10 +108,7 @@ class Codec:
 def vae_settings(execution: Execution, device: torch.device) -> dict[str, Any]:
     """How the VAE runs on a device by an execution, for a report."""
     is_tf32 = execution.tf32 and execution.vae_dtype == "float32" and has_tf32(device)
-    return {
-        "dtype": execution.vae_dtype,
-        "convolutions": "tf32" if is_tf32 else execution.vae_dtype,
-    }
+    return {"dtype": execution.vae_dtype, "convolutions": "tf32" if is_tf32 else execution.vae_dtype}
 
 
 @contextmanager

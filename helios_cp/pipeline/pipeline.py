@@ -218,13 +218,7 @@ class Pipeline:
         return initial_state(request, inputs, self.codec, posteriors, hidden, channels, self.device)
 
     def _events(
-        self,
-        request: Request,
-        inputs: Inputs,
-        prompts: Prompts,
-        state: ChunkState,
-        watch: Stopwatch,
-        measured: Measure,
+        self, request: Request, inputs: Inputs, prompts: Prompts, state: ChunkState, watch: Stopwatch, measured: Measure
     ) -> Iterator[Step | Denoised]:
         """The steps of each chunk, followed by the chunk without its frames."""
         pace, scheduler = Pace(self.device), copy.deepcopy(self.scheduler)

@@ -21,13 +21,7 @@ from helios_cp.config.layout import Layout
 from helios_cp.config.request import Request
 from helios_cp.plan.flags import PlanCall
 from helios_cp.plan.hardware import PROFILES
-from helios_cp.plan.memory import (
-    FITTING_SHARE,
-    card_memory,
-    decoder_parameters,
-    host_bytes,
-    transformer_bytes,
-)
+from helios_cp.plan.memory import FITTING_SHARE, card_memory, decoder_parameters, host_bytes, transformer_bytes
 from helios_cp.plan.predict import Candidate, predict
 from helios_cp.plan.vae_cost import FP32
 from helios_cp.plan.workload import Workload, find_checkpoint

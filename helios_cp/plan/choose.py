@@ -134,11 +134,7 @@ class Plan:
 
 
 def make_plan(
-    workloads: Sequence[Workload],
-    hardware: Hardware,
-    ranks: int,
-    given: Given = NOTHING,
-    execution: Execution = PLAIN,
+    workloads: Sequence[Workload], hardware: Hardware, ranks: int, given: Given = NOTHING, execution: Execution = PLAIN
 ) -> Plan:
     """Predict every sensible layout of `ranks` ranks that keeps what is given.
 

@@ -21,12 +21,7 @@ from helios_cp.config.json_types import from_json
 from helios_cp.config.layout import MACHINES
 from helios_cp.plan.forward_cost import PASSES
 
-SHARES = {
-    "matmul_shares": "rows",
-    "matmul_fp32_shares": "rows",
-    "attention_shares": "tokens",
-    "vae_shares": "channels",
-}
+SHARES = {"matmul_shares": "rows", "matmul_fp32_shares": "rows", "attention_shares": "tokens", "vae_shares": "channels"}
 """Fields of pairs, and what the first of a pair is."""
 
 MOST_SHARE = 1.5

@@ -68,10 +68,7 @@ class ChunkState:
     def from_tensors(cls, index: int, tensors: dict[str, Tensor], device: torch.device) -> ChunkState:
         anchor = tensors.get("anchor")
         return cls(
-            index,
-            tensors["history"].to(device),
-            None if anchor is None else anchor.to(device),
-            tensors["generators"],
+            index, tensors["history"].to(device), None if anchor is None else anchor.to(device), tensors["generators"]
         )
 
 
