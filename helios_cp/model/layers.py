@@ -225,10 +225,8 @@ class Block(nn.Module):
         states = gated_add_(states, update, gate, history)
 
         queries = states[:, history:] if self.guidance_cross_attn else states
-        states = add_to_last_(states, self.attn2(self._cross_norm(queries), keys_values))
+        normed = queries if self.norm2 is None else self.norm2(queries.float()).to(queries.dtype)
+        states = add_to_last_(states, self.attn2(normed, keys_values))
 
         normed = modulated_norm(states, ffn_shift, ffn_scale, history, self.eps)
         return gated_add_(states, operations.feed_forward(self.ffn, normed), ffn_gate, history)
-
-    def _cross_norm(self, states: Tensor) -> Tensor:
-        return states if self.norm2 is None else self.norm2(states.float()).to(states.dtype)

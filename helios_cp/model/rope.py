@@ -35,22 +35,17 @@ class RotaryTables:
             torch.arange(width, dtype=torch.float32, device=device),
         )
         grid = torch.meshgrid(*axes, indexing="ij")
+        # On the CPU first: pow rounds differently on an accelerator, and angles reach thousands of radians.
+        exponents = [torch.arange(0, dim, 2, dtype=torch.float32) / dim for dim in self.rope_dim]
+        frequencies = [(1.0 / self.theta**exponent).to(device).view(-1, 1, 1, 1) for exponent in exponents]
         angles = torch.cat(
-            [
-                self._frequencies(dim, device).view(-1, 1, 1, 1) * positions
-                for dim, positions in zip(self.rope_dim, grid, strict=True)
-            ]
-        )  # [D/2, T, height, width]
+            [each * positions for each, positions in zip(frequencies, grid, strict=True)]
+        )  # [D/2, T, h, w]
         table = torch.stack([angles.cos(), angles.sin()])
         if pool > 1:
             table = F.avg_pool3d(pad_to_multiple(table, (pool, pool, pool)), pool)
         cos, sin = table.flatten(2).transpose(1, 2)
         return torch.complex(cos.contiguous(), sin.contiguous())
-
-    def _frequencies(self, dim: int, device: torch.device) -> Tensor:
-        # On the CPU first: pow rounds differently on an accelerator, and angles reach thousands of radians.
-        exponent = torch.arange(0, dim, 2, dtype=torch.float32) / dim
-        return (1.0 / self.theta**exponent).to(device)
 
 
 def rotate_(states: Tensor, table: Tensor) -> Tensor:

@@ -179,7 +179,8 @@ class HeliosTransformer(nn.Module):
             rotary = torch.cat([history.rotary, rotary])
 
         temb, modulation = self.condition_embedder(timestep)
-        modulation = torch.stack([self._history_modulation(modulation), modulation], 1).float()  # [R, 2, 6, dim]
+        at_zero = self._at_zero(modulation.device)[1] if self.config.zero_history_timestep else modulation
+        modulation = torch.stack([at_zero.expand_as(modulation), modulation], 1).float()  # [R, 2, 6, dim]
         inner, last = self.sequence.operations((*lengths, noisy))
         states = self.body(
             self.blocks,
@@ -203,14 +204,8 @@ class HeliosTransformer(nn.Module):
         frames, rows, columns = self.patch_embedding.grid(latents)
         return self.rotary.table(frame_indices or tuple(range(frames)), rows, columns, latents.device)
 
-    def _history_modulation(self, modulation: Tensor) -> Tensor:
-        """Rows for history tokens: those of t = 0, which are computed once, or the noisy tokens' own."""
-        if not self.config.zero_history_timestep:
-            return modulation
-        return self._at_zero(modulation.device)[1].expand_as(modulation)
-
     def _at_zero(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The embedding of t = 0 and its modulation rows."""
+        """The embedding of t = 0 and its modulation rows, which history tokens take; computed once."""
         if self._zero_timestep is None:
             self._zero_timestep = self.condition_embedder(torch.zeros(1, device=device))
         return self._zero_timestep

@@ -63,8 +63,10 @@ def transformer_bytes(
     def size(found: Iterable[Place]) -> int:
         total = 0
         for tensor in tensors_at(found):
-            is_quantised = quantize is not None and id(tensor) in linear
-            total += quantised_bytes(*tensor.shape, quantize) if is_quantised else packed_bytes([tensor])
+            parts = [tensor]
+            if quantize is not None and id(tensor) in linear:
+                parts = empty_components(*tensor.shape, quantize, tensor.device).values()
+            total += packed_bytes(parts)
         return total
 
     layers, others = transformer_layers(model)
@@ -73,11 +75,6 @@ def transformer_bytes(
     slots = tuple(max(sizes[slot::SLOTS]) for slot in range(SLOTS))
     rest = size(others)
     return TransformerBytes(sum(sizes) + rest, slots, rest, config.num_layers * block)
-
-
-def quantised_bytes(rows: int, columns: int, kind: str) -> int:
-    """Of a weight of a block's linear layer."""
-    return packed_bytes(empty_components(rows, columns, kind, torch.device("meta")).values())
 
 
 @functools.lru_cache(maxsize=512)
@@ -121,11 +118,6 @@ def text_encoder_bytes(config: TextEncoderConfig, dtype: torch.dtype, offload: s
 
 
 # What is needed beside weights, modelled
-
-
-def text_bytes(config: TransformerConfig, dtype: torch.dtype, text_tokens: int) -> int:
-    """Cross-attention keys and values of one prompt in all blocks."""
-    return 2 * config.num_layers * text_tokens * config.dim * dtype.itemsize
 
 
 def activation_bytes(config: TransformerConfig, own: Share, degrees: Degrees, dtype: torch.dtype) -> int:
@@ -212,7 +204,8 @@ def card_memory(
     working = working_bytes(workload, degrees, vae_dtype.itemsize)
     transformer = transformer_bytes(workload.config, workload.dtype, execution.quantize, degrees.ffn_tp)
     prompts = workload.batch * (workload.branches if shard or degrees.cfg == 1 else 1)
-    keys_values = prompts * text_bytes(workload.config, workload.dtype, workload.text_tokens)
+    config = workload.config
+    keys_values = prompts * 2 * config.num_layers * workload.text_tokens * config.dim * workload.dtype.itemsize
     common = {"context": CONTEXT, "text keys and values": keys_values}
     if execution.offload != "none":
         weights = transformer.whole if execution.offload == "model" else transformer.rest + sum(transformer.slots)
