@@ -111,7 +111,7 @@ def found(folder) -> dict[tuple[int, Execution], tuple[torch.Tensor, torch.Tenso
     with torch.no_grad():
         for case in CASES:
             codec = make_codec(folder, case)
-            values[1, case] = codec.decode(make_latents(), "float"), codec.encode([make_video()])[0].parameters
+            values[1, case] = codec.decode(make_latents(), "float"), codec.encode([make_video()])[0]
     return values
 
 
