@@ -10,6 +10,7 @@ from one to the next, and compiled code keeps them in registers, so both move th
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -80,6 +81,7 @@ class NormTraffic:
         self.sums += sum(term.nbytes for term in (addend, bias) if term is not None) + keep * states.nbytes
 
 
+@functools.cache
 def count_decodes(config: VaeConfig | None = None, size: tuple[int, int] = SIZE) -> dict[str, dict[str, Any]]:
     """By program, in fp32."""
     config = config or VaeConfig()

@@ -36,7 +36,6 @@ WARMUP = 0  # every program runs once before, for its frames to be compared
 BOUNDS = {"product": Product, "convolution": Convolution}
 """What says how fast the device can compute; of the two the faster one counts."""
 
-IN_A_ROW = 8
 FRAMES_PER_LATENT = 4
 
 
@@ -61,7 +60,10 @@ LEVELS = {"fp32": 1, "tf32": 8, "bf16": 32}
 
 @dataclass(frozen=True)
 class Case:
-    """One chunk of a video of `size` (height, width) pixels, the precisions, and the ranks to split it over."""
+    """One chunk of a video of `size` (height, width) pixels, the precisions, and the ranks to split it over.
+
+    `in_a_row` is how often `BOUNDS` compute their product or convolution in one call.
+    """
 
     vae: VaeConfig
     size: tuple[int, int]
@@ -70,6 +72,7 @@ class Case:
     device_type: str = "cpu"
     latent_frames: int = 9
     compiles: bool = False
+    in_a_row: int = 8
 
     @property
     def latent_size(self) -> tuple[int, int]:
@@ -180,7 +183,7 @@ def time_decoders(rank: int, case: Case, repeats: int) -> RankTimes:
                     exact = expected if is_exact else _bytes(_with_tf32(lambda: decode_theirs(peer, latents), False)())
             if frames is not None:
                 levels[key], levels_of_fp32[key] = (_levels(_bytes(frames), other) for other in (expected, exact))
-        bounds = {kind: make(device, precision.dtype, IN_A_ROW, precision.tf32) for kind, make in BOUNDS.items()}
+        bounds = {kind: make(device, precision.dtype, case.in_a_row, precision.tf32) for kind, make in BOUNDS.items()}
         for kind, ranks in itertools.product(bounds, groups):
             run = _with_all_cores(bounds[kind]) if ranks == 1 else bounds[kind]
             calls[bound(kind, name, ranks)] = run if rank < ranks else nothing

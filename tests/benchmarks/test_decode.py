@@ -38,7 +38,7 @@ from helios_cp.plan.vae_cost import decode_flops, decode_traffic
 
 decode = pytest.importorskip("benchmarks.decode.__main__")  # which prints with rich
 
-TINY = Case(VaeConfig(8, 16, (1, 1, 1, 1), 0), (32, 24), ("fp32",), (2,), latent_frames=2)
+TINY = Case(VaeConfig(8, 16, (1, 1, 1, 1), 0), (32, 24), ("fp32",), (2,), latent_frames=2, in_a_row=1)
 
 
 def test_limits():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pty
 import re
@@ -17,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from helios_cp.weights.hub import HubId
+from tests.forked import ForkServer
 from tests.hub_server import Fault, HubServer
 
 ROOT = Path(__file__).parents[2]
@@ -26,6 +28,7 @@ LONG = 300
 
 RESOLVE = """
 import sys
+assert "huggingface_hub" not in sys.modules
 from helios_cp.config.errors import RequestError
 from helios_cp.weights import hub
 from helios_cp.weights.load import resolve
@@ -61,16 +64,21 @@ def environment(hub, tmp_path) -> dict[str, str]:
     return paths | {"HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1"}
 
 
+@pytest.fixture(scope="module")
+def forks():
+    """Of a process that has imported all but `huggingface_hub`, which reads the environment when it is imported."""
+    paths = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with contextlib.closing(ForkServer(paths, "helios_cp.weights.load")) as server:
+        yield server
+
+
 @pytest.fixture
-def resolve(environment):
+def resolve(environment, forks, tmp_path):
     """Resolves models one after the other in one process, and returns the code, stdout's lines and stderr's."""
 
     def run(*models: str, parts: str = ALL, **changes: str) -> tuple[int, list[str], list[str]]:
         words = [word for each in models for word in (each, parts)]
-        command = [sys.executable, "-c", RESOLVE, *words]
-        done = subprocess.run(
-            command, env=environment | changes, capture_output=True, text=True, timeout=LONG, check=False
-        )
+        done = forks.run(RESOLVE, words, environment | changes, tmp_path, LONG)
         return done.returncode, done.stdout.splitlines(), done.stderr.splitlines()
 
     return run
