@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from typing import Generic, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,10 +15,8 @@ from helios_cp.device.device import has_streams
 from helios_cp.device.streams import to_host, wait_for
 from helios_cp.pipeline.decoding import Chunk
 
-T = TypeVar("T")
 
-
-class BackgroundWriter(Generic[T]):
+class BackgroundWriter:
     """Calls `write` for one item after the other, in a thread of its own; a context manager.
 
     At most one item is in hand. `put` waits until the one before is written, so a slow writer slows down the maker of
@@ -26,12 +24,12 @@ class BackgroundWriter(Generic[T]):
     `write`; nothing is written after it. The end of the `with` waits for the item in hand, after an error too.
     """
 
-    def __init__(self, write: Callable[[T], None]) -> None:
+    def __init__(self, write: Callable[[Any], None]) -> None:
         self.write = write
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="writer")
         self._in_hand: Future[None] | None = None
 
-    def put(self, item: T) -> None:
+    def put(self, item: Any) -> None:
         """Write this next, and come back at once if nothing is in hand."""
         self.wait()
         self._in_hand = self._thread.submit(self.write, item)
@@ -46,7 +44,7 @@ class BackgroundWriter(Generic[T]):
         if self._in_hand is not None:
             self._in_hand.result()
 
-    def __enter__(self) -> BackgroundWriter[T]:
+    def __enter__(self) -> BackgroundWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:

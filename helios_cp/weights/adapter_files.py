@@ -170,21 +170,17 @@ def _config(file: Path, metadata: str | None) -> Mapping[str, Any]:
 
 def find_adapter_file(path: Path) -> Path:
     """The safetensors file that a path stands for. Raises `RequestError` where there is none, or more than one."""
+    files = [path] if path.is_file() else []
     if path.is_dir():
         named = [path / name for name in WEIGHT_NAMES if (path / name).is_file()]
-        files = named or sorted(path.glob("*.safetensors"))
-        if len(files) == 1 or named:
-            return files[0]
-        pickles = sorted(file.name for file in path.glob("*") if file.suffix in PICKLES)
-        if not files and pickles:
-            raise RequestError(f"--lora {path}: {_is_pickle(pickles[0])}")
-        raise RequestError(f"--lora {path}: {len(files)} .safetensors files are in this folder; give the one to use")
-    if not path.is_file():
+        pickles = sorted(file for file in path.glob("*") if file.suffix in PICKLES)
+        files = named[:1] or sorted(path.glob("*.safetensors")) or pickles[:1]
+        if len(files) != 1:
+            count = f"{len(files)} .safetensors files are in this folder"
+            raise RequestError(f"--lora {path}: {count}; give the one to use")
+    if not files:
         raise RequestError(f"--lora {path}: there is no such file or folder")
-    if path.suffix in PICKLES:
-        raise RequestError(f"--lora {path}: {_is_pickle(path.name)}")
-    return path
-
-
-def _is_pickle(name: str) -> str:
-    return f"{name} is a pickle, which could run code and is never read; give a .safetensors file"
+    if files[0].suffix in PICKLES:
+        reason = f"{files[0].name} is a pickle, which could run code and is never read; give a .safetensors file"
+        raise RequestError(f"--lora {path}: {reason}")
+    return files[0]

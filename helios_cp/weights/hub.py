@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from helios_cp.config.checkpoint import CONFIG_FILES, WEIGHT_STEMS
 from helios_cp.config.console import say
@@ -33,8 +33,6 @@ PAUSES = (1, 2, 4, 8, 16, 32)
 """Seconds before another try of a file."""
 
 SITES = ("https://huggingface.co/", "https://hf.co/", "huggingface.co/", "hf.co/")
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -140,7 +138,7 @@ def _quiet() -> Iterator[None]:
 
 
 @_quiet()
-def _patiently(hub_id: HubId, file: str, fetch: Callable[[], Result]) -> Result:
+def _patiently(hub_id: HubId, file: str, fetch: Callable[[], Any]) -> Any:
     """What `fetch` returns. It is tried again where that may help. `file` is what it fetches, if that is one file."""
     for pause in (*PAUSES, None):
         try:
