@@ -85,30 +85,21 @@ class Preset:
         return hashlib.sha256(json.dumps(definition, sort_keys=True).encode()).hexdigest()[:12]
 
 
+UNIPC = {"scheduler_type": "unipc", "use_dynamic_shifting": True, "time_shift_type": "exponential"}
+
 RANDOM: Mapping[str, Preset] = {
     "random-base": Preset(
         description="one stage, UniPC, guidance",
         pipeline="HeliosPipeline",
         scheduler="HeliosScheduler",
-        scheduler_config={
-            "stages": 1,
-            "stage_range": [0, 1],
-            "scheduler_type": "unipc",
-            "use_dynamic_shifting": True,
-            "time_shift_type": "exponential",
-        },
+        scheduler_config={"stages": 1, "stage_range": [0, 1], **UNIPC},
         seed=1,
     ),
     "random-mid": Preset(
         description="three stages, UniPC, CFG-Zero*",
         pipeline="HeliosPyramidPipeline",
         scheduler="HeliosScheduler",
-        scheduler_config={
-            "stages": 3,
-            "scheduler_type": "unipc",
-            "use_dynamic_shifting": True,
-            "time_shift_type": "exponential",
-        },
+        scheduler_config={"stages": 3, **UNIPC},
         seed=2,
         flags={"is_cfg_zero_star": True},
     ),
@@ -121,7 +112,6 @@ RANDOM: Mapping[str, Preset] = {
         flags={"is_distilled": True},
     ),
 }
-
 
 PRESETS: Mapping[str, Preset] = {
     **{name.replace("random", "tiny"): replace(preset, weights=name.split("-")[1]) for name, preset in RANDOM.items()},
