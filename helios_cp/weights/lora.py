@@ -131,11 +131,7 @@ def check_config(config: Mapping[str, Any]) -> None:
 
 
 def _layer_updates(
-    layer: str,
-    found: Entries,
-    config: Mapping[str, Any],
-    shapes: Mapping[str, tuple[int, ...]],
-    strength: float,
+    layer: str, found: Entries, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], strength: float
 ) -> Iterator[tuple[str, Update]]:
     """The updates of one layer, each with the name of the parameter that it changes."""
     weight, bias = layer if layer in shapes else f"{layer}.weight", f"{layer}.bias"

@@ -64,11 +64,7 @@ def quantise(weight: Tensor, kind: str) -> Components:
     else:
         # torchao would take another library where one is installed, and that may round differently.
         quantised = Float8Tensor.from_hp(
-            weight,
-            torch.float8_e4m3fn,
-            PerRow(),
-            hp_value_lb=SMALLEST,
-            kernel_preference=KernelPreference.TORCH,
+            weight, torch.float8_e4m3fn, PerRow(), hp_value_lb=SMALLEST, kernel_preference=KernelPreference.TORCH
         )
     return components(quantised)
 

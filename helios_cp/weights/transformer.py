@@ -16,15 +16,7 @@ from torch import Tensor, nn
 from helios_cp.config.checkpoint import WEIGHT_STEMS, Checkpoint
 from helios_cp.config.errors import RequestError
 from helios_cp.config.execution import Adapter, Execution
-from helios_cp.files.tensor_files import (
-    Reader,
-    Slices,
-    StoredTensor,
-    check_fit,
-    open_file,
-    read,
-    stored_tensors,
-)
+from helios_cp.files.tensor_files import Reader, Slices, StoredTensor, check_fit, open_file, read, stored_tensors
 from helios_cp.model.fused import stored_names
 from helios_cp.model.transformer import HeliosTransformer, empty_model
 from helios_cp.weights.load import allocate, load_scheduler, load_text_encoder, load_vae
