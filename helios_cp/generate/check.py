@@ -24,10 +24,9 @@ from helios_cp.device.device import card_of_rank, device_name, dtype_name, pick_
 from helios_cp.files.clips import check_video
 from helios_cp.files.pictures import open_picture
 from helios_cp.files.whole_files import check_file_target, check_folder_target
-from helios_cp.generate.prompt_files import INTERPOLATE_TIME, Job, read_prompt_file, single_job
+from helios_cp.generate.prompt_files import INTERPOLATE_TIME, Job, read_prompt_file, read_schedule_file, single_job
 from helios_cp.generate.remarks import request_remarks
 from helios_cp.generate.run_folder import MadeWith, Run, RunFolder, versions
-from helios_cp.generate.schedule_file import read_schedule_file
 from helios_cp.pipeline.world import pick_backend
 from helios_cp.plan.choose import choose_layout, planning_hardware
 from helios_cp.weights.check import check_execution, check_lora, with_stored_quantization

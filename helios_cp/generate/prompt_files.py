@@ -1,4 +1,4 @@
-"""What one call of the command line makes: one request, or one for each line of a prompt file."""
+"""What one call of the command line makes: one request, or one for each line of a prompt file; and schedule files."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ import json
 import math
 import os
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from helios_cp.config.errors import RequestError
 from helios_cp.config.execution import Adapter
+from helios_cp.config.json_types import from_json
 from helios_cp.config.paths import expand
 from helios_cp.config.request import Request, ScheduledPrompt
 from helios_cp.generate.prompt_tables import PROMPTS, Row, read_table
-from helios_cp.generate.schedule_file import EXAMPLE, parse_schedule
+
+SCHEDULE = '[{"prompt": "a red fox", "chunks": 4}, {"prompt": "an owl", "chunks": 4, "transition": 2}]'
 
 INTERPOLATE_TIME = 7
 """Chunks for which each prompt of an interactive CSV holds, as in the official script."""
@@ -67,9 +69,10 @@ def read_prompt_file(
     for row in rows:
         name, index = _name_and_index(row)
         parts = videos.setdefault(name, {})
-        made = replace(request, **_shown(row, name), lora=_lora(row, name, path.parent) or request.lora)
+        found = _shown(row, name)
         if "image_name" in columns:
-            made = replace(made, image=_picture(row, name, pictures))
+            found["image"] = _picture(row, name, pictures)
+        made = replace(request, **found, lora=_lora(row, name, path.parent) or request.lora)
         if index in parts:
             again = f"the prompt_index {index} of " if is_interactive else ""
             raise RequestError(f"{row.where}: {again}{name!r} stands there twice")
@@ -109,7 +112,7 @@ def _shown(row: Row, name: str) -> dict[str, Any]:
         try:
             schedule = parse_schedule(json.loads(text))
         except (ValueError, TypeError, RecursionError) as error:
-            reason = f"the prompt_schedule of {name!r} is none: {error}; one is {EXAMPLE}"
+            reason = f"the prompt_schedule of {name!r} is none: {error}; one is {SCHEDULE}"
             raise RequestError(f"{row.where}: {reason}") from None
     if prompt is None and not schedule:
         raise RequestError(f"{row.where}: the prompt of {name!r} is empty")
@@ -148,3 +151,50 @@ def _picture(row: Row, name: str, folder: Path) -> str:
     if near:
         hint = f"there is {near[0]}, and capitals matter"
     raise RequestError(f"{row.where}: the image_name {found!r} of {name!r} is no file in {folder}; {hint}")
+
+
+def read_schedule_file(path: Path) -> dict[str, Any]:
+    """The fields of a request that the file gives, `prompt_schedule` among them.
+
+    It holds a list of entries (see `ScheduledPrompt`), or an object with that list as `prompt_schedule` and other
+    fields of `Request` by name; one that is null is left out. Raises `RequestError`.
+    """
+    where = f"--prompt-schedule-file {path}"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise RequestError(f"{where}: it cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{where}: it is no valid JSON: {error}; a schedule is {SCHEDULE}") from None
+    given = {"prompt_schedule": values} if isinstance(values, list) else values
+    if not isinstance(given, dict) or not isinstance(given.get("prompt_schedule"), list):
+        raise RequestError(f"{where}: a list, or an object with prompt_schedule, is allowed, such as {SCHEDULE}")
+    if given.get("prompt"):
+        raise RequestError(f"{where}: it has prompt and prompt_schedule; leave prompt out")
+    given = {name: value for name, value in given.items() if value is not None and name != "prompt"}
+    names = {field.name for field in fields(Request)}
+    if unknown := sorted(given.keys() - names):
+        raise RequestError(f"{where}: {unknown[0]} is unknown; allowed are {', '.join(sorted(names - {'prompt'}))}")
+    try:
+        request = from_json(Request, given | {"prompt_schedule": parse_schedule(given["prompt_schedule"])})
+    except TypeError as error:
+        raise RequestError(f"{where}: {error}; a schedule is {SCHEDULE}") from None
+    found = {name: getattr(request, name) for name in given}
+    if "lora" in found:
+        found["lora"] = tuple(replace(each, path=os.path.abspath(expand(each.path))) for each in found["lora"])
+    return found | {name: os.path.abspath(expand(found[name])) for name in ("image", "video") if name in found}
+
+
+def parse_schedule(values: Any) -> tuple[ScheduledPrompt, ...]:
+    """Entries out of JSON. Raises `TypeError`, which says which one is none."""
+    if not isinstance(values, list):
+        raise TypeError("a list is allowed")
+    found = []
+    for number, entry in enumerate(values, 1):
+        if not isinstance(entry, dict) or not entry.keys() >= {"prompt", "chunks"}:
+            raise TypeError(f"entry {number}: prompt and chunks are needed")
+        try:
+            found.append(from_json(ScheduledPrompt, entry))
+        except TypeError as error:
+            raise TypeError(f"entry {number}: {error}") from None
+    return tuple(found)

@@ -19,7 +19,7 @@ from PIL import Image
 
 from helios_cp.config.execution import Execution
 from helios_cp.config.request import Request
-from helios_cp.generate.schedule_file import read_schedule_file
+from helios_cp.generate.prompt_files import read_schedule_file
 from helios_cp.model.conditions import History
 from helios_cp.model.transformer import HeliosTransformer
 from helios_cp.pipeline.parallelize import load_parallel

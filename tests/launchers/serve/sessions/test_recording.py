@@ -10,7 +10,7 @@ import pytest
 
 from helios_cp.config.execution import Adapter
 from helios_cp.config.request import Request, ScheduledPrompt
-from helios_cp.generate.schedule_file import read_schedule_file
+from helios_cp.generate.prompt_files import read_schedule_file
 from launchers.serve.access import digest
 from launchers.serve.sessions import telling
 from launchers.serve.sessions.changes import Change, told_of, with_change
