@@ -40,6 +40,8 @@ FACTORS: Sequence[tuple[tuple[tuple[str, str], ...], Callable[..., Tensor]]] = (
     ((("lokr_w1_a", "lokr_w1_b"), ("lokr_w2_a", "lokr_w2_b")), torch.kron),
 )
 """The sides of an `Update` of each kind, and how they are joined."""
+WHOLE = {"lokr_w1_a": "lokr_w1", "lokr_w2_a": "lokr_w2"}
+"""The word of a side that is one matrix in place of two."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,9 @@ def _matrix_update(
     layer: str, found: Entries, config: Mapping[str, Any], shape: tuple[int, ...], strength: float
 ) -> Update:
     """What the factors of a layer make of its weight."""
-    kinds = [(sides, join) for sides, join in FACTORS if any(_words(side) & found.keys() for side in sides)]
+    kinds = [
+        (sides, join) for sides, join in FACTORS if any({*side, WHOLE.get(side[0])} & found.keys() for side in sides)
+    ]
     if not kinds:
         raise CheckpointError(f"{_first_key(found)} has no lora_A.weight beside it")
     if len(shape) < 2:
@@ -176,14 +180,8 @@ def _matrix_update(
     return replace(update, magnitude=magnitude)
 
 
-def _words(side: Sequence[str]) -> set[str]:
-    """The words of a side, and that of LoKr's for a side which is one matrix."""
-    return {*side, side[0].removesuffix("_a")}
-
-
 def _side(found: Entries, words: Sequence[str]) -> tuple[Tensor, ...]:
-    whole = _words(words) - set(words)  # of LoKr
-    words = tuple(whole) if whole & found.keys() else words
+    words = (WHOLE[words[0]],) if WHOLE.get(words[0]) in found else words
     for word in words:
         if word not in found:
             ending = ".weight" if word.startswith("lora_") else ""
