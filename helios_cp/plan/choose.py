@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -29,8 +28,6 @@ from parallel.tensor import shard_sizes
 
 Given = Mapping[str, int | bool]
 """What must keep its value: degrees by the names of `Degrees`, `shard_weights`, `decoders`."""
-
-NOTHING: Given = MappingProxyType({})
 
 
 def choose_layout(
@@ -80,7 +77,7 @@ def best_prediction(
     dtype: torch.dtype,
     ranks: int,
     hardware: Hardware,
-    given: Given = NOTHING,
+    given: Given | None = None,
     decoders: int = 0,
     execution: Execution = PLAIN,
 ) -> Prediction:
@@ -89,6 +86,7 @@ def best_prediction(
     It does for every one of the resolved `requests`; the figures are those of the request that computes most.
     `decoders` ranks beside the others do nothing but decode. Raises `RequestError` where none fits.
     """
+    given = given or {}
     asked = Layout(Degrees(ffn_tp=given.get("ffn_tp", 1)), shard_weights=given.get("shard_weights", False))
     check_setting(Setting(execution, asked))
     kinds = dict.fromkeys(Workload.of(checkpoint, request, dtype) for request in requests)
@@ -134,12 +132,17 @@ class Plan:
 
 
 def make_plan(
-    workloads: Sequence[Workload], hardware: Hardware, ranks: int, given: Given = NOTHING, execution: Execution = PLAIN
+    workloads: Sequence[Workload],
+    hardware: Hardware,
+    ranks: int,
+    given: Given | None = None,
+    execution: Execution = PLAIN,
 ) -> Plan:
     """Predict every sensible layout of `ranks` ranks that keeps what is given.
 
     The layouts do for all workloads, which are of one model; predictions are of the first one.
     """
+    given = given or {}
     fitting: list[tuple[float, Prediction]] = []
     refused: list[Refused] = []
     limits = limits_of(workloads)
