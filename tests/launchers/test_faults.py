@@ -132,13 +132,12 @@ def node(cluster):
 
 @pytest.fixture(scope="module")
 def pipeline(model, node):
-    """The first node is full when it starts, so most of it lands on the one that then goes."""
+    """The first node is full when it starts, so most of it lands on the one that then goes. One group makes all videos:
+    what another does meanwhile is in serve/test_cluster.py."""
     full = placement_group([{"CPU": 6, "head": 1}], strategy="STRICT_PACK")
     assert full.wait(PATIENCE)
     layout, limits = Layout(Degrees(ulysses=2)), Limits(active=4, attempts=10**6)
-    with ChunkPipeline(
-        model, groups=2, decoders=2, layout=layout, limits=limits, timeout=60, patience=PATIENCE
-    ) as pipeline:
+    with ChunkPipeline(model, decoders=2, layout=layout, limits=limits, timeout=60, patience=PATIENCE) as pipeline:
         pipeline.wait_until_ready(PATIENCE)
         remove_placement_group(full)
         yield pipeline

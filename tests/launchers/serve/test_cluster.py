@@ -1,4 +1,5 @@
-"""Ray: a live server on a cluster that was there before, with two groups that serve two sessions at once."""
+"""Ray: a live server on a cluster that was there before, with two groups, each of which serves a session and decodes
+its chunks."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ def ranks() -> list[psutil.Process]:
 
 def test_two_sessions_on_two_groups_one_of_which_is_lost(cluster, tmp_path, presets):
     others = ranks()  # of a server that other tests share
-    flags = ["--address", cluster.address, "--groups", "2", "--longest", "2000"]
+    flags = ["--address", cluster.address, "--groups", "2", "--decoders", "0", "--longest", "2000"]
     with RunningServer(tmp_path, str(presets["random-distilled"]), *flags) as server:
         with server.connect() as first, server.connect() as second:
             for seed, client in enumerate((first, second)):
