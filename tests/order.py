@@ -1,7 +1,7 @@
 """Which files of tests take long: they run first, so that none is left alone at the end, and are `slow`.
 
 Most of them start programs, ranks or clusters and wait for them. `make test` gives whole files to its workers, because
-tests of a file share what they have made; files that share a server go to one worker.
+tests of a file share what they have made; files that share a server, a cluster or a browser go to one worker.
 """
 
 from __future__ import annotations
@@ -28,28 +28,37 @@ ONE_SERVER = (
 )
 """They share a server, which those at the end kill and start again."""
 
+ONE_CLUSTER = (
+    "launchers/test_faults.py",
+    "launchers/test_generate.py",
+    "launchers/test_pipeline.py",
+    "launchers/serve/test_cluster.py",
+)
+"""They share a Ray cluster of two nodes."""
+
+ONE_BROWSER = ("browser/test_live_page.py", "browser/test_live_docs.py", "browser/test_player.py")
+"""They share Chromium and a server."""
+
+TOGETHER = {"one server": ONE_SERVER, "one cluster": ONE_CLUSTER, "one browser": ONE_BROWSER}
+"""Files that one worker takes."""
+
 LONGEST_FIRST = (
-    "browser/test_live_page.py",
+    *ONE_CLUSTER,
     "generate/test_torchrun.py",
     *ONE_SERVER,
+    *ONE_BROWSER,
     "benchmarks/test_gpu_suite.py",
-    "browser/test_player.py",
-    "launchers/test_faults.py",
     "launchers/test_recipes.py",
     "pipeline/test_parallelize.py",
     "pipeline/test_pipeline.py",
-    "launchers/test_generate.py",
     "weights/test_hub.py",
     "runtime/test_compilation.py",
     "launchers/test_job.py",
-    "launchers/serve/test_cluster.py",
     "launchers/serve/videos/test_bodies.py",
     "launchers/serve/uploads/test_uploads.py",
-    "browser/test_live_docs.py",
     "generate/test_generate.py",
     "benchmarks/test_scaling.py",
     "benchmarks/test_gpu_suite_runner.py",
-    "launchers/test_pipeline.py",
     "benchmarks/test_decode.py",
     "weights/test_sharded.py",
     "weights/test_quantize.py",
@@ -84,12 +93,12 @@ def longest_first(items: list[pytest.Item], files: Sequence[str] = LONGEST_FIRST
 
 
 def file_scheduling(config: pytest.Config, log):
-    """xdist's scheduler of whole files, for which those of `ONE_SERVER` are one."""
+    """xdist's scheduler of whole files, for which those that are `TOGETHER` are one."""
     from xdist.scheduler import LoadFileScheduling
 
     class FileScheduling(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = super()._split_scope(nodeid)
-            return "one server" if file.endswith(ONE_SERVER) else file
+            return next((name for name, files in TOGETHER.items() if file.endswith(files)), file)
 
     return FileScheduling(config, log)
