@@ -17,7 +17,7 @@ from helios_cp.config.arguments import OneLineParser
 from helios_cp.config.call import Call
 from helios_cp.config.console import say, unfailing_output
 from helios_cp.config.errors import CheckpointError, RequestError
-from helios_cp.config.imports import quiet_imports
+from helios_cp.config.imports import quiet_imports, without_collection
 from helios_cp.config.json_types import from_json
 from helios_cp.config.paths import cache_folder
 from helios_cp.config.ranks import Ranks, parse_on_rank
@@ -64,13 +64,14 @@ def main(argv: list[str] | None = None) -> int:
 def _run(parser: OneLineParser, call: Call, cache: Path | None, ranks: Ranks, claims: ExitStack) -> int:
     quiet_imports()
     # Imported here so that --help and misspelt flags need not wait for torch.
-    from helios_cp.device.device import card_of_rank, pick_device
-    from helios_cp.generate.check import Session, Work, check
-    from helios_cp.generate.claims import claimed
-    from helios_cp.generate.run import PATIENCE, follow, run
-    from helios_cp.pipeline.environment import prepare
-    from helios_cp.pipeline.world import World, end_process
-    from helios_cp.weights.load import resolve
+    with without_collection():
+        from helios_cp.device.device import card_of_rank, pick_device
+        from helios_cp.generate.check import Session, Work, check
+        from helios_cp.generate.claims import claimed
+        from helios_cp.generate.run import PATIENCE, follow, run
+        from helios_cp.pipeline.environment import prepare
+        from helios_cp.pipeline.world import World, end_process
+        from helios_cp.weights.load import resolve
 
     session: Session | None = None
 

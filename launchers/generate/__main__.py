@@ -10,7 +10,7 @@ import sys
 
 from helios_cp.config.arguments import OneLineParser
 from helios_cp.config.console import unfailing_output
-from helios_cp.config.imports import quiet_imports
+from helios_cp.config.imports import quiet_imports, without_collection
 from helios_cp.generate.__main__ import EPILOG
 from helios_cp.generate.stopping import handled, stop_at_once
 from launchers.generate.flags import ClusterCall, parse_call
@@ -36,7 +36,8 @@ def main(argv: list[str] | None = None) -> int:
     call, cache = parse_call(parser, ClusterCall, argv, alone="Ray starts the ranks here; start this without torchrun")
     quiet_imports()
     # Imported here so that --help and misspelt flags need not wait for torch.
-    from launchers.generate.run import run
+    with without_collection():
+        from launchers.generate.run import run
 
     with unfailing_output(), handled(stop_at_once):
         return run(parser, call, cache)

@@ -10,7 +10,7 @@ import sys
 
 from helios_cp.config.arguments import OneLineParser
 from helios_cp.config.console import unfailing_output
-from helios_cp.config.imports import quiet_imports
+from helios_cp.config.imports import quiet_imports, without_collection
 from helios_cp.generate.stopping import handled, stop_at_once
 from launchers.generate.flags import parse_call
 from launchers.serve.flags import ServeCall
@@ -42,7 +42,8 @@ def main(argv: list[str] | None = None) -> int:
     call, cache = parse_call(parser, ServeCall, argv, alone="start this once, without torchrun")
     quiet_imports()
     # Imported here so that --help and misspelt flags need not wait for torch.
-    from launchers.serve.run import run
+    with without_collection():
+        from launchers.serve.run import run
 
     with unfailing_output(), handled(stop_at_once):
         return run(parser, call, cache)
