@@ -104,7 +104,7 @@ def test_an_instance_of_its_own_makes_what_torchrun_makes(folder, cluster, model
     with HubServer() as hub:
         hub.add("owner/helios", Path(model))
         place = {"HOME": "/proc/none", "HF_HOME": str(folder / "hub"), "HF_ENDPOINT": hub.endpoint}
-        call = [*PATIENT, *request, "--model", "owner/helios", *files]
+        call = [*PATIENT, *request, "--decoders", "0", "--model", "owner/helios", *files]
         done = run(*call, RAY_ADDRESS=cluster.address, **place)
         downloads = hub.downloads("safetensors")
     assert done.returncode == 0, done.stderr
@@ -158,7 +158,7 @@ def test_a_killed_driver_is_resumed(folder, cluster):
     finished = json.loads(Path("run/state.json").read_text())["chunks"]
     assert 2 <= finished < 12 and not Path("a.safetensors").exists()
 
-    resume = [sys.executable, "-m", "launchers.generate", *to_cluster, "--resume", "run"]
+    resume = [sys.executable, "-m", "launchers.generate", *to_cluster, "--decoders", "0", "--resume", "run"]
     done = subprocess.run(
         [*resume, "--save-latents", "b.safetensors", "--report", "b.json"],
         env=own,
@@ -178,7 +178,7 @@ def test_a_killed_driver_is_resumed(folder, cluster):
 def test_missing_resources_are_told(folder, cluster):
     """After `--wait`, whose default leaves half a minute; what is missing, and what each node has."""
     assert ClusterCall.of(build_parser().parse_args([])).wait <= 20
-    arguments = ["--ulysses", "4", "--ring", "3", "--height", "128", "--width", "128", "--wait", "1"]
+    arguments = ["--ulysses", "4", "--ring", "3", "--height", "128", "--width", "128", "--decoders", "0", "--wait", "1"]
     before = jobs()
     python, _, _, *flags = command("--address", cluster.address, *arguments)
     done = subprocess.run(
