@@ -23,6 +23,8 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # One thread, here and in the processes that tests start: the models are tiny, and threads that wait for each other on a
 # busy machine cost more than they do. Set before torch is imported, which reads it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# What sets more threads itself, as `benchmarks.decode` does, has them sleep while they wait, and not spin.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
