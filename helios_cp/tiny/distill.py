@@ -166,7 +166,11 @@ def own_past(
     generator: random.Random,
     count: int,
 ) -> tuple[Batch, Past]:
-    """Examples that continue a clip, and their pasts, half of which end in a chunk that the student made."""
+    """Examples that continue a clip, and their pasts, half of which end in a chunk that the student made.
+
+    Such a past is off, and a chunk that leads back to the clip at once shows a seam. So what the last frame of the past
+    is off by is wanted of the first frame too, and less and less of it of those that follow.
+    """
     places = [
         dataclasses.replace(place, before=max(2, place.before))
         for place in draw_places(clips, generator, count, {"continued": 1.0})
@@ -180,5 +184,8 @@ def own_past(
     past = past_of(clips, earlier, generator).to(batch.clean.device)
     with torch.no_grad():
         text = embed_text(student, batch.states, batch.mask)
-    made = sampler.chunk(student, torch.randn_like(batch.clean), text, past)
-    return batch, Past(torch.cat([past.history, made.float()], 2)[:, :, -HISTORY:], past.anchor)
+    made = sampler.chunk(student, torch.randn_like(batch.clean), text, past).float()
+    true = torch.stack([clips.chunks[place.source, place.number, :, -1:] for place in earlier]).to(made.device)
+    left = torch.linspace(1, 0, made.shape[2], device=made.device).view(1, 1, -1, 1, 1)
+    batch = dataclasses.replace(batch, clean=batch.clean + left * (made[:, :, -1:] - true))
+    return batch, Past(torch.cat([past.history, made], 2)[:, :, -HISTORY:], past.anchor)

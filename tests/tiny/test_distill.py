@@ -114,6 +114,11 @@ def test_a_past_of_its_own_ends_in_what_the_student_made(student, encoder, monke
             assert torch.equal(before.history[:, :, :10], chosen[0].history[:, :, 9:])
             # What the student continued ends where the true past has the chunk that it was to make.
             assert torch.equal(chosen[0].history[:, :, -1], batch.past.history[:, :, 9])
+            # What its last frame is off by, the first frame wanted is too; the last one is the clip's.
+            chunks = clips.chunks.flatten(0, 1)
+            for wanted, true_past in zip(batch.clean, batch.past.history, strict=True):
+                (chunk,) = (chunk for chunk in chunks if torch.equal(chunk[:, -1], wanted[:, -1]))
+                torch.testing.assert_close(wanted[:, 0] - chunk[:, 0], 7 - true_past[:, -1])
         else:
             assert torch.equal(before.history, batch.past.history)
     assert seen == {True, False}
