@@ -7,7 +7,6 @@ student's own first guess, because that is what it will see.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import random
 from dataclasses import dataclass
@@ -22,10 +21,11 @@ from helios_cp.model.transformer import HeliosTransformer
 from helios_cp.sampling.denoise import guide, set_timesteps
 from helios_cp.sampling.solvers import make_solver
 from helios_cp.tiny.captions import caption
-from helios_cp.tiny.examples import KINDS, Batch, batch_of, draw_batch, draw_places, past_of
+from helios_cp.tiny.examples import KINDS, draw_batch, draw_places, past_of
 from helios_cp.tiny.flow import BATCH, Loss, weighted
-from helios_cp.tiny.forward import HISTORY, Past, embed_text, velocity
-from helios_cp.tiny.latents import CHUNKS, Clips
+from helios_cp.tiny.forward import Past, embed_text, velocity
+from helios_cp.tiny.latents import Clips
+from helios_cp.tiny.own import draw_continuation
 from helios_cp.tiny.pyramid import Stages, halve
 from helios_cp.tiny.rollout import FewSteps, Text
 from helios_cp.tiny.sample import encode, make_plan, make_scheduler
@@ -40,7 +40,7 @@ STAGE_SHARES = (0.25, 0.30, 0.45)
 FROM_CLIPS = 0.6
 """The share of batches of a taught stage that learn from clips with a history, which says nearly all by itself."""
 OWN = 0.6
-"""The share of batches from clips that start where the student's own earlier stages end, half of them after a chunk
+"""The share of batches from clips that start where the student's own earlier stages end, most of them after a chunk
 that it made itself. Such starts are off in light and colour of whole regions, which the student learns to mend."""
 TAUGHT_KINDS = {"text": 0.7, "image": 0.1, "continued": 0.15, "switched": 0.05}
 SHARD = 24
@@ -133,10 +133,11 @@ def make_loss(student: HeliosTransformer, clips: Clips, pairs: Trajectories, tex
             text, nowhere = encode(student, text_encoder, captions), torch.zeros(1, 1, 1, 1, 1, device=device)
             return "taught", start.to(device), end.to(device), text, past.to(device), nowhere
         if generator.random() < OWN:
-            batch, past = own_past(sampler, student, clips, text_encoder, generator, count)
-            text = embed_text(student, batch.states, batch.mask)
-            start, _ = sampler.start(student, stage, torch.randn_like(batch.clean), text, past)
-            return "own", *sampler.stages.points(batch.clean, stage, start), text, past, batch.subject
+            drawn = draw_continuation(sampler, student, clips, text_encoder, generator, count)
+            batch, text = drawn.batch, embed_text(student, drawn.batch.states, drawn.batch.mask)
+            start, _ = sampler.start(student, stage, torch.randn_like(batch.clean), text, batch.past)
+            start, end = sampler.stages.points(batch.clean, stage, start)
+            return "own" if drawn.frames > 1 else "next", start, end, text, batch.past, batch.subject
         kinds = KINDS if stage >= TAUGHT_STAGES else {key: KINDS[key] for key in ("continued", "switched")}
         batch = draw_batch(clips, text_encoder, generator, count, kinds=kinds)
         text = embed_text(student, batch.states, batch.mask)
@@ -149,43 +150,11 @@ def make_loss(student: HeliosTransformer, clips: Clips, pairs: Trajectories, tex
             kind, start, end, text, past, subject = draw(stage, count, generator)
             total, figures = torch.zeros((), device=device), {}
             size = (start - end).square().mean()
+            kept = 1 if kind == "next" else None
             for step, guess in enumerate(sampler.guesses(student, stage, start, text, past)):
-                error = weighted(guess - end, subject).mean() / size
+                error = weighted((guess - end)[:, :, :kept], subject[:, :, :kept]).mean() / size
                 total = total + error * (1.0 if step else 0.5)
                 figures[f"{stage}{kind}{step}"] = error.item()
         return total, figures
 
     return loss
-
-
-def own_past(
-    sampler: FewSteps,
-    student: HeliosTransformer,
-    clips: Clips,
-    text_encoder,
-    generator: random.Random,
-    count: int,
-) -> tuple[Batch, Past]:
-    """Examples that continue a clip, and their pasts, half of which end in a chunk that the student made.
-
-    Such a past is off, and a chunk that leads back to the clip at once shows a seam. So what the last frame of the past
-    is off by is wanted of the first frame too, and less and less of it of those that follow.
-    """
-    places = [
-        dataclasses.replace(place, before=max(2, place.before))
-        for place in draw_places(clips, generator, count, {"continued": 1.0})
-    ]
-    batch = batch_of(clips, text_encoder, generator, places)
-    if generator.random() < 0.5:
-        return batch, batch.past
-    earlier = [
-        dataclasses.replace(place, number=(place.number - 1) % CHUNKS, before=place.before - 1) for place in places
-    ]
-    past = past_of(clips, earlier, generator).to(batch.clean.device)
-    with torch.no_grad():
-        text = embed_text(student, batch.states, batch.mask)
-    made = sampler.chunk(student, torch.randn_like(batch.clean), text, past).float()
-    true = torch.stack([clips.chunks[place.source, place.number, :, -1:] for place in earlier]).to(made.device)
-    left = torch.linspace(1, 0, made.shape[2], device=made.device).view(1, 1, -1, 1, 1)
-    batch = dataclasses.replace(batch, clean=batch.clean + left * (made[:, :, -1:] - true))
-    return batch, Past(torch.cat([past.history, made], 2)[:, :, -HISTORY:], past.anchor)

@@ -9,7 +9,7 @@ import torch
 
 from helios_cp.sampling.denoise import set_timesteps
 from helios_cp.sampling.solvers import SchedulerSteps
-from helios_cp.tiny import distill, initial, match
+from helios_cp.tiny import initial, match, own
 from helios_cp.tiny.examples import Place, past_of
 from helios_cp.tiny.forward import Past, embed_text, velocity
 from helios_cp.tiny.latents import CHUNKS
@@ -99,29 +99,34 @@ def test_a_stage_ends_in_the_clip_whatever_it_starts_from():
         assert expected < 1
 
 
-def test_a_past_of_its_own_ends_in_what_the_student_made(student, encoder, monkeypatch):
-    """It is that of the chunk before, moved on by the chunk made; or as it was, for half of the batches."""
+@pytest.mark.parametrize("kind", own.PASTS)
+def test_a_past_of_its_own_ends_in_what_the_student_made(kind, student, encoder, monkeypatch):
+    """And what its last frame is off by, the first frame wanted is too; the last one is the clip's."""
     monkeypatch.setattr("helios_cp.tiny.examples.CLEAN_PAST", 1.0)
-    clips, sampler, chosen, whole = FewClips(), FewSteps(Stages()), [], torch.full((3, 16, 9, 8, 16), 7.0)
-    monkeypatch.setattr(sampler, "chunk", lambda model, noise, text, before: chosen.append(before) or whole)
-    seen = set()
-    for seed in range(8):
-        del chosen[:]
-        batch, before = distill.own_past(sampler, student, clips, encoder, random.Random(seed), 3)
-        seen.add(bool(chosen))
-        if chosen:
-            assert torch.equal(before.history[:, :, -9:], whole)
-            assert torch.equal(before.history[:, :, :10], chosen[0].history[:, :, 9:])
-            # What the student continued ends where the true past has the chunk that it was to make.
-            assert torch.equal(chosen[0].history[:, :, -1], batch.past.history[:, :, 9])
-            # What its last frame is off by, the first frame wanted is too; the last one is the clip's.
-            chunks = clips.chunks.flatten(0, 1)
-            for wanted, true_past in zip(batch.clean, batch.past.history, strict=True):
-                (chunk,) = (chunk for chunk in chunks if torch.equal(chunk[:, -1], wanted[:, -1]))
-                torch.testing.assert_close(wanted[:, 0] - chunk[:, 0], 7 - true_past[:, -1])
-        else:
-            assert torch.equal(before.history, batch.past.history)
-    assert seen == {True, False}
+    monkeypatch.setattr(own, "PASTS", [kind])
+    clips, sampler, continued, made = FewClips(), FewSteps(Stages()), [], torch.full((3, 16, 9, 8, 16), 7.0)
+    monkeypatch.setattr(sampler, "chunk", lambda model, noise, text, past: continued.append(past) or made)
+    drawn = own.draw_continuation(sampler, student, clips, encoder, random.Random(0), 3)
+    batch, history, chunks = drawn.batch, drawn.batch.past.history, clips.chunks.flatten(0, 1)
+    assert drawn.frames == (1 if kind == "first" else 9)
+    if kind == "true":
+        assert not continued
+        assert all(any(torch.equal(chunk, clean) for chunk in chunks) for clean in batch.clean)
+        return
+    (before,) = continued
+    assert torch.equal(history[:, :, -9:], made)
+    assert torch.equal(history[:, :, :10], before.history[:, :, 9:])
+    assert torch.equal(batch.past.anchor, made[:, :, :1] if kind == "first" else before.anchor)
+    assert before.history.any() == (kind == "continued")
+    for wanted in batch.clean:
+        ((clip, number),) = (
+            (clip, number)
+            for clip in range(2)
+            for number in range(CHUNKS)
+            if torch.equal(clips.chunks[clip, number, :, -1], wanted[:, -1])
+        )
+        off = 7 - clips.chunks[clip, 1 - number, :, -1]
+        torch.testing.assert_close(wanted[:, 0] - clips.chunks[clip, number, :, 0], off)
 
 
 def regression(generator: random.Random):
@@ -170,7 +175,7 @@ def test_a_student_that_makes_too_much_of_something_makes_less(shift, student, e
 
 
 def test_places_before_the_first_chunk_of_a_clip_are_its_last():
-    """What `own_past` relies on: clips repeat, so a past of two chunks may begin with the second one."""
+    """What `draw_continuation` relies on: clips repeat, so a past of two chunks may begin with the second one."""
     clips, generator = FewClips(), random.Random(0)
     clean = [past_of(clips, [Place("continued", 0, 1, 0, 2)], generator) for _ in range(20)]
     wanted = torch.cat([clips.chunks[0, 1], clips.chunks[0, 0]], 1)
