@@ -1,6 +1,6 @@
 """Training examples after chunks that the student made itself, as it will see them when it makes a video.
 
-Such a past is off, and a chunk that leads back to the clip at once shows a seam. So its first frame should be off by what
+Such a past is off, and a chunk that leads back to the clip at once shows a seam. So its first frame should be off as
 the last one of the past is, and those that follow by less and less.
 """
 
