@@ -1,16 +1,24 @@
-"""Ray: `benchmarks.live` on a live server of its own; and unit: its figures, from numbers that are known."""
+"""Ray: `benchmarks.live` on a live server of its own; and unit: its figures, from numbers that are known.
+
+The pipeline alone that it compares the server with is measured in launchers/test_pipeline.py.
+"""
 
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 
-from benchmarks.live.__main__ import main
+from benchmarks.live import __main__ as program
 from benchmarks.live.clients import Arrival
 from benchmarks.live.measures import WARM_UP, percentiles, seconds_a_chunk
 from benchmarks.report.data import read_results
 from benchmarks.report.sections import live_section
+from helios_cp.config.request import Request
+from helios_cp.generate.run_folder import RunFolder
+from helios_cp.weights.load import resolve
 from tests.launchers.conftest import UNHURRIED
 
 
@@ -29,10 +37,34 @@ def test_a_chunk_is_late_from_when_it_was_ready():
     assert Arrival({"ready_at": 10.0}, b"", 10.25).seconds_after_ready == 0.25
 
 
+class Alone:
+    """Stands for the pipeline alone."""
+
+    def __init__(self, model: str) -> None:
+        self.checkpoint = resolve(model, weights=())
+
+    def __enter__(self) -> Alone:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def wait_until_ready(self) -> None: ...
+
+    def submit(self, request: Request, folder: RunFolder, output: list[Path], on_chunk) -> Alone:
+        self._chunks, self._on_chunk = request.num_frames // 33, on_chunk
+        return self
+
+    def result(self) -> None:
+        for chunk in range(self._chunks):
+            self._on_chunk(chunk)
+
+
 @pytest.mark.ray
 def test_a_run(tmp_path, capsys, monkeypatch):
     for name, value in UNHURRIED.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(program, "connected", lambda address, cpus: nullcontext())
+    monkeypatch.setattr(program, "ChunkPipeline", Alone)
     flags = [
         "--changes",
         "2",
@@ -48,7 +80,7 @@ def test_a_run(tmp_path, capsys, monkeypatch):
         "--width",
         "64",
     ]
-    assert main([*flags, "--queued", "2", "--output", str(tmp_path)]) == 0
+    assert program.main([*flags, "--queued", "2", "--output", str(tmp_path)]) == 0
     told = capsys.readouterr().out
     assert "from a prompt to the screen: p50 " in told and "3 viewers: a chunk comes after " in told
     results = json.loads((tmp_path / "live.json").read_text())["results"]

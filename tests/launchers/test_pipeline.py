@@ -22,6 +22,7 @@ import ray
 import torch
 from safetensors.torch import load_file
 
+from benchmarks.live import measures
 from helios_cp.config.errors import RequestError
 from helios_cp.config.execution import Adapter
 from helios_cp.config.layout import Layout
@@ -259,6 +260,11 @@ def test_a_changed_prompt_is_saved_with_its_chunk(pipeline, alone, model, tmp_pa
     assert generate(["--resume", str(tmp_path / "taken"), "--device", "cpu", *files]) == 0
     assert np.array_equal(load_file(tmp_path / "b.safetensors")["latents"], whole.latents)
     assert {(tmp_path / name).read_bytes() for name in ("a.mp4", "b.mp4")} == {(tmp_path / "whole.mp4").read_bytes()}
+
+
+def test_the_pipeline_alone_of_the_live_benchmark(pipeline):
+    """As `benchmarks.live` runs it beside a server."""
+    assert measures.alone(pipeline, small(num_frames=6 * 33)) > 0
 
 
 def board_of(pipeline) -> ray.actor.ActorHandle:
