@@ -6,6 +6,7 @@ videos and of nodes. `ray stop` is left out: it would end every Ray cluster of w
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -13,7 +14,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -135,25 +135,56 @@ SLURM = {
     "hostname": "echo 127.0.0.1",
     # Its own flags end where the command begins; each machine has a folder of its own.
     "srun": 'while [[ "$1" == --* ]]; do shift; done; exec "$@"',
+    "python": f'exec "{sys.executable}" - "$@" <<"END"\n{{driver}}\nEND',
 }
+
+DRIVER = """
+import json, sys, time
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from launchers.cluster.cluster import connected
+from launchers.generate.__main__ import build_parser
+from launchers.generate.flags import ClusterCall
+
+assert sys.argv[1:3] == ["-m", "launchers.generate"]
+call = ClusterCall.of(build_parser().parse_args(sys.argv[3:]))
+
+@ray.remote(num_cpus=0)
+def place():
+    import launchers
+    return ray.get_runtime_context().get_node_id()
+
+with connected(call.address, wait=call.wait):
+    while len(ray.nodes()) < 2:
+        time.sleep(0.1)
+    nodes = [node["NodeID"] for node in ray.nodes()]
+    on = [place.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)) for node in nodes]
+    assert ray.get([each.remote() for each in on]) == nodes
+    told = {"resources": ray.cluster_resources(), "groups": call.groups, "ranks": call.ranks_of_group,
+            "decoders": call.decoders, "folder": str(call.checkpoint_dir), "prompt": list(call.request["prompt"])}
+    print(json.dumps(told))
+"""
 
 
 def test_the_slurm_script(place, tmp_path):
-    """The script as it is, with `ray` and `python` real and stand-ins for Slurm's own commands."""
+    """The script as it is, with `ray` real and stand-ins for Slurm's own commands. That of the driver reads its flags,
+    joins the cluster and runs something on both machines; videos are made on such a cluster above."""
     (port,) = free_ports(1)
     binaries = tmp_path / ".venv" / "bin"
     binaries.mkdir(parents=True)
     (binaries / "activate").write_text(f"PATH={binaries}:$PATH\n")
     for name, body in SLURM.items():
-        (binaries / name).write_text(f"#!/bin/bash\n{textwrap.dedent(body)}\n")
+        (binaries / name).write_text(f"#!/bin/bash\n{body.replace('{driver}', DRIVER)}\n")
         (binaries / name).chmod(0o755)
     script = (ROOT / "docs" / "helios.sbatch").read_text().replace("port=6379\n", f"port={port}\n")
     script = script.replace('RAY_TMPDIR="/tmp/ray-$SLURM_JOB_ID"', f'RAY_TMPDIR="{place["RAY_TMPDIR"]}"')
     slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "machine[1-2]", "SLURM_JOB_NUM_NODES": "2"}
     slurm |= {"SLURM_CPUS_PER_TASK": "4", "SLURM_SUBMIT_DIR": str(tmp_path)}
-    flags = f"--model random-distilled --prompt 'a red fox' --output fox.mp4 {WORKERS}"
     (tmp_path / "helios.sbatch").write_text(script)
-    done = run(f"bash helios.sbatch {flags}", place, tmp_path, **slurm)
+    done = run("bash helios.sbatch --prompt 'a red fox' --output fox.mp4", place, tmp_path, **slurm)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert frames_in(tmp_path / "fox.mp4") == 33
+    told = json.loads(done.stdout.splitlines()[-1])
+    has = {"groups": 3, "ranks": 4, "decoders": 4, "folder": "runs/7", "prompt": ["a red fox"]}
+    assert told == {"resources": told["resources"], **has}
+    assert (told["resources"]["GPU"], told["resources"]["CPU"]) == (16, 8)
     assert not list(Path(place["HOME"]).iterdir()), "the token of the job is kept nowhere"
