@@ -1,20 +1,25 @@
 """Fragmented MP4 from the segments that a run folder keeps: packets are copied, nothing is encoded twice.
 
 All segments of a session give the same *initialization segment* (`ftyp`, `moov`), and each its own *fragment* (one
-`moof`, one `mdat`) that begins with a key frame. `tfdt` says where a fragment lies in media time, so a player takes any
-fragment after the initialization segment. See ISO/IEC 14496-12.
+`moof`, one `mdat`) that begins with a key frame and says where it lies in media time, so a player takes any fragment
+after the initialization segment. See ISO/IEC 14496-12.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import av
 
-MOVFLAGS = "+frag_custom+empty_moov+default_base_moof+skip_trailer"
-"""One fragment, closed at the end; no index behind it."""
+OPTIONS = {
+    "fflags": "+bitexact",
+    "movflags": "+frag_custom+empty_moov+default_base_moof+skip_trailer+frag_discont",
+    "use_editlist": "0",
+    "avoid_negative_ts": "disabled",  # by itself FFmpeg would shift every fragment to the beginning
+    "write_btrt": "0",  # a bit rate would make the initialization segments differ
+}
+"""One fragment, closed at the end, that begins at the time of its first packet; no index behind it."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,7 @@ def fragment(segment: bytes, first_frame: int, number: int) -> Fragment:
     `number` counts fragments from 0. Raises `ValueError` for what is no such segment.
     """
     buffer, frames = io.BytesIO(), 0
-    options = {"fflags": "+bitexact", "movflags": MOVFLAGS, "write_btrt": "0"}  # a bit rate would make inits differ
+    options = {**OPTIONS, "fragment_index": str(number + 1)}
     try:
         with av.open(io.BytesIO(segment), format="mp4") as source, av.open(buffer, "w", "mp4", options=options) as made:
             video = source.streams.video[0]
@@ -42,73 +47,18 @@ def fragment(segment: bytes, first_frame: int, number: int) -> Fragment:
                 if packet.dts is None:  # the demuxer's end mark
                     continue
                 packet.stream, packet.time_base = stream, tick
-                packet.pts = packet.dts = frames
+                packet.pts = packet.dts = first_frame + frames
                 packet.duration = 1
                 made.mux(packet)
                 frames += 1
     except (av.FFmpegError, IndexError) as error:
         raise ValueError(f"this is no segment of an MP4: {error}") from None
     whole = buffer.getvalue()
-    split = next(box.begin for box in boxes(whole) if box.kind == "moof")
-    init, media = whole[:split], bytearray(whole[split:])
-    ticks_per_frame, rest = divmod(timescale(init) * tick.numerator, tick.denominator)
-    if rest:
-        raise ValueError(f"a timescale of {timescale(init)} cannot count frames of {tick} s")
-    _write(media, ("moof", "traf", "tfdt"), 4, 8, first_frame * ticks_per_frame)
-    _write(media, ("moof", "mfhd"), 4, 4, number + 1)
-    return Fragment(init, bytes(media), frames)
+    split = whole.index(b"moof") - 4  # a box begins with its size
+    return Fragment(whole[:split], whole[split:], frames)
 
 
 def mime(init: bytes) -> str:
     """Of an initialization segment, as Media Source Extensions want it, such as `video/mp4; codecs="avc1.64000a"`."""
     at = init.index(b"avcC") + 4
     return f'video/mp4; codecs="avc1.{init[at + 1 : at + 4].hex()}"'
-
-
-def timescale(init: bytes) -> int:
-    """Ticks a second of the only track."""
-    begin = find(init, ("moov", "trak", "mdia", "mdhd")).begin
-    return int.from_bytes(init[begin + 20 : begin + 24])  # version 0: size, kind, version, two times
-
-
-def decode_time(media: bytes) -> int:
-    """In ticks, when a fragment begins."""
-    begin = find(media, ("moof", "traf", "tfdt")).begin
-    return int.from_bytes(media[begin + 12 : begin + 20])
-
-
-@dataclass(frozen=True)
-class Box:
-    """A box of an MP4 and where it lies, its head of 8 bytes included."""
-
-    kind: str
-    begin: int
-    end: int
-
-
-def boxes(content: bytes | bytearray, begin: int = 0, end: int | None = None) -> Iterator[Box]:
-    """Those side by side from `begin` to `end`. Raises `ValueError` for what is none."""
-    end = len(content) if end is None else end
-    while begin < end:
-        size = int.from_bytes(content[begin : begin + 4])
-        if size < 8 or begin + size > end:
-            raise ValueError(f"byte {begin}: no box of an MP4 begins there")
-        yield Box(content[begin + 4 : begin + 8].decode("latin-1"), begin, begin + size)
-        begin += size
-
-
-def find(content: bytes | bytearray, path: tuple[str, ...]) -> Box:
-    """The first box by its path. Raises `ValueError` where there is none."""
-    begin, end, found = 0, len(content), None
-    for kind in path:
-        found = next((box for box in boxes(content, begin, end) if box.kind == kind), None)
-        if found is None:
-            raise ValueError(f"there is no box {'/'.join(path)}")
-        begin, end = found.begin + 8, found.end
-    return found
-
-
-def _write(content: bytearray, path: tuple[str, ...], offset: int, size: int, value: int) -> None:
-    """Overwrite a number `offset` bytes behind the head of a box."""
-    begin = find(content, path).begin + 8 + offset
-    content[begin : begin + size] = value.to_bytes(size)
