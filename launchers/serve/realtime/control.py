@@ -8,17 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, WebSocket
-from starlette.websockets import WebSocketDisconnect
 
 from helios_cp.config.request import Request
 from launchers.serve.access import bearer, matches
 from launchers.serve.problems import Refusal
 from launchers.serve.realtime import messages
-from launchers.serve.realtime.outlet import Outlet, both
+from launchers.serve.realtime.outlet import Connection
 from launchers.serve.server import Server
 from launchers.serve.sessions import telling
 from launchers.serve.sessions.asked import request_of
-from launchers.serve.sessions.session import Session
 from launchers.serve.sessions.sessions import view_token
 from launchers.serve.uploads.kinds import CLIP, PICTURE
 
@@ -34,47 +32,19 @@ def router(server: Server) -> APIRouter:
     return routes
 
 
-class Controller:
-    """One controller's connection. What it sends wrong is told by an `error`, and all goes on; what it may not do ends
-    the connection. When it goes, its session stays: it can be attached to."""
+class Controller(Connection):
+    """One controller's connection. Its session can be attached to again."""
 
     def __init__(self, server: Server, websocket: WebSocket) -> None:
-        self._server = server
-        self._websocket = websocket
-        self._outlet = Outlet(websocket)
-        self._session: Session | None = None
+        super().__init__(server, websocket)
         self._transition = 1
 
-    async def run(self) -> None:
-        try:
-            await both(self._outlet, self._read())
-        finally:
-            if self._session is not None:
-                self._session.leave(self._outlet)
-
-    async def _read(self) -> None:
-        """Until the client goes, or is told to."""
-        while True:
-            await self._outlet.room()
-            frame = await self._websocket.receive()
-            if frame["type"] == "websocket.disconnect":
-                raise WebSocketDisconnect(frame.get("code", 1005))
-            text = frame.get("text")
-            try:
-                if text is None:
-                    raise Refusal("invalid_message", "a binary frame: messages are JSON in text frames")
-                await self._obey(messages.parse(text))
-            except Refusal as refusal:
-                self._outlet.refuse(refusal, None if text is None else messages.event_id_of(text))
-                if refusal.code in ("unauthorized", "forbidden"):
-                    self._outlet.end(refusal.problem.close, str(refusal))
-                    return
+    def _ends_with(self, refusal: Refusal) -> bool:
+        return refusal.code in ("unauthorized", "forbidden")
 
     async def _obey(self, message: Any) -> None:
         session = self._session
         match message:
-            case messages.Ping():
-                self._outlet.say({**message.model_dump(), "type": "session.pong"})
             case messages.Start():
                 await self._start(message)
             case messages.Attach():
@@ -102,8 +72,7 @@ class Controller:
 
     async def _start(self, message: messages.Start) -> None:
         server = self._server
-        if self._session is not None:
-            raise Refusal("already_started", "this connection has a session; open another one for another session")
+        self._has_none_yet()
         server.access.check_key(bearer(self._websocket.headers) or message.api_key)
         if message.format != "m4s":
             raise Refusal("unsupported", f"format {message.format[:32]!r}: m4s is what is sent")
@@ -119,7 +88,7 @@ class Controller:
         self._transition = max(1, message.transition_chunks)
         ignored = [*asked.ignored, *(["model"] if message.model not in (None, server.checked.model) else [])]
         tokens = {"control_token": control, "view_token": view, "ignored": ignored}
-        self._take_control(session, tokens, 0)
+        self._follow(session, tokens, 0, session.take_control)
         server.sessions.admit()
         if server.pipeline is None:
             self._outlet.say({"type": "session.status", "text": server.doing})
@@ -136,22 +105,14 @@ class Controller:
         return request
 
     def _attach(self, message: messages.Attach) -> None:
+        self._has_none_yet()
+        session = self._server.sessions.steered(message.session_id, message.token)
+        about = {"view_token": view_token(message.token)} if matches(message.token, session.recording.control) else {}
+        self._follow(session, {**about, "ignored": []}, message.from_chunk, session.take_control)
+
+    def _has_none_yet(self) -> None:
         if self._session is not None:
             raise Refusal("already_started", "this connection has a session; open another one for another session")
-        session = self._server.sessions.steered(message.session_id, message.token)
-        count = len(session.store.chunks)
-        first = max(count - 1, 0) if message.from_chunk < 0 else min(message.from_chunk, count)
-        about = {"view_token": view_token(message.token)} if matches(message.token, session.recording.control) else {}
-        self._take_control(session, {**about, "ignored": []}, first)
-        if session.is_done:
-            self._outlet.say(telling.done(session.recording, session.store))
-            self._outlet.end(1000, session.recording.why)
-
-    def _take_control(self, session: Session, about: dict[str, Any], first: int) -> None:
-        self._session = session
-        start = telling.start(session.recording, session.store, self._server.checked.model)
-        self._outlet.follow(session, {**start, **about}, first, skips=False)
-        session.take_control(self._outlet)
 
     async def _change(self, change: messages.Change) -> None:
         event_id = change.event_id or uuid.uuid4().hex

@@ -1,15 +1,18 @@
-"""The way out of one connection: messages and chunks in order, as fast as its client reads, with no queue of chunks."""
+"""A connection and its way out: messages and chunks in order, as fast as its client reads, with no queue of chunks."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from launchers.serve.problems import Refusal
+from launchers.serve.realtime import messages
+from launchers.serve.server import Server
 from launchers.serve.sessions import telling
 from launchers.serve.sessions.session import Session
 
@@ -48,15 +51,10 @@ class Outlet:
             self.end(1013, "too many messages wait for this client; read them faster")
         self.wake()
 
-    def refuse(self, refusal: Refusal, event_id: str | None = None) -> None:
-        about = {} if event_id is None else {"event_id": event_id}
-        self.say({"type": "error", "code": refusal.code, "message": str(refusal), **about})
-
     def follow(self, session: Session, start: dict[str, Any], first: int, skips: bool) -> None:
-        """Send `start` with the initialization segment, and chunks from `first` on. `skips`: it may skip to the newest
-        where it falls behind."""
+        """Send `start` with the initialization segment, and chunks from `first` on."""
         self.session, self.next, self._skips = session, first, skips
-        self.say({**start, "first_chunk": first})
+        self.say(start)
         self.say(telling.state(session.recording, session.store))
 
     def wake(self) -> None:
@@ -119,17 +117,84 @@ class Outlet:
         await self._websocket.send_text(json.dumps(message))
 
 
-async def both(outlet: Outlet, reading: Any) -> None:
-    """Send and read at once, until either ends."""
-    tasks = [asyncio.create_task(outlet.run()), asyncio.create_task(reading)]
-    try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if tasks[0] not in done and tasks[1].exception() is None:  # told to go by what was read
-            await asyncio.wait([tasks[0]], timeout=CLOSE_SECONDS)
-    finally:
-        for task in tasks:
-            task.cancel()
-        results = await asyncio.gather(*tasks, return_exceptions=True)
-    for error in results:
-        if isinstance(error, Exception) and not isinstance(error, WebSocketDisconnect):
-            raise error
+class Connection:
+    """One client's WebSocket. What it sends wrong is told by an `error`, and all goes on; what it may not do ends the
+    connection. When it goes, its session stays."""
+
+    def __init__(self, server: Server, websocket: WebSocket) -> None:
+        self._server = server
+        self._websocket = websocket
+        self._outlet = Outlet(websocket)
+        self._session: Session | None = None
+
+    async def run(self) -> None:
+        try:
+            await self._send_and_read()
+        finally:
+            if self._session is not None:
+                self._session.leave(self._outlet)
+
+    async def _send_and_read(self) -> None:
+        """At once, until either ends."""
+        sending, reading = tasks = [asyncio.create_task(self._outlet.run()), asyncio.create_task(self._read())]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if sending not in done and reading.exception() is None:  # told to go by what was read
+                await asyncio.wait([sending], timeout=CLOSE_SECONDS)
+        finally:
+            for task in tasks:
+                task.cancel()
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+        for error in results:
+            if isinstance(error, Exception) and not isinstance(error, WebSocketDisconnect):
+                raise error
+
+    async def _read(self) -> None:
+        """Until the client goes, or is told to."""
+        while True:
+            await self._outlet.room()
+            frame = await self._websocket.receive()
+            if frame["type"] == "websocket.disconnect":
+                raise WebSocketDisconnect(frame.get("code", 1005))
+            text = frame.get("text")
+            try:
+                if text is None:
+                    raise Refusal("invalid_message", "a binary frame: messages are JSON in text frames")
+                message = messages.parse(text)
+                if isinstance(message, messages.Ping):
+                    self._outlet.say({**message.model_dump(), "type": "session.pong"})
+                else:
+                    await self._obey(message)
+            except Refusal as refusal:
+                if self._refuse(refusal, None if text is None else messages.event_id_of(text)):
+                    return
+
+    def _refuse(self, refusal: Refusal, event_id: str | None = None) -> bool:
+        """Returns whether the connection ends with it."""
+        about = {} if event_id is None else {"event_id": event_id}
+        self._outlet.say({"type": "error", "code": refusal.code, "message": str(refusal), **about})
+        if self._ends_with(refusal):
+            self._outlet.end(refusal.problem.close, str(refusal))
+            return True
+        return False
+
+    def _follow(
+        self, session: Session, about: dict[str, Any], first: int, join: Callable[[Outlet], None], skips: bool = False
+    ) -> None:
+        """Send what `video.start` says, `about` among it, and chunks from `first` on, or from the newest where that is
+        negative. `skips`: it may skip to the newest where it falls behind."""
+        self._session, count = session, len(session.store.chunks)
+        start = telling.start(session.recording, session.store, self._server.checked.model)
+        first = max(count - 1, 0) if first < 0 else min(first, count)
+        self._outlet.follow(session, {**start, **about, "first_chunk": first}, first, skips)
+        join(self._outlet)
+        if session.is_done:
+            self._outlet.say(telling.done(session.recording, session.store))
+            self._outlet.end(1000, session.recording.why)
+
+    async def _obey(self, message: Any) -> None:
+        """Raises `Refusal`."""
+        raise NotImplementedError
+
+    def _ends_with(self, refusal: Refusal) -> bool:
+        raise NotImplementedError
