@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -25,30 +24,22 @@ class Change:
         """The chunk in which its transition is complete."""
         return self.chunk + self.transition - 1
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
-
-@dataclass(frozen=True)
-class Told:
-    """What a chunk's metadata say of events: ids that begin, that are under way, and that are complete with it."""
-
-    started: tuple[str, ...] = ()
-    active: tuple[str, ...] = ()
-    completed: tuple[str, ...] = ()
-    superseded: tuple[str, ...] = ()
-
-
-def told_of(changes: Sequence[Change], take: int, chunk: int) -> Told:
-    """The events of a chunk. A change is active from its first chunk until its transition is complete, and is cut short
-    by the next one."""
-    shown = [each for each in changes if each.take == take and each.superseded_by is None]
-    started = [each for each in shown if each.chunk == chunk]
+def told_of(changes: Sequence[Change], take: int, chunk: int) -> dict[str, tuple[str, ...]]:
+    """What a chunk's metadata say of events: ids that begin, that are under way, that are complete with it, and that
+    never come. A change is active from its first chunk until its transition is complete, and is cut short by the next
+    one."""
+    mine = [each for each in changes if each.take == take]
+    shown = [each for each in mine if each.superseded_by is None]
     newest = max((each.chunk for each in shown if each.chunk <= chunk), default=-1)
     current = [each for each in shown if each.chunk == newest and chunk <= each.last]
-    completed = [each for each in current if each.last == chunk]
-    gone = [each for each in changes if each.take == take and each.superseded_by and each.chunk == chunk]
-    return Told(*(tuple(each.event_id for each in events) for events in (started, current, completed, gone)))
+    events = {
+        "started": [each for each in shown if each.chunk == chunk],
+        "active": current,
+        "completed": [each for each in current if each.last == chunk],
+        "superseded": [each for each in mine if each.superseded_by and each.chunk == chunk],
+    }
+    return {name: tuple(each.event_id for each in found) for name, found in events.items()}
 
 
 def with_change(changes: Sequence[Change], new: Change) -> list[Change]:

@@ -56,10 +56,9 @@ class Recording:
     changes: list[Change] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        values = {name: value for name, value in vars(self).items() if name not in ("folder", "request")}
-        values |= {"takes": [asdict(take) for take in self.takes], "request": asdict(self.request)}
-        values["changes"] = [change.to_json() for change in self.changes]
-        return {"format": FORMAT, **values}
+        values = {"format": FORMAT, **asdict(self)}
+        del values["folder"]
+        return values
 
     def write(self, values: dict[str, Any]) -> None:
         """What `to_json` gave: whole on disk, or as it was before, whenever the process is killed."""

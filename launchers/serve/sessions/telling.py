@@ -58,7 +58,6 @@ def start(recording: Recording, store: MediaStore, model: str) -> dict[str, Any]
 
 def chunk(recording: Recording, made: Made, number: int) -> dict[str, Any]:
     """What is told of a chunk beside its place, as it becomes ready; `number` counts over the session."""
-    events = told_of(recording.changes, made.take, number)
     begin = min((span.begin for span in made.spans.values()), default=0.0)
     end = max((span.end for span in made.spans.values()), default=0.0)
     frames = recording.request.frames_per_chunk
@@ -70,10 +69,7 @@ def chunk(recording: Recording, made: Made, number: int) -> dict[str, Any]:
         "ready_at": time.time(),
         "lead": recording.lead,
         "prompt": recording.prompt_at(made.take, number),
-        "started": events.started,
-        "active": events.active,
-        "completed": events.completed,
-        "superseded": events.superseded,
+        **told_of(recording.changes, made.take, number),
     }
 
 

@@ -82,32 +82,32 @@ def test_a_recording_with_an_unknown_name_is_told(tmp_path):
 def test_events_begin_go_on_and_are_complete():
     changes = [change("a", 2, 3), change("b", 7)]
     told = [told_of(changes, 0, chunk) for chunk in range(9)]
-    assert [each.started for each in told] == [(), (), ("a",), (), (), (), (), ("b",), ()]
-    assert [each.active for each in told] == [(), (), ("a",), ("a",), ("a",), (), (), ("b",), ()]
-    assert [each.completed for each in told] == [(), (), (), (), ("a",), (), (), ("b",), ()]
+    assert [each["started"] for each in told] == [(), (), ("a",), (), (), (), (), ("b",), ()]
+    assert [each["active"] for each in told] == [(), (), ("a",), ("a",), ("a",), (), (), ("b",), ()]
+    assert [each["completed"] for each in told] == [(), (), (), (), ("a",), (), (), ("b",), ()]
 
 
 def test_a_change_cuts_the_transition_of_the_last_one_short():
     changes = [change("a", 2, 5), change("b", 4, 2)]
     told = [told_of(changes, 0, chunk) for chunk in range(7)]
-    assert [each.active for each in told] == [(), (), ("a",), ("a",), ("b",), ("b",), ()]
-    assert [each.completed for each in told] == [(), (), (), (), (), ("b",), ()]
+    assert [each["active"] for each in told] == [(), (), ("a",), ("a",), ("b",), ("b",), ()]
+    assert [each["completed"] for each in told] == [(), (), (), (), (), ("b",), ()]
 
 
 def test_the_latest_change_of_a_chunk_wins_and_the_others_are_named():
     changes = [change("a", 2), change("b", 3)]
     changes = with_change(changes, change("c", 3))
     assert [each.superseded_by for each in changes] == [None, "c", None]
-    assert told_of(changes, 0, 3).started == ("c",)
-    assert told_of(changes, 0, 3).superseded == ("b",)
+    assert told_of(changes, 0, 3)["started"] == ("c",)
+    assert told_of(changes, 0, 3)["superseded"] == ("b",)
 
 
 def test_a_change_replaces_those_of_later_chunks_too():
     """After a start of the server, changes may wait for chunks that were begun before and are made again."""
     changes = with_change([change("a", 2), change("b", 4), change("c", 5)], change("d", 4))
     assert [each.superseded_by for each in changes] == [None, "d", "d", None]
-    assert (told_of(changes, 0, 4).started, told_of(changes, 0, 4).superseded) == (("d",), ("b", "c"))
-    assert told_of(with_change(changes, change("e", 3)), 0, 3).superseded == ("b", "c", "d")
+    assert (told_of(changes, 0, 4)["started"], told_of(changes, 0, 4)["superseded"]) == (("d",), ("b", "c"))
+    assert told_of(with_change(changes, change("e", 3)), 0, 3)["superseded"] == ("b", "c", "d")
     assert with_change([change("a", 9)], change("b", 12, take=1))[0].superseded_by is None
 
 
