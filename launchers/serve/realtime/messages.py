@@ -143,7 +143,7 @@ _MESSAGE: TypeAdapter[Any] = TypeAdapter(Annotated[Union[KINDS], Field(discrimin
 def parse(text: str) -> Any:
     """A message from the text of a frame. Raises `Refusal`, with `event_id` where the text holds one."""
     try:
-        values = json.loads(text, parse_constant=_no_constant)
+        values = json.loads(text, parse_constant=no_constant)
     except RecursionError:
         raise Refusal("invalid_message", "the message is nested too deeply") from None
     except ValueError:
@@ -155,8 +155,12 @@ def parse(text: str) -> Any:
         raise Refusal("invalid_message", f"type {_short(kind)}: allowed are {', '.join(TYPES)}")
     try:
         return _MESSAGE.validate_python(values)
-    except (ValidationError, RecursionError) as error:
-        raise Refusal("invalid_message", f"{kind}: {_reason(error)}") from None
+    except RecursionError:
+        raise Refusal("invalid_message", f"{kind}: it is nested too deeply") from None
+    except ValidationError as error:
+        place, reason = first_fault(error)
+        name = ".".join(_short(part, 64).strip("'") for part in place[1:]) or "the message"  # after its type
+        raise Refusal("invalid_message", f"{kind}: {name}: {reason}") from None
 
 
 def event_id_of(text: str) -> str | None:
@@ -168,18 +172,16 @@ def event_id_of(text: str) -> str | None:
     return found[:128] if isinstance(found, str) else None
 
 
-def _no_constant(name: str) -> None:
+def no_constant(name: str) -> None:
+    """For `json.loads`, which takes NaN and Infinity by itself."""
     raise ValueError(f"{name} is no JSON")
 
 
-def _reason(error: ValidationError | RecursionError) -> str:
-    """The first thing that is wrong, without the value: it may be a token, or megabytes."""
-    if isinstance(error, RecursionError):
-        return "it is nested too deeply"
+def first_fault(error: ValidationError) -> tuple[tuple[int | str, ...], str]:
+    """Where the first thing is that is wrong, and what; without the value: it may be a token, or megabytes."""
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    name = ".".join(_short(part, 64).strip("'") for part in first["loc"][1:]) or "the message"  # after its type
     reasons = {"extra_forbidden": "there is no such field", "missing": "it is missing"}
-    return f"{name}: {reasons.get(first['type'], first['msg'])}"
+    return first["loc"], reasons.get(first["type"], first["msg"])
 
 
 def _short(value: Any, most: int = 100) -> str:

@@ -11,11 +11,10 @@ from typing import Annotated, Any
 
 from fastapi import Request
 from pydantic import BaseModel, ConfigDict, Field, Json, ValidationError
-from starlette.datastructures import UploadFile
 
 from helios_cp.config.request import Request as VideoRequest
 from launchers.serve.problems import Refusal
-from launchers.serve.realtime.messages import Prompt
+from launchers.serve.realtime.messages import Prompt, first_fault, no_constant
 from launchers.serve.uploads.kinds import CLIP, PICTURE
 
 MOST_FIELDS = 64
@@ -75,7 +74,8 @@ async def read(request: Request, most_bytes: int, fps: float) -> Body:
         given, is_text = _object(await request.body()), False
     elif kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
         async with request.form(max_files=1, max_fields=MOST_FIELDS, max_part_size=most_bytes) as form:
-            given, is_text = _nested([(name, await _content(value)) for name, value in form.multi_items()]), True
+            items = [(name, each if isinstance(each, str) else await each.read()) for name, each in form.multi_items()]
+            given, is_text = _nested(items), True
     else:
         raise Refusal(
             "unsupported", f"content type {kind[:64]!r}: application/json and multipart/form-data are allowed"
@@ -90,7 +90,7 @@ async def read(request: Request, most_bytes: int, fps: float) -> Body:
 
 def _object(content: bytes) -> dict[str, Any]:
     try:
-        values = json.loads(content, parse_constant=_no_number, parse_int=_int)
+        values = json.loads(content, parse_constant=no_constant, parse_int=_int)
     except (ValueError, RecursionError):
         raise Refusal("invalid_request", "the body is no JSON") from None
     if not isinstance(values, dict):
@@ -98,18 +98,10 @@ def _object(content: bytes) -> dict[str, Any]:
     return values
 
 
-def _no_number(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
-
-
 def _int(text: str) -> int:
     if len(text) > MOST_DIGITS:
         raise ValueError("a number of many digits")
     return int(text)
-
-
-async def _content(value: str | UploadFile) -> str | bytes:
-    return value if isinstance(value, str) else await value.read()
 
 
 def _nested(items: list[tuple[str, str | bytes]]) -> dict[str, Any]:
@@ -131,7 +123,7 @@ def _nested(items: list[tuple[str, str | bytes]]) -> dict[str, Any]:
 def _typed(value: str | bytes) -> Any:
     """What a form holds of a number, a truth or a text inside of an object."""
     try:
-        return json.loads(value, parse_constant=_no_number) if isinstance(value, str) else value
+        return json.loads(value, parse_constant=no_constant) if isinstance(value, str) else value
     except (ValueError, RecursionError):
         return value
 
@@ -141,17 +133,17 @@ def _checked(given: Mapping[str, Any], is_text: bool) -> Fields:
     try:
         return Fields.model_validate(given, strict=not is_text)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    name = str(first["loc"][0])[:64] if first["loc"] else "the body"
-    reasons = {"extra_forbidden": "there is no such field", "missing": "it is missing"}
-    raise Refusal("invalid_request", f"{name}: {reasons.get(first['type'], first['msg'])}", param=name)
+        place, reason = first_fault(error)
+    name = str(place[0])[:64] if place else "the body"
+    raise Refusal("invalid_request", f"{name}: {reason}", param=name)
 
 
 def _values(fields: Fields, fps: float) -> dict[str, Any]:
     values = {name: value for name in OF_REQUEST if (value := getattr(fields, name)) is not None}
     values["prompt"] = fields.prompt
-    if fields.lora is not None:
-        values["lora"] = _lora(fields.lora)
+    if fields.lora is not None:  # in a form, objects and lists of them may be given as JSON
+        is_json = isinstance(fields.lora, str) and fields.lora.lstrip().startswith(("{", "["))
+        values["lora"] = _typed(fields.lora) if is_json else fields.lora
     for name, value in (fields.extra_params or {}).items():
         if name in values or name in Fields.model_fields:
             raise Refusal("invalid_request", f"extra_params.{name}: give it as {name} alone", param="extra_params")
@@ -170,11 +162,6 @@ def _values(fields: Fields, fps: float) -> dict[str, Any]:
             raise Refusal("invalid_request", "seconds and num_frames: give one of the two", param="seconds")
         values["num_frames"] = math.ceil(_seconds(fields.seconds) * values.get("fps", fps))
     return {"num_frames": VideoRequest.num_frames, **values}
-
-
-def _lora(given: Any) -> Any:
-    """In a form, objects and lists of them may be given as JSON."""
-    return _typed(given) if isinstance(given, str) and given.lstrip().startswith(("{", "[")) else given
 
 
 def _seconds(given: str | float) -> float:
