@@ -14,7 +14,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import CancelledError, Future
-from typing import Any
+from typing import Any, TypeVar
 
 from helios_cp.config.errors import RequestError
 from launchers.cluster.faults import one_line
@@ -28,6 +28,8 @@ from launchers.schedule.terms import Limits, Stage, Unit
 from launchers.workers.writer import VideoWriter
 
 logger = logging.getLogger(__name__)
+
+Answer = TypeVar("Answer")
 
 REFRESH = 1.0
 """Seconds between two pictures of the status."""
@@ -94,49 +96,26 @@ class Conductor:
 
     def status(self) -> dict[str, Any]:
         """See `status.picture`. Raises `ClosedError`."""
-        if threading.current_thread() is self._thread:
-            return self._picture()
-        answer: Future[dict[str, Any]] = Future()
+        is_own = threading.current_thread() is self._thread
+        return self._picture() if is_own else self._ask(self._picture).result()
 
-        def look() -> None:
-            try:
-                answer.set_result(self._picture())
-            except Exception as error:
-                answer.set_exception(error)
-
-        if not self._post(look):
-            raise ClosedError
-        return answer.result()
-
-    def cancel(self, key: int) -> None:
-        self._post_to(key, lambda video: video.task.cancel())
-
-    def change_prompt(self, key: int, prompt: str, transition: int | None, not_before: int = 0) -> Future[int]:
-        answer: Future[int] = Future()
+    def post(self, key: int, call: Callable[[Video], object]) -> None:
+        """Have the thread make a call with a video, unless it has ended. Others may begin by what has changed."""
 
         def change() -> None:
-            try:
-                if key not in self._videos:
-                    raise RequestError(f"prompt {prompt!r}: video {key} has ended; no chunk can show it")
-                answer.set_result(self._videos[key].change_prompt(prompt, transition, not_before))
-            except RequestError as error:
-                answer.set_exception(error)
+            if key in self._videos:
+                call(self._videos[key])
+                self._admit()
 
-        if not self._post(change):
-            answer.set_exception(ClosedError())
-        return answer
+        self._post(change)
 
-    def allow(self, key: int, chunks: int) -> None:
-        self._post_to(key, lambda video: (video.allow(chunks), self._admit()))
+    def change_prompt(self, key: int, prompt: str, transition: int | None, not_before: int = 0) -> Future[int]:
+        def change() -> int:
+            if key not in self._videos:
+                raise RequestError(f"prompt {prompt!r}: video {key} has ended; no chunk can show it")
+            return self._videos[key].change_prompt(prompt, transition, not_before)
 
-    def stop(self, key: int) -> None:
-        self._post_to(key, Video.stop)
-
-    def wanted(self, key: int) -> None:
-        self._post_to(key, self._wanted)
-
-    def taken(self, key: int) -> None:
-        self._post_to(key, Video.taken)
+        return self._ask(change)
 
     def tell(self, worker: Worker, life: int, event: str, value: Any) -> None:
         """News of a worker; see `Worker`."""
@@ -150,9 +129,19 @@ class Conductor:
                 self._loop.call_soon_threadsafe(self._closing.set)
         self._thread.join()
 
-    def _post_to(self, key: int, call: Callable[[Video], object]) -> None:
-        """Have the thread make a call with a video, unless it has ended."""
-        self._post(lambda: call(self._videos[key]) if key in self._videos else None)
+    def _ask(self, call: Callable[[], Answer]) -> Future[Answer]:
+        """Have the thread make a call, and answer what it returns or raises; `ClosedError` where it cannot."""
+        answer: Future[Answer] = Future()
+
+        def look() -> None:
+            try:
+                answer.set_result(call())
+            except Exception as error:
+                answer.set_exception(error)
+
+        if not self._post(look):
+            answer.set_exception(ClosedError())
+        return answer
 
     def _post(self, call: Callable[..., object], *arguments: Any) -> bool:
         """Have the thread make a call. Returns whether it will, which it does until the pipeline is closed."""
@@ -212,10 +201,6 @@ class Conductor:
             if not video.admitted.is_set() and busy < most and (count < most or goes_on):
                 video.admitted.set()
                 count, busy = count + 1, busy + 1
-
-    def _wanted(self, video: Video) -> None:
-        video.is_wanted = True
-        self._admit()
 
     def _delivers(self) -> None:
         """A video has given a chunk to its handle, and may now have to wait for its reader."""

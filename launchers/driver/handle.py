@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -43,21 +43,12 @@ class VideoResult:
 
 
 class Maker(Protocol):
-    """Whoever makes the videos, by their keys. Of a video that has ended nothing happens."""
+    """Whoever makes the videos, by their keys."""
 
-    def cancel(self, key: int) -> None: ...
+    def post(self, key: int, call: Callable[[Any], object]) -> None:
+        """Have a call made with a `driver.video.Video`, by the thread that makes it; of one that has ended, never."""
 
-    def change_prompt(self, key: int, prompt: str, transition: int | None, not_before: int = 0) -> Future[int]: ...
-
-    def allow(self, key: int, chunks: int) -> None: ...
-
-    def stop(self, key: int) -> None: ...
-
-    def wanted(self, key: int) -> None:
-        """Somebody waits for the chunks of a streaming video."""
-
-    def taken(self, key: int) -> None:
-        """A chunk of a streaming video has been used."""
+    def change_prompt(self, key: int, prompt: str, transition: int | None, not_before: int) -> Future[int]: ...
 
 
 class VideoHandle:
@@ -97,7 +88,7 @@ class VideoHandle:
                 try:
                     yield chunk
                 finally:  # whoever leaves the loop has had the chunk too
-                    self._maker.taken(self.key)
+                    self._post(lambda video: video.taken())
         finally:
             with self._changed:
                 self._reader = None
@@ -112,7 +103,7 @@ class VideoHandle:
 
     def cancel(self) -> None:
         """Stop after the chunks in hand. The finished ones stay in a playable file."""
-        self._maker.cancel(self.key)
+        self._post(lambda video: video.cancel())
 
     def change_prompt(self, prompt: str, *, transition: int | None = 1, not_before: int = 0) -> Future[int]:
         """From the first chunk on that no worker has been handed, show this; returns which that is, once it is taken.
@@ -127,11 +118,11 @@ class VideoHandle:
 
     def allow(self, chunks: int) -> None:
         """Let a chunk begin only while fewer than `chunks` have; those that have begun are finished."""
-        self._maker.allow(self.key, chunks)
+        self._post(lambda video: video.allow(chunks))
 
     def stop(self) -> None:
         """End the video well after the chunks that have begun: `result` tells how many there are."""
-        self._maker.stop(self.key)
+        self._post(lambda video: video.stop())
 
     def result(self, timeout: float | None = None) -> VideoResult:
         """Wait for the end. Chunks of a stream are dropped, unless another thread takes them.
@@ -142,7 +133,7 @@ class VideoHandle:
         while not self.is_done:
             if self._drops_chunks():
                 if self._next(deadline) is not None:
-                    self._maker.taken(self.key)
+                    self._post(lambda video: video.taken())
             else:
                 with self._changed:
                     self._changed.wait_for(lambda: self.is_done or self._drops_chunks(), _left(deadline))
@@ -152,13 +143,16 @@ class VideoHandle:
             raise self._error
         return self._result
 
+    def _post(self, call: Callable[[Any], object]) -> None:
+        self._maker.post(self.key, call)
+
     def _drops_chunks(self) -> bool:
         """Whether `result` takes the chunks of a stream, since no other thread does."""
         return self.streams and self._reader in (None, threading.get_ident())
 
     def _next(self, deadline: float | None) -> VideoChunk | None:
         """Wait for the next chunk of a stream; `None` at its end, or when the time is over."""
-        self._maker.wanted(self.key)
+        self._post(lambda video: video.wanted())
         with self._changed:
             self._changed.wait_for(lambda: self._chunks or self.is_done, _left(deadline))
             return self._chunks.popleft() if self._chunks else None

@@ -94,6 +94,13 @@ class Video:
             self._making.cancel()
         self._news.set()
 
+    def cancel(self) -> None:
+        self.task.cancel()
+
+    def wanted(self) -> None:
+        """Somebody waits for the chunks of a stream."""
+        self.is_wanted = True
+
     def taken(self) -> None:
         """A chunk is delivered."""
         self.delivered += 1

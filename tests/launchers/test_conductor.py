@@ -16,6 +16,7 @@ from launchers.cluster.faults import StartError, WorkerLostError
 from launchers.cluster.worker import Standing
 from launchers.driver import conductor as conductor_module
 from launchers.driver.crew import PipelineError
+from launchers.driver.video import Video
 from launchers.schedule.terms import Limits
 from tests.launchers.conftest import frames_in
 from tests.launchers.stand_ins import FRAMES, PATIENCE, Studio
@@ -77,7 +78,7 @@ def test_a_closed_pipeline_says_so(tmp_path):
     for late in (lambda: studio.submit(1), studio.conductor.status, studio.conductor.wait_until_ready):
         with pytest.raises(RuntimeError, match="the pipeline is closed"):
             late()
-    studio.conductor.cancel(0), studio.conductor.taken(0), studio.conductor.allow(0, 1), studio.conductor.stop(0)
+    studio.conductor.post(0, Video.cancel)
     with pytest.raises(RuntimeError, match="the pipeline is closed"):
         studio.conductor.change_prompt(0, "an owl", 1).result(PATIENCE)
     studio.conductor.close()

@@ -24,11 +24,14 @@ class Maker:
         self.is_wanted = False
         self.handle = VideoHandle(self, 0, streams=True, keep_latents=False, on_chunk=None)
 
-    def wanted(self, key: int) -> None:
+    def post(self, key: int, call) -> None:
+        call(self)
+
+    def wanted(self) -> None:
         self.is_wanted = True
         self.go_on()
 
-    def taken(self, key: int) -> None:
+    def taken(self) -> None:
         self.used += 1
         self.go_on()
 

@@ -194,7 +194,8 @@ class World:
     def want(self, key: int) -> None:
         self.read.add(key)
         if key in self.conductor._videos:
-            self.conductor._wanted(self.videos[key])
+            self.videos[key].wanted()
+            self.conductor._admit()
 
     def act(self, action: str, pick: Callable[[list], Any]) -> None:
         calls, keys = self.in_hand(), sorted(self.plans)
