@@ -11,7 +11,6 @@ from time import perf_counter
 from helios_cp.config.arguments import OneLineParser
 from helios_cp.config.console import say
 from helios_cp.config.errors import CheckpointError, RequestError
-from helios_cp.device.device import dtype_name
 from helios_cp.generate.check import Session
 from helios_cp.generate.claims import claimed
 from helios_cp.generate.report import Report, tell_failures, write_report
@@ -19,17 +18,14 @@ from helios_cp.generate.run import files_of, turns_of
 from helios_cp.generate.run_folder import RunFolder
 from helios_cp.generate.stopping import Stopped, StopSignal
 from helios_cp.weights.hub import HubId
-from helios_cp.weights.load import resolve
-from launchers.cluster.cluster import ClusterError, connected
+from launchers.cluster.cluster import ClusterError
 from launchers.cluster.faults import one_line
 from launchers.driver.handle import VideoChunk, VideoHandle
 from launchers.driver.pipeline import ChunkPipeline, PipelineError
-from launchers.driver.recipes import Resources
 from launchers.driver.timeline import draw
 from launchers.generate import checks
-from launchers.generate.automatic_layout import with_best_layout
 from launchers.generate.flags import ClusterCall
-from launchers.generate.opening import open_pipeline
+from launchers.generate.opening import Opening
 
 POLL = 0.2
 """Seconds between two looks for a stop signal."""
@@ -44,25 +40,15 @@ def run(parser: OneLineParser, call: ClusterCall, cache: Path | None) -> int:
         with ExitStack() as stack:
             try:
                 checks.check_files(call)
-                if call.address != "local":
-                    checks.check_without_cluster(call, cache)
-                    stack.enter_context(connected(call.address, wait=call.wait))
-                device = checks.pick_cluster_device(call)
-                resources = checks.resources_of(call, device)
-                if call.layout.is_auto:
-                    call = with_best_layout(call, cache, device, resources)
-                session = checks.check_session(call, cache, call.ranks_of_group, device)
-                shares = checks.shares_of_workers(call, device, session.layout, session.execution.offload, resources)
-                if call.address == "local" and session.jobs:
-                    checks.check_cards(call, shares)
+                opening = Opening.of(call, cache, stack)
+                session = opening.session
                 if session.jobs and not session.has_prompt_file:
                     stack.enter_context(claimed(session.jobs[0]))
             except RequestError as error:
                 parser.error(str(error))
-            if call.address == "local" and session.jobs:
-                resolve(session.model, cache)  # with its weights, as workers have no terminal to show progress on
-                stack.enter_context(connected("local", cpus=len(shares), gpus=checks.cards_for(shares)))
-            return _generate(session, call, device, resources, cache)
+            if session.jobs:
+                opening.start_instance(stack)
+            return _generate(opening)
     except (ClusterError, PipelineError, CheckpointError, RequestError, OSError) as error:
         say(f"{parser.prog}: error: {' '.join(str(error).split())}")
         return 1
@@ -71,43 +57,41 @@ def run(parser: OneLineParser, call: ClusterCall, cache: Path | None) -> int:
         return getattr(reason, "exit_code", 130)
 
 
-def _generate(session: Session, call: ClusterCall, device: str, resources: Resources, cache: Path | None) -> int:
+def _generate(opening: Opening[ClusterCall]) -> int:
+    call, session = opening.call, opening.session
     for path in session.skipped:
         say(f"{path} exists, skipped")
     if not session.jobs:
         return 0
     for remark in session.remarks:
         say(remark)
-    if call.address != "local" and call.device == "auto" and device == "cpu":
+    if call.address != "local" and call.device == "auto" and opening.device == "cpu":
         say("no node has a card by now, so all runs on CPUs; where cards come on demand, give --device cuda")
     if call.address != "local" and HubId.parse(session.model) is not None:
         say(f"{session.model}: each machine first downloads what its workers lack of it")
     layout = f" of {session.layout.degrees}" if session.layout.degrees.world > 1 else ""
-    workers = f"{call.groups} group(s){layout}, {call.decoders} decoder(s)"
-    say(f"loading {session.model} on {device} in {dtype_name(session.dtype)}: {workers}")
+    say(f"{opening.loading}: {call.groups} group(s){layout}, {call.decoders} decoder(s)")
     videos: list[_Video] = []
     all_written = True
-    with ExitStack() as claims, StopSignal().installed() as stop:
-        pipeline = open_pipeline(call, session, device, resources, cache, active=2 * call.groups)
-        with pipeline:
-            try:
-                queue: deque[_Video] = deque()
-                for number, claim in turns_of(session):
-                    claims.enter_context(claim)
-                    videos.append(_Video(pipeline, session, number, claim))
-                    queue.append(videos[-1])
-                    if len(queue) == QUEUE * call.groups:  # other calls may share the prompt file
-                        queue.popleft().wait(stop)
-                for video in queue:
-                    video.wait(stop)
-            except Stopped as reason:
-                _cancel(videos)
-                for video in videos:
-                    if not video.is_done:
-                        say(f"stopped; {video.report.standing()}")
-                return reason.exit_code
-            finally:
-                all_written = _write_records(session, call, videos, pipeline)
+    with ExitStack() as claims, StopSignal().installed() as stop, opening.pipeline(2 * call.groups) as pipeline:
+        try:
+            queue: deque[_Video] = deque()
+            for number, claim in turns_of(session):
+                claims.enter_context(claim)
+                videos.append(_Video(pipeline, session, number, claim))
+                queue.append(videos[-1])
+                if len(queue) == QUEUE * call.groups:  # other calls may share the prompt file
+                    queue.popleft().wait(stop)
+            for video in queue:
+                video.wait(stop)
+        except Stopped as reason:
+            _cancel(videos)
+            for video in videos:
+                if not video.is_done:
+                    say(f"stopped; {video.report.standing()}")
+            return reason.exit_code
+        finally:
+            all_written = _write_records(session, call, videos, pipeline)
     return tell_failures([video.report for video in videos], len(session.jobs)) or int(not all_written)
 
 
@@ -182,7 +166,6 @@ def _cancel(videos: list[_Video]) -> None:
 
 def _write_records(session: Session, call: ClusterCall, videos: list[_Video], pipeline: ChunkPipeline) -> bool:
     """Report and timeline. Returns whether both are there; what keeps one from it is told, and hides no other error."""
-
     all_written = write_report(session, [video.report for video in videos])
     if call.timeline is not None and pipeline.events:
         try:

@@ -10,16 +10,12 @@ from pathlib import Path
 from helios_cp.config.arguments import OneLineParser
 from helios_cp.config.console import say
 from helios_cp.config.errors import CheckpointError, RequestError
-from helios_cp.device.device import dtype_name
 from helios_cp.files.locks import LockedError, locked
 from helios_cp.files.whole_files import check_folder_target
 from helios_cp.generate.stopping import Stopped, StopSignal
-from helios_cp.weights.load import resolve
-from launchers.cluster.cluster import ClusterError, connected
+from launchers.cluster.cluster import ClusterError
 from launchers.driver.pipeline import ChunkPipeline, PipelineError
-from launchers.generate import checks
-from launchers.generate.automatic_layout import with_best_layout
-from launchers.generate.opening import open_pipeline
+from launchers.generate.opening import Opening
 from launchers.serve.access import Access
 from launchers.serve.app import build_app
 from launchers.serve.flags import ServeCall
@@ -45,31 +41,19 @@ def run(parser: OneLineParser, call: ServeCall, cache: Path | None) -> int:
                 stack.enter_context(_only_server(call.data))
                 stack.enter_context(json_lines(sys.stderr))
                 listener = stack.enter_context(listen(call.host, call.port))
-                if call.address != "local":
-                    checks.check_without_cluster(_probe(call), cache)
-                    stack.enter_context(connected(call.address, wait=call.wait))
-                device = checks.pick_cluster_device(call)
-                resources = checks.resources_of(call, device)
-                if call.layout.is_auto:
-                    call = with_best_layout(_probe(call), cache, device, resources)
-                checked = checks.check_session(_probe(call), cache, call.ranks_of_group, device)
-                loras = Loras.of(call.lora_folder, checked.checkpoint)
-                shares = checks.shares_of_workers(call, device, checked.layout, checked.execution.offload, resources)
-                if call.address == "local":
-                    checks.check_cards(call, shares)
+                opening = Opening.of(with_example(call), cache, stack)
+                loras = Loras.of(call.lora_folder, opening.session.checkpoint)
             except RequestError as error:
                 parser.error(str(error))
-            server = Server(call, checked, access, loras, Log(prompts=call.log_prompts))
+            call = opening.call
+            server = Server(call, opening.session, access, loras, Log(prompts=call.log_prompts))
             server.restore()
             web = stack.enter_context(WebServer(build_app(server), listener, call.message_bytes))
-            say(f"loading {checked.model} on {device} in {dtype_name(checked.dtype)}; {url_of(listener)} tells how far")
-            if call.address == "local":
-                resolve(checked.model, cache)  # with its weights, as workers have no terminal to show progress on
-                stack.enter_context(connected("local", cpus=len(shares), gpus=checks.cards_for(shares)))
+            say(f"{opening.loading}; {url_of(listener)} tells how far")
+            opening.start_instance(stack)
             with StopSignal().installed() as stop:
                 try:
-                    active = call.most_sessions + call.groups
-                    with open_pipeline(call, checked, device, resources, cache, active) as pipeline:
+                    with opening.pipeline(active=call.most_sessions + call.groups) as pipeline:
                         _serve(server, web, pipeline, stop, url_of(listener))
                 except Stopped:
                     say("stopped; the sessions that were running go on at the next start")
@@ -92,7 +76,7 @@ def _only_server(data: Path) -> ExitStack:
     return held
 
 
-def _probe(call: ServeCall) -> ServeCall:
+def with_example(call: ServeCall) -> ServeCall:
     """The call with a prompt, so that all else of it can be checked."""
     return replace(call, request={**call.request, "prompt": (EXAMPLE,)}, output=call.data / "example.mp4")
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from launchers.generate import checks
 from launchers.serve.app import build_app
-from launchers.serve.run import _probe
+from launchers.serve.run import with_example
 from launchers.serve.server import Server
 from launchers.serve.web import WebServer, listen, url_of
 from tests.browser.conftest import LONGEST
@@ -267,7 +267,7 @@ def test_a_video_starts_from_a_picture_or_clip_with_a_lora(open_page, tmp_path):
 def test_the_page_says_that_weights_load(browser, tmp_path, presets):
     """By a server whose workers never come; a session may be asked for already, and waits."""
     call = call_of(tmp_path, model=str(presets["random-distilled"]), device="cpu")
-    server = Server(call, checks.check_session(_probe(call), None, 1, "cpu"))
+    server = Server(call, checks.check_session(with_example(call), None, 1, "cpu"))
     with listen("127.0.0.1", 0) as listener, WebServer(build_app(server), listener, call.message_bytes):
         page = LivePage(browser.new_page(), url_of(listener))
         page.goto()

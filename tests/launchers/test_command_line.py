@@ -89,7 +89,7 @@ def refusal_of(flags, capsys) -> str:
 @pytest.mark.parametrize("flags", REFUSED.values(), ids=REFUSED)
 def test_refused_in_one_line_before_anything_starts(flags, address, folder, capsys, monkeypatch):
     """On `CLUSTER` nobody listens, and no instance can be started: whoever tries gets another error."""
-    monkeypatch.setattr(runner, "connected", None)
+    monkeypatch.setattr(opening, "connected", None)
     assert flags[0] in refusal_of([*flags, "--address", address], capsys)
 
 
@@ -98,7 +98,7 @@ ADDRESSES = ["locall", "here:port", "127.0.0.1:1", "127.0.0.1:70000", "::1:6379"
 
 @pytest.mark.parametrize("address", ADDRESSES)
 def test_forms_of_an_address(address, folder, capsys, monkeypatch):
-    monkeypatch.setattr(runner, "connected", None)
+    monkeypatch.setattr(opening, "connected", None)
     assert f"--address {address}: " in refusal_of(["--address", address], capsys)
     with pytest.raises(SystemExit) as refusal:
         status.main(["--address", address])
@@ -193,7 +193,7 @@ def call(*flags: str) -> ClusterCall:
     ],
 )
 def test_a_private_instance_has_no_cards_that_are_not_there(flags, present, said, folder, capsys, monkeypatch):
-    monkeypatch.setattr(runner, "connected", None)
+    monkeypatch.setattr(opening, "connected", None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: present)
     refused = refusal_of([*flags, "--device", "cuda"], capsys).strip()
     assert refused.startswith("launchers.generate: error: --address local: ") and re.search(said, refused)
@@ -207,7 +207,7 @@ def test_a_private_instance_has_no_cards_that_are_not_there(flags, present, said
 
 
 def test_ranks_of_a_group_share_no_card_by_nccl(folder, capsys, monkeypatch):
-    monkeypatch.setattr(runner, "connected", None)
+    monkeypatch.setattr(opening, "connected", None)
     flags = ["--ulysses", "2", "--gpus", "0.4", "0.1", "0.1", "--device", "cuda"]
     assert "--gpus 0.4 0.1 0.1: ranks of a group would share a card" in refusal_of(flags, capsys)
     arguments = call(*flags, "--backend", "gloo")
@@ -272,7 +272,7 @@ def lost(folder, monkeypatch, capsys):
     """Runs a call on a cluster with these resources, up to the first video; returns the exit code and stderr."""
 
     def run(resources, *flags):
-        monkeypatch.setattr(runner, "connected", lambda *_, **__: contextlib.nullcontext())
+        monkeypatch.setattr(opening, "connected", lambda *_, **__: contextlib.nullcontext())
         monkeypatch.setattr(opening, "ChunkPipeline", LostPipeline)
         monkeypatch.setattr(checks.ray, "is_initialized", lambda: True)
         monkeypatch.setattr(checks.ray, "cluster_resources", lambda: resources)
@@ -304,7 +304,7 @@ def test_a_picture_that_fails_hides_no_other_error(lost, folder, monkeypatch):
 
 
 def test_a_timeline_needs_matplotlib(folder, capsys, monkeypatch):
-    monkeypatch.setattr(runner, "connected", None)
+    monkeypatch.setattr(opening, "connected", None)
     monkeypatch.setattr(checks, "find_spec", lambda name: None)
     assert "--timeline a.png: it is drawn by matplotlib" in refusal_of(["--timeline", "a.png"], capsys)
 

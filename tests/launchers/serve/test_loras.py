@@ -11,7 +11,7 @@ from helios_cp.weights.load import resolve
 from launchers.generate import checks
 from launchers.serve.__main__ import main
 from launchers.serve.loras import Loras
-from launchers.serve.run import _probe
+from launchers.serve.run import with_example
 from launchers.serve.server import Server
 from tests.launchers.conftest import write_adapter
 from tests.launchers.serve.conftest import call_of, client_of
@@ -49,7 +49,7 @@ def test_files_and_folders_are_offered_by_name(folder, checkpoint):
 
 def test_the_server_tells_their_names_alone(folder, model, tmp_path):
     call = call_of(tmp_path, model=model, device="cpu", lora_folder=folder)
-    checked = checks.check_session(_probe(call), None, 1, "cpu")
+    checked = checks.check_session(with_example(call), None, 1, "cpu")
     client = client_of(Server(call, checked, loras=Loras.of(folder, checked.checkpoint)))
     answer = client.get("/v1/server")
     assert answer.json()["loras"] == ["ink", "motion"]

@@ -7,7 +7,7 @@ import pytest
 from helios_cp.config.request import Request
 from launchers.generate import checks
 from launchers.serve.access import digest
-from launchers.serve.run import _probe
+from launchers.serve.run import with_example
 from launchers.serve.server import Server
 from launchers.serve.sessions import session as sessions
 from launchers.serve.sessions.recording import Recording, Take
@@ -17,7 +17,7 @@ from tests.launchers.serve.conftest import WS, call_of, client_of
 @pytest.fixture
 def server(tmp_path, presets):
     call = call_of(tmp_path, model=str(presets["random-distilled"]), device="cpu")
-    checked = checks.check_session(_probe(call), None, 1, "cpu")
+    checked = checks.check_session(with_example(call), None, 1, "cpu")
     request = Request(prompt=("a fox",), height=64, width=64).resolve(checked.checkpoint)
     kept = Recording(
         "1", call.data / "sessions" / "1", request, digest("control"), digest("view"), 1.0, state="running"

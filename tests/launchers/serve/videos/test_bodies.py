@@ -15,7 +15,7 @@ from helios_cp.config.execution import Adapter
 from launchers.generate import checks
 from launchers.serve.access import Access
 from launchers.serve.loras import Loras
-from launchers.serve.run import _probe
+from launchers.serve.run import with_example
 from launchers.serve.server import Server
 from launchers.serve.videos.fields import Fields
 from launchers.serve.videos.record import STATUSES, Record
@@ -126,7 +126,7 @@ BAD_BODIES = {
 def checked(presets, tmp_path_factory):
     folder = tmp_path_factory.mktemp("checked")
     call = call_of(folder, model=str(presets["random-distilled"]), device="cpu")
-    return checks.check_session(_probe(call), None, 1, "cpu")
+    return checks.check_session(with_example(call), None, 1, "cpu")
 
 
 @pytest.fixture
