@@ -18,7 +18,6 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from launchers.cluster.cluster import Needs, shortage
 from launchers.cluster.faults import SETUP_ATTEMPTS, StartError, WorkerLostError, fault_of, one_line, start_fault_of
-from launchers.cluster.payload import Payload
 from launchers.messages.messages import ActorInfo
 from launchers.messages.versions import check_versions, own_versions
 from launchers.schedule.terms import Stage
@@ -40,6 +39,23 @@ LOAD_SECONDS = 3600.0
 
 COLLECT_SECONDS = 60.0
 """To fetch a result that is there already."""
+
+
+@dataclass(eq=False)
+class Payload:
+    """A result in the object store, and this process's view of it, which lasts when the node that made it is gone."""
+
+    reference: ray.ObjectRef
+    value: Any
+
+    @classmethod
+    def put(cls, value: Any) -> Payload:
+        """Put a value into this node's store."""
+        return cls(ray.put(value), value)
+
+    def put_again(self) -> None:
+        """Put the value into this node's store, because the reference is lost with another node."""
+        self.reference = ray.put(self.value)
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,7 @@ from typing import Any
 
 from helios_cp.config.errors import CheckpointError, RequestError
 from launchers.cluster.faults import PayloadLostError, StartError, WorkerLostError, one_line
-from launchers.cluster.payload import Payload
-from launchers.cluster.worker import Standing, Worker, look_at
+from launchers.cluster.worker import Payload, Standing, Worker, look_at
 from launchers.driver.timeline import Event
 from launchers.schedule.pool import Pool
 from launchers.schedule.terms import Limits, Stage, Unit

@@ -11,7 +11,7 @@ from typing import Any
 from helios_cp.config.errors import RequestError
 from helios_cp.pipeline.prompts import first_entry, prompt_mix
 from helios_cp.sampling.state import ChunkState
-from launchers.cluster.payload import Payload
+from launchers.cluster.worker import Payload
 from launchers.driver.crew import Crew
 from launchers.driver.handle import VideoChunk, VideoHandle
 from launchers.driver.submission import Submission

@@ -14,8 +14,7 @@ import torch
 from helios_cp.config.request import Request
 from helios_cp.files.mp4 import encode_segment
 from launchers.cluster.faults import WorkerLostError
-from launchers.cluster.payload import Payload
-from launchers.cluster.worker import Standing
+from launchers.cluster.worker import Payload, Standing
 from launchers.driver.conductor import Conductor
 from launchers.driver.handle import VideoHandle
 from launchers.driver.submission import Submission

@@ -30,8 +30,7 @@ from helios_cp.config.request import ScheduledPrompt
 from helios_cp.generate.__main__ import main as generate
 from helios_cp.generate.run_folder import Run, RunFolder
 from launchers import status
-from launchers.cluster.payload import Payload
-from launchers.cluster.worker import Worker
+from launchers.cluster.worker import Payload, Worker
 from launchers.driver.pipeline import ChunkPipeline
 from launchers.driver.status import NAMESPACE
 from launchers.messages.arrays import Array

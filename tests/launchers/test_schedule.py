@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from helios_cp.config.request import Request
 from launchers.cluster.faults import PayloadLostError, WorkerLostError
-from launchers.cluster.payload import Payload
+from launchers.cluster.worker import Payload
 from launchers.driver.conductor import Conductor
 from launchers.driver.crew import PipelineError
 from launchers.driver.handle import VideoHandle

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,35 @@ import torch
 
 from helios_cp.files.mp4 import encode_segment
 from launchers.serve.media.fragments import fragment, mime
-from launchers.serve.media.playlist import INIT, PLAYLIST, fragment_name, playlist
+
+INIT = "init.mp4"
+PLAYLIST = "live.m3u8"
+
+
+def fragment_name(chunk: int) -> str:
+    return f"{chunk:05d}.m4s"
+
+
+def playlist(durations: Sequence[float], target: float, is_finished: bool, query: str = "") -> str:
+    """`durations`: seconds of each fragment; `target`: of the longest to come; `query`: follows each address.
+
+    Nothing is ever taken from it, so a player can go back to the beginning (an EVENT playlist).
+    """
+    lines = [
+        "#EXTM3U",
+        "#EXT-X-VERSION:7",
+        f"#EXT-X-TARGETDURATION:{math.ceil(max([target, *durations]))}",
+        "#EXT-X-MEDIA-SEQUENCE:0",
+        "#EXT-X-PLAYLIST-TYPE:EVENT",
+        "#EXT-X-INDEPENDENT-SEGMENTS",
+    ]
+    if durations:
+        lines.append(f'#EXT-X-MAP:URI="{INIT}{query}"')
+    for chunk, seconds in enumerate(durations):
+        lines += [f"#EXTINF:{seconds:.6f},", fragment_name(chunk) + query]
+    if is_finished:
+        lines.append("#EXT-X-ENDLIST")
+    return "\n".join(lines) + "\n"
 
 
 @functools.lru_cache(maxsize=64)

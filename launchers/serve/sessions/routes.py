@@ -11,7 +11,7 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
 
 from launchers.serve.access import bearer
-from launchers.serve.media.playlist import INIT, fragment_name
+from launchers.serve.media.store import INIT, fragment_name
 from launchers.serve.problems import Refusal
 from launchers.serve.server import Server
 from launchers.serve.sessions import telling

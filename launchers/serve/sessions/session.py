@@ -18,10 +18,9 @@ from launchers.serve.media.store import MediaStore
 from launchers.serve.metrics import Metrics
 from launchers.serve.problems import Refusal
 from launchers.serve.sessions import telling
-from launchers.serve.sessions.changes import Change, with_change
 from launchers.serve.sessions.maker import Maker
 from launchers.serve.sessions.pacer import Pacer
-from launchers.serve.sessions.recording import Recording, Take
+from launchers.serve.sessions.recording import Change, Recording, Take, with_change
 
 BEGIN_SECONDS = 15.0
 """How long a request of a controller waits for a session that is about to run. The server answers no ping of it

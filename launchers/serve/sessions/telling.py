@@ -6,8 +6,7 @@ import time
 from typing import Any
 
 from launchers.serve.media.store import MediaStore
-from launchers.serve.sessions.changes import Change, told_of
-from launchers.serve.sessions.recording import Recording, for_viewers
+from launchers.serve.sessions.recording import Change, Recording, for_viewers, told_of
 from launchers.serve.sessions.run import Made
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +19,6 @@ from typing import Any
 from helios_cp.files.whole_files import replacing
 from launchers.serve.problems import Refusal
 from launchers.serve.uploads.child import Task
-from launchers.serve.uploads.data_urls import content_of, too_large
 from launchers.serve.uploads.kinds import CLIP, PICTURE, NotAllowedError, format_of
 
 WALL_SECONDS = 120.0
@@ -30,6 +31,38 @@ LEAST_FRAMES = 33
 """Of a clip to go on from: a chunk."""
 
 MOST_FRAMES = 20_000
+
+
+FORM = re.compile(r"data:[\w.+-]+/[\w.+-]+(?:;[\w.+-]+=[\w.+-]+)*;base64,", re.ASCII)
+SHOWN = 24
+"""Characters of a wrong one that are repeated in the answer."""
+
+
+def content_of(url: str, most_bytes: int, field: str) -> bytes:
+    """What a data URL (RFC 2397) holds. Raises `Refusal`; one that is too large is not decoded. No other address is
+    read: a server fetches nothing for a stranger."""
+    head = FORM.match(url)
+    if head is None:
+        raise Refusal(
+            "invalid_request",
+            f"{field} {url[:SHOWN]!r}: a data URL is allowed, such as data:image/png;base64,...; nothing is fetched",
+            param=field,
+        )
+    text = url[head.end() :]
+    if len(text) > 4 * -(-most_bytes // 3):
+        raise too_large(field, most_bytes)
+    try:
+        content = base64.b64decode(text, validate=True)
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+        raise Refusal("invalid_request", f"{field}: this is no base64 ({reason})", param=field) from None
+    if len(content) > most_bytes:
+        raise too_large(field, most_bytes)
+    return content
+
+
+def too_large(field: str, most_bytes: int) -> Refusal:
+    return Refusal("too_large", f"{field}: it is larger than {most_bytes} bytes, which is what is allowed", param=field)
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,7 @@ import json
 import av
 import pytest
 
-from launchers.serve.media.playlist import playlist
-from launchers.serve.media.store import KEPT, MediaStore, blank_init
+from launchers.serve.media.store import KEPT, MediaStore, blank_init, playlist
 from tests.launchers.serve.media.test_fragments import FRAMES, segments
 
 COUNT = 6

@@ -7,8 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from launchers.serve.media.store import MediaStore
-from launchers.serve.sessions.pacer import Pacer
-from launchers.serve.sessions.pacing import EXTRAPOLATED_SECONDS, Playhead, allowed
+from launchers.serve.sessions.pacer import EXTRAPOLATED_SECONDS, Pacer, Playhead, allowed
 
 CHUNK = 1.375
 STEP = CHUNK / 64

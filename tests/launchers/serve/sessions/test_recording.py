@@ -13,8 +13,7 @@ from helios_cp.config.request import Request, ScheduledPrompt
 from helios_cp.generate.prompt_files import read_schedule_file
 from launchers.serve.access import digest
 from launchers.serve.sessions import telling
-from launchers.serve.sessions.changes import Change, told_of, with_change
-from launchers.serve.sessions.recording import Recording, Take
+from launchers.serve.sessions.recording import Change, Recording, Take, told_of, with_change
 from launchers.serve.sessions.sessions import view_token
 
 REQUEST = Request(prompt=("a fox",), height=64, width=64, seed=(7,))

@@ -20,9 +20,8 @@ from helios_cp.files.pictures import read_image
 from launchers.serve.problems import Refusal
 from launchers.serve.uploads import child, kinds, uploads
 from launchers.serve.uploads.child import Task
-from launchers.serve.uploads.data_urls import content_of
 from launchers.serve.uploads.kinds import CLIP, PICTURE, NotAllowedError, format_of
-from launchers.serve.uploads.uploads import Uploads
+from launchers.serve.uploads.uploads import Uploads, content_of
 from tests.launchers.serve.uploads.files import BAD_FILES, clip, data_url, picture, png_of_size
 
 BOTH = (PICTURE, CLIP)
@@ -126,7 +125,7 @@ def test_a_wrong_data_url_is_refused(taking, tmp_path, url, reason):
 
 
 def test_a_data_url_that_is_too_large_is_not_decoded(monkeypatch):
-    monkeypatch.setattr("launchers.serve.uploads.data_urls.base64.b64decode", lambda *_, **__: pytest.fail("decoded"))
+    monkeypatch.setattr("launchers.serve.uploads.uploads.base64.b64decode", lambda *_, **__: pytest.fail("decoded"))
     with pytest.raises(Refusal, match="larger"):
         content_of(data_url(b"x" * 1000), 900, "image")
 
