@@ -38,12 +38,13 @@ class Now:
     is_ready: bool = False
 
 
-class Metrics:
+class Metrics(Collector):
     """One server's, in a registry of its own. `look` says what the server looks like."""
 
     def __init__(self, look: Callable[[], Now] = Now) -> None:
+        self._look = look
         self.registry = CollectorRegistry()
-        self.registry.register(_Looking(look))
+        self.registry.register(self)
         self._stages = Histogram(
             "helios_chunk_seconds",
             "Seconds of a stage for a chunk",
@@ -85,38 +86,33 @@ class Metrics:
             if begin is not None:
                 self._shown.observe(now - begin)
 
-
-class _Looking(Collector):
-    """Gauges of `Now`."""
-
-    def __init__(self, look: Callable[[], Now]) -> None:
-        self._look = look
-
     def describe(self) -> Iterable[Metric]:
         """Nothing is looked at before somebody asks."""
         return []
 
     def collect(self) -> Iterator[Metric]:
+        """Gauges of `Now`."""
         now = self._look()
-        yield _by_label("helios_sessions", "Sessions by state", "state", now.sessions)
-        yield _by_label("helios_videos", "Videos of the Videos API by status", "status", now.videos)
-        yield GaugeMetricFamily("helios_viewers", "Connections to sessions", now.viewers)
-        yield GaugeMetricFamily("helios_queue_length", "Sessions that wait", now.queue)
-        yield GaugeMetricFamily(
-            "helios_lead_seconds",
-            "Media made ahead of the controller's player, the most of any session",
-            now.lead_seconds,
-        )
-        yield GaugeMetricFamily("helios_lag_chunks", "Chunks that a viewer is behind, the most of any", now.lag_chunks)
-        yield GaugeMetricFamily("helios_ready", "Whether the server takes sessions", float(now.is_ready))
+        yield _by_label(GaugeMetricFamily("helios_sessions", "Sessions by state", labels=["state"]), now.sessions)
+        videos = GaugeMetricFamily("helios_videos", "Videos of the Videos API by status", labels=["status"])
+        yield _by_label(videos, now.videos)
         restarts = CounterMetricFamily("helios_worker_restarts", "How often a worker was replaced", labels=["worker"])
-        for worker, count in now.restarts.items():
-            restarts.add_metric([worker], count)
-        yield restarts
+        yield _by_label(restarts, now.restarts)
+        for name, about, value in (
+            ("helios_viewers", "Connections to sessions", now.viewers),
+            ("helios_queue_length", "Sessions that wait", now.queue),
+            (
+                "helios_lead_seconds",
+                "Media made ahead of the controller's player, the most of any session",
+                now.lead_seconds,
+            ),
+            ("helios_lag_chunks", "Chunks that a viewer is behind, the most of any", now.lag_chunks),
+            ("helios_ready", "Whether the server takes sessions", float(now.is_ready)),
+        ):
+            yield GaugeMetricFamily(name, about, value)
 
 
-def _by_label(name: str, about: str, label: str, values: Mapping[str, float]) -> Metric:
-    family = GaugeMetricFamily(name, about, labels=[label])
+def _by_label(family: Metric, values: Mapping[str, float]) -> Metric:
     for key, value in values.items():
         family.add_metric([key], value)
     return family
