@@ -1,4 +1,8 @@
-"""`GET /v1/server`: what the page, or any client, needs to know before it starts a session. Nothing secret."""
+"""What the server says of itself.
+
+`/health`: the process answers. `/ready`: it takes sessions; 503 while weights load. `/metrics`: for Prometheus.
+`/v1/server`: what the page, or any client, needs to know before it starts a session; nothing secret.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,14 @@ import functools
 from typing import Any
 
 from fastapi import APIRouter
+from fastapi import Request as HttpRequest
+from fastapi.responses import JSONResponse, Response
 
 from helios_cp.config.request import Request
+from launchers.serve.access import bearer
+from launchers.serve.answers import RETRY_SECONDS
 from launchers.serve.media.store import blank_mime
+from launchers.serve.metrics import CONTENT_TYPE
 from launchers.serve.realtime.messages import MOST_PROMPT
 from launchers.serve.server import Server
 
@@ -46,6 +55,22 @@ def router(server: Server) -> APIRouter:
     def about() -> dict[str, Any]:
         state = "ready" if server.is_ready else "draining" if server.is_draining else "loading"
         return {"state": state, "status": server.doing, **known()}
+
+    @routes.get("/health")
+    async def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @routes.get("/ready")
+    async def ready() -> JSONResponse:
+        if server.is_ready:
+            return JSONResponse({"status": "ready"})
+        return JSONResponse({"status": server.doing}, 503, {"Retry-After": str(RETRY_SECONDS)})
+
+    @routes.get("/metrics")
+    async def metrics(request: HttpRequest) -> Response:
+        """With a key, where the server has one: how much is asked of it is nobody else's business."""
+        server.access.check_key(bearer(request.headers))
+        return Response(server.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
 
     return routes
 

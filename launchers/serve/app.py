@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from fastapi import APIRouter, FastAPI
 
-from launchers.serve import about, answers, health
+from launchers.serve import about, answers
 from launchers.serve.gate import Gate
 from launchers.serve.limits import Rates
 from launchers.serve.page import routes as page
@@ -16,7 +16,6 @@ from launchers.serve.sessions import routes
 from launchers.serve.videos import routes as videos
 
 ROUTERS: tuple[Callable[[Server], APIRouter], ...] = (
-    health.router,
     about.router,
     page.router,
     control.router,
