@@ -1,4 +1,4 @@
-"""The worker that decodes, and the decoder in it, which a denoiser can have too."""
+"""The worker that decodes, which a denoiser can be too."""
 
 from __future__ import annotations
 
@@ -24,15 +24,26 @@ from launchers.workers.loading import Loading
 from launchers.workers.watched import Watched, own_info
 
 
-class Decoder:
-    """The VAE on one device, on a stream of its own where it has one."""
+class VaeDecoder(Watched):
+    """Latents to frames and MP4 segments, on a stream of its own where the device has one.
+
+    It keeps nothing from one chunk to the next.
+    """
 
     def __init__(self, loading: Loading) -> None:
+        self.loading = loading
+
+    def load(self) -> ActorInfo:
+        self.load_vae()
+        return own_info()
+
+    def load_vae(self) -> None:
         from helios_cp.model.codec import Codec
         from helios_cp.pipeline.environment import prepare
         from helios_cp.runtime.compilation import compile_vae
         from helios_cp.weights.load import load_vae, resolve
 
+        loading = self.loading
         prepare(loading.execution, 1, os.environ)
         self.device = loading.torch_device()
         checkpoint = resolve(loading.model, loading.cache, weights=("vae",))
@@ -44,7 +55,7 @@ class Decoder:
 
     @torch.no_grad()
     def decode(
-        self, latents: Array, fps: float, before: NextStart | None = None, *, segments: bool, frames: bool
+        self, latents: Array, fps: float, before: NextStart | None, segments: bool, frames: bool
     ) -> tuple[Decoded, np.ndarray | None]:
         """MP4 segments and frames `[B, T, H, W, 3]` uint8 of a chunk's latents; each only if asked for.
 
@@ -77,22 +88,3 @@ class Decoder:
         state = initial_state(request, inputs, self.codec, posteriors, hidden, self.channels, self.device)
         clock.part("media")
         return NextStart(StateArrays.of(state), clock.span())
-
-
-class VaeDecoder(Watched):
-    """Latents to frames and MP4 segments. Keeps nothing from one chunk to the next."""
-
-    def __init__(self, loading: Loading) -> None:
-        self.loading = loading
-
-    def load(self) -> ActorInfo:
-        self.decoder = Decoder(self.loading)
-        return own_info()
-
-    def decode(
-        self, latents: Array, fps: float, before: NextStart | None, segments: bool, frames: bool
-    ) -> tuple[Decoded, np.ndarray | None]:
-        return self.decoder.decode(latents, fps, before, segments=segments, frames=frames)
-
-    def start(self, request: Request, media: bytes) -> NextStart:
-        return self.decoder.start(request, media)

@@ -7,7 +7,6 @@ from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
-import numpy as np
 import ray
 import torch
 import torch.distributed as dist
@@ -16,20 +15,20 @@ from helios_cp.config.imports import import_schedulers
 from helios_cp.config.request import Request
 from helios_cp.pipeline.start import Inputs, initial_state
 from launchers.messages.arrays import Array, StateArrays
-from launchers.messages.messages import ActorInfo, ChunkJob, Clock, Decoded, NextStart, Text
-from launchers.workers.decoder import Decoder
+from launchers.messages.messages import ActorInfo, ChunkJob, Clock, NextStart, Text
+from launchers.workers.decoder import VaeDecoder
 from launchers.workers.loading import Loading
-from launchers.workers.watched import Watched, own_info
+from launchers.workers.watched import own_info
 
 
-class DenoiserRank(Watched):
+class DenoiserRank(VaeDecoder):
     """One rank of a denoiser group. Every rank gets the same calls; rank 0 answers with the result.
 
-    With `decodes`, rank 0 has a VAE too, for calls from a second thread.
+    With `decodes`, rank 0 is a decoder too, for calls from a second thread.
     """
 
     def __init__(self, loading: Loading, rank: int, decodes: bool) -> None:
-        self.loading = loading
+        super().__init__(loading)
         self.rank = rank
         self.decodes = decodes and rank == 0
         self._store: dist.TCPStore | None = None
@@ -73,7 +72,8 @@ class DenoiserRank(Watched):
             denoise_only=True,
             execution=loading.execution,
         )
-        self.decoder = Decoder(loading) if self.decodes else None
+        if self.decodes:
+            self.load_vae()
         return own_info()
 
     @torch.no_grad()
@@ -97,14 +97,6 @@ class DenoiserRank(Watched):
         values, state = Array.of(latents), StateArrays.of(following)
         clock.part("denoise")
         return NextStart(state, clock.span()), values
-
-    def decode(
-        self, latents: Array, fps: float, before: NextStart | None, segments: bool, frames: bool
-    ) -> tuple[Decoded, np.ndarray | None]:
-        return self.decoder.decode(latents, fps, before, segments=segments, frames=frames)
-
-    def start(self, request: Request, media: bytes) -> NextStart:
-        return self.decoder.start(request, media)
 
     def forget(self, video: int) -> None:
         """Free what is kept of a video."""
