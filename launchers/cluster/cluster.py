@@ -63,41 +63,29 @@ def connected(address: str, *, cpus: int = 0, gpus: int = 0, wait: float = 0) ->
             except TokenError as error:
                 raise ClusterError(f"--address {address}: the Ray cluster is closed to this driver: {error}") from None
         stack.callback(ray.shutdown)
-        if address == "local":
-            _start(options)
-        else:
-            _join(address, options)
+        _init(address, options)
         yield
 
 
-def _start(options: Mapping[str, Any]) -> None:
-    """A private instance. Ray gives itself 30 s to start, which a busy machine may need more than once."""
-    for attempt in range(STARTS):
-        try:
-            return _init("local", options)
-        except ClusterError as error:
-            if attempt + 1 == STARTS:
-                raise ClusterError(
-                    f"Ray does not start on this machine ({error}); try again when it is less busy"
-                ) from None
-
-
-def _join(address: str, options: Mapping[str, Any]) -> None:
-    try:
-        _init(address, options)
-    except ClusterError as error:
-        raise ClusterError(
-            f"--address {address}: no Ray cluster answers there ({error}); start one with `ray start --head`, or use "
-            "--address local"
-        ) from None
-
-
 def _init(address: str, options: Mapping[str, Any]) -> None:
-    try:
-        ray.init(address, **options)
-    except Exception as error:  # of many kinds, a bare `Exception` among them
-        ray.shutdown()
-        raise ClusterError(" ".join(str(error).split())[:200]) from None
+    """Ray gives itself 30 s to start an instance, which a busy machine may need more than once."""
+    for _ in range(STARTS if address == "local" else 1):
+        try:
+            ray.init(address, **options)
+            return
+        except Exception as error:  # of many kinds, a bare `Exception` among them
+            ray.shutdown()
+            reason = " ".join(str(error).split())[:200]
+    if address == "local":
+        raise ClusterError(f"Ray does not start on this machine ({reason}); try again when it is less busy")
+    raise _unanswered(address, reason)
+
+
+def _unanswered(address: str, reason: object) -> ClusterError:
+    return ClusterError(
+        f"--address {address}: no Ray cluster answers there ({reason}); start one with `ray start --head`, or use "
+        "--address local"
+    )
 
 
 def knock(address: str, wait: float) -> None:
@@ -110,10 +98,7 @@ def knock(address: str, wait: float) -> None:
             return
         except (OSError, UnicodeError) as error:  # the latter of a host name that cannot be one
             if time.monotonic() + PAUSE > deadline:
-                raise ClusterError(
-                    f"--address {address}: no Ray cluster answers there ({error}); start one with `ray start --head`, "
-                    "or use --address local"
-                ) from None
+                raise _unanswered(address, error) from None
         time.sleep(PAUSE)
 
 
@@ -146,27 +131,18 @@ def add(bundles: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 def shortage(worker: str, needs: Needs) -> str:
     """A line that says what `worker` waits for and what the nodes have of it."""
-    names = sorted(add(needs.bundles))
+    nodes = [node for node in ray.nodes() if node["Alive"]]
     free = ray._private.state.available_resources_per_node()
-    nodes = []
-    for node in ray.nodes():
-        if node["Alive"]:
-            have = node["Resources"]
-            left = free.get(node["NodeID"], {})
-            parts = (f"{left.get(name, 0):g} of {have.get(name, 0):g} {name}" for name in names)
-            nodes.append(f"{node['NodeManagerAddress']} has {', '.join(parts)} free")
-    missing = [
-        f"no node has {_amounts(bundle)}"
-        for bundle in ([add(needs.bundles)] if needs.strategy == "STRICT_PACK" else needs.bundles[:1])
-        if not any(
-            all(node["Resources"].get(name, 0) >= amount for name, amount in bundle.items())
-            for node in ray.nodes()
-            if node["Alive"]
-        )
-    ]
-    reason = f"; {missing[0]} at all" if missing else ""
+    told = []
+    for node in nodes:
+        have, left = node["Resources"], free.get(node["NodeID"], {})
+        parts = (f"{left.get(name, 0):g} of {have.get(name, 0):g} {name}" for name in sorted(add(needs.bundles)))
+        told.append(f"{node['NodeManagerAddress']} has {', '.join(parts)} free")
+    bundle = add(needs.bundles) if needs.strategy == "STRICT_PACK" else needs.bundles[0]
+    fits = any(all(node["Resources"].get(name, 0) >= amount for name, amount in bundle.items()) for node in nodes)
+    reason = "" if fits else f"; no node has {_amounts(bundle)} at all"
     return (
-        f"{worker} needs {needs}, which the cluster does not have{reason}; {'; '.join(nodes)}; add nodes, end other "
+        f"{worker} needs {needs}, which the cluster does not have{reason}; {'; '.join(told)}; add nodes, end other "
         "jobs, or ask for fewer --groups, --decoders or ranks"
     )
 
