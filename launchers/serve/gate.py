@@ -14,7 +14,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocketDisconnect
 
-from launchers.serve import access, answers, problems
+from launchers.serve import access, answers
 from launchers.serve.access import Access
 from launchers.serve.limits import Rates
 from launchers.serve.logs import Log
@@ -60,7 +60,7 @@ class Gate:
         except Exception as error:
             fault = secrets.token_hex(8)
             self.log.fault("server.fault", error, id=fault, path=scope["path"])
-            await exchange.refuse(problems.failure(fault))
+            await exchange.refuse(Refusal("failed", f"the server failed; its log says why beside {fault}"))
         self._tell(scope, exchange, time.perf_counter() - begin, fault)
 
     def _check(self, scope: Scope, headers: Headers) -> None:

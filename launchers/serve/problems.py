@@ -63,8 +63,3 @@ class Refusal(Exception):
         message = message.replace("pyramid_steps", "pyramid_num_inference_steps_list")
         named = re.match(r"(\w+)[ :]", message)
         return cls("invalid_request", message, param=named and named[1])
-
-
-def failure(id: str) -> Refusal:
-    """What is told of an error of the server's own, which the log tells in full beside the same `id`."""
-    return Refusal("failed", f"the server failed; its log says why beside {id}")

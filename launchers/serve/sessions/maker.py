@@ -4,21 +4,82 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 from helios_cp.config.errors import RequestError
-from helios_cp.config.request import Request
+from helios_cp.config.request import Request, ScheduledPrompt
+from helios_cp.device.device import dtype_name
 from helios_cp.generate.check import Session as CheckedCall
-from helios_cp.generate.run_folder import RunFolder
+from helios_cp.generate.check import check_same_run
+from helios_cp.generate.run_folder import Run, RunFolder
 from launchers.driver.handle import VideoHandle
 from launchers.driver.pipeline import ChunkPipeline
+from launchers.messages.messages import Span
 from launchers.serve.media.store import MediaStore
 from launchers.serve.problems import Refusal
 from launchers.serve.sessions import telling
 from launchers.serve.sessions.pacer import Pacer
 from launchers.serve.sessions.recording import Recording, Take
-from launchers.serve.sessions.run import Ended, Made, made_before, open_run, submit, wait
+from launchers.workers import denoised_chunks
+
+
+@dataclass(frozen=True)
+class Made:
+    """A chunk that is on disk; `index` counts in its take, from 0. `spans` say when each stage worked on it."""
+
+    take: int
+    index: int
+    segment: bytes
+    spans: dict[str, Span]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """No chunk of a take comes any more. `error` is `None` after its last chunk, and after `stop`."""
+
+    take: int
+    error: BaseException | None
+
+
+def open_run(checked: CheckedCall, request: Request, folder: Path) -> RunFolder:
+    """The run folder of a take: as it stands, or a new one. Raises `RequestError`, also for a take that was begun with
+    another model or with flags that change its bits."""
+    output = (str(video_of(folder).absolute()),)
+    run = Run(request, checked.model, dtype_name(checked.dtype), output, checked.execution, checked.made_with)
+    if not RunFolder.is_run(folder):
+        return RunFolder.create(folder, run)
+    kept = RunFolder.open(folder)
+    check_same_run(kept.run, run, folder)
+    return kept
+
+
+def video_of(folder: Path) -> Path:
+    return folder / "video.mp4"
+
+
+def soon(loop: asyncio.AbstractEventLoop, call: Callable[..., object], *arguments: object) -> None:
+    """Have an event loop make a call, from another thread; a closed one makes none."""
+    with suppress(RuntimeError):
+        loop.call_soon_threadsafe(call, *arguments)
+
+
+def made_before(folder: RunFolder) -> tuple[int, dict[int, ScheduledPrompt]]:
+    """How many chunks are on disk, those denoised but not finished among them; and the prompts that they were made of,
+    each by the first chunk that it holds in."""
+    finished = folder.count()
+    ahead = denoised_chunks.load(folder, finished)
+    schedule = folder.current(folder.run.request).prompt_schedule
+    if ahead and ahead[-1].schedule:
+        schedule = ahead[-1].schedule
+    chunks = finished + len(ahead)
+    starts = [0, *accumulate(entry.chunks for entry in schedule)]
+    prompts = zip(starts, schedule, strict=False)
+    return chunks, {start: prompt for start, prompt in prompts if start < chunks}
 
 
 class Maker:
@@ -110,7 +171,8 @@ class Maker:
     async def wait(self, patience: float) -> None:
         """Until nobody writes in the folders of the takes."""
         for handle in self._handles:
-            await asyncio.to_thread(wait, handle, patience)
+            with suppress(Exception):  # it may end in whatever way
+                await asyncio.to_thread(handle.result, patience)
 
     async def _begin_take(self) -> None:
         take, begun = self.take, self._recording.takes[-1]
@@ -123,8 +185,16 @@ class Maker:
         if folder.count() == folder.run.request.num_chunks:
             self._news.put_nowait(Ended(take, None))
             return
-        loop = asyncio.get_running_loop()
-        self._handle = await asyncio.to_thread(submit, self._pipeline, folder, take, self._news.put_nowait, loop)
+        tell = partial(soon, asyncio.get_running_loop(), self._news.put_nowait)
+        self._handle = await asyncio.to_thread(
+            self._pipeline.submit,
+            folder.run.request,
+            folder=folder,
+            output=[video_of(path)],
+            on_chunk=lambda chunk: tell(Made(take, chunk.index, chunk.segments[0], chunk.spans)),
+            on_end=lambda error: tell(Ended(take, error)),
+            allowed=0,  # until the pacer lets it go on
+        )
         self._handles.append(self._handle)
         if self._is_over:  # meanwhile
             self._handle.cancel()
@@ -169,7 +239,7 @@ class Maker:
             number = len(self._store.chunks)
             if made.take != self.take or made.index != number - self._recording.takes[-1].first_chunk:
                 return
-            about = telling.chunk(self._recording, made, number)
+            about = telling.chunk(self._recording, made.take, made.index, made.spans, number)
             metadata = await asyncio.to_thread(self._store.write, made.segment, about)
             self._pacer.waited()
             self._store.add(metadata)

@@ -218,10 +218,22 @@ class Session:
             self.pacer.reads(None)
 
     def summary(self) -> dict[str, Any]:
-        """What a list of sessions says of it."""
-        told = {"viewers": len(self.audience), "has_controller": self.controller is not None}
-        told["waits_for_controller"] = self.pacer.is_held
-        return {**telling.summary(self.recording, self.store), **told}
+        """What a list of sessions says of it. No prompt: a list is for whoever keeps the server."""
+        recording, store = self.recording, self.store
+        return {
+            "id": self.id,
+            "state": self.state,
+            "why": recording.why,
+            "created": recording.created,
+            "chunks": len(store.chunks),
+            "frames": store.frames,
+            "seconds": store.seconds,
+            "takes": len(recording.takes),
+            "lead": recording.lead,
+            "viewers": len(self.audience),
+            "has_controller": self.controller is not None,
+            "waits_for_controller": self.pacer.is_held,
+        }
 
     def tell_state(self) -> None:
         self.audience.say(telling.state(self.recording, self.store))

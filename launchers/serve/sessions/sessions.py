@@ -35,11 +35,7 @@ class Sessions:
 
     def __init__(self, call: ServeCall, checked: CheckedCall, access: Access, log: Log, metrics: Metrics) -> None:
         self.folder = call.data / "sessions"
-        self._call = call
-        self._checked = checked
-        self._access = access
-        self._log = log
-        self._metrics = metrics
+        self._call, self._checked, self._access, self._log, self._metrics = call, checked, access, log, metrics
         self._pipeline: ChunkPipeline | None = None
         self._sessions: dict[str, Session] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -127,20 +123,14 @@ class Sessions:
 
     def admit(self) -> None:
         """Let sessions run in order, as many as may at a time, and tell the others where they are."""
-        if self._pipeline is None or self._is_draining:
-            self._tell_queue()
-            return
-        room = self._call.most_sessions - len(self.running)
-        for session in self.queue[: max(room, 0)]:
-            session.recording.state = "running"
-            self._start(session)
-        self._tell_queue()
-
-    def say(self, text: str) -> None:
-        """What is happening, for those who wait."""
-        for session in self:
-            if not session.is_done:
-                session.audience.say({"type": "session.status", "text": text})
+        if self._pipeline is not None and not self._is_draining:
+            room = self._call.most_sessions - len(self.running)
+            for session in self.queue[: max(room, 0)]:
+                session.recording.state = "running"
+                self._spawn(self._begin(session))
+        waiting = self.queue
+        for place, session in enumerate(waiting, 1):
+            session.audience.say({"type": "session.queue", "position": place, "length": len(waiting)})
 
     def opened(self, pipeline: ChunkPipeline) -> None:
         """The workers are loaded: go on with what ran, then admit. Nobody could watch meanwhile, so nothing is idle."""
@@ -148,7 +138,7 @@ class Sessions:
         for session in self:
             session.touch()
         for session in self.running:
-            self._start(session)
+            self._spawn(self._begin(session))
         self.admit()
         self._spawn(self._look_after())
 
@@ -186,9 +176,6 @@ class Sessions:
         """In the queue, from 1."""
         return {session.id: place for place, session in enumerate(self.queue, 1)}
 
-    def _start(self, session: Session) -> None:
-        self._spawn(self._begin(session))
-
     async def _begin(self, session: Session) -> None:
         try:
             await session.begin(self._pipeline, self._checked)
@@ -202,19 +189,15 @@ class Sessions:
         self._log.event("session.ended", session=session.id, why=why, chunks=chunks)
         self.admit()
 
-    def _tell_queue(self) -> None:
-        waiting = self.queue
-        for place, session in enumerate(waiting, 1):
-            session.audience.say({"type": "session.queue", "position": place, "length": len(waiting)})
-
     async def _look_after(self) -> None:
         while True:
             await asyncio.sleep(LOOK_SECONDS)
             now = time.monotonic()
             lost = [worker.name for worker in self._pipeline.workers.values() if not worker.is_ready]
-            if lost:
-                self.say(f"{', '.join(lost)} {'is' if len(lost) == 1 else 'are'} being replaced")
+            about = f"{', '.join(lost)} {'is' if len(lost) == 1 else 'are'} being replaced"
             for session in self:
+                if lost and not session.is_done:
+                    session.audience.say({"type": "session.status", "text": about})
                 if session.is_done:
                     ended = session.recording.ended or session.recording.created
                     if self._call.keep is not None and time.time() - ended > 3600 * self._call.keep:

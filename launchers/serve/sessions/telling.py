@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
+from launchers.messages.messages import Span
 from launchers.serve.media.store import MediaStore
 from launchers.serve.sessions.recording import Change, Recording, for_viewers, told_of
-from launchers.serve.sessions.run import Made
 
 
 def state(recording: Recording, store: MediaStore) -> dict[str, Any]:
@@ -55,20 +56,21 @@ def start(recording: Recording, store: MediaStore, model: str) -> dict[str, Any]
     }
 
 
-def chunk(recording: Recording, made: Made, number: int) -> dict[str, Any]:
-    """What is told of a chunk beside its place, as it becomes ready; `number` counts over the session."""
-    begin = min((span.begin for span in made.spans.values()), default=0.0)
-    end = max((span.end for span in made.spans.values()), default=0.0)
+def chunk(recording: Recording, take: int, index: int, spans: Mapping[str, Span], number: int) -> dict[str, Any]:
+    """What is told of a chunk beside its place, as it becomes ready; `index` counts in its take, `number` over the
+    session. `spans` say when each stage worked on it."""
+    begin = min((span.begin for span in spans.values()), default=0.0)
+    end = max((span.end for span in spans.values()), default=0.0)
     frames = recording.request.frames_per_chunk
     return {
-        "take": made.take,
-        "is_reset": made.take > 0 and made.index == 0,
-        "seconds": {stage: span.end - span.begin for stage, span in made.spans.items()},
+        "take": take,
+        "is_reset": take > 0 and index == 0,
+        "seconds": {stage: span.end - span.begin for stage, span in spans.items()},
         "fps": frames / (end - begin) if end > begin else None,
         "ready_at": time.time(),
         "lead": recording.lead,
-        "prompt": recording.prompt_at(made.take, number),
-        **told_of(recording.changes, made.take, number),
+        "prompt": recording.prompt_at(take, number),
+        **told_of(recording.changes, take, number),
     }
 
 
@@ -105,10 +107,3 @@ def queued(recording: Recording, store: MediaStore, change: Change, played: floa
         "seconds": max(0.0, media_time - played),
         "supersedes": [each.event_id for each in recording.changes if each.superseded_by == change.event_id],
     }
-
-
-def summary(recording: Recording, store: MediaStore) -> dict[str, Any]:
-    """A session in a list. No prompt: a list is for whoever keeps the server."""
-    told = {"id": recording.id, "state": recording.state, "why": recording.why, "created": recording.created}
-    told |= {"chunks": len(store.chunks), "frames": store.frames, "seconds": store.seconds}
-    return told | {"takes": len(recording.takes), "lead": recording.lead}

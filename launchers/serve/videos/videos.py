@@ -23,7 +23,7 @@ from launchers.serve.loras import Loras
 from launchers.serve.metrics import Metrics
 from launchers.serve.problems import Refusal
 from launchers.serve.sessions.asked import request_of
-from launchers.serve.sessions.run import open_run, soon
+from launchers.serve.sessions.maker import open_run, soon
 from launchers.serve.uploads.kinds import PICTURE
 from launchers.serve.uploads.uploads import Uploads
 from launchers.serve.videos.fields import Body
