@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from helios_cp.device.device import dtype_name
 from launchers.cluster.cluster import Needs
 from launchers.cluster.worker import Recipe
-from launchers.schedule.limits import check_offload, check_spread, check_workers
-from launchers.schedule.terms import Stage
+from launchers.schedule.terms import Stage, check_offload, check_spread, check_workers
 from launchers.workers.decoder import VaeDecoder
 from launchers.workers.denoiser import DenoiserRank
 from launchers.workers.loading import Loading

@@ -19,7 +19,7 @@ from helios_cp.files.whole_files import check_file_target
 from helios_cp.generate.check import Session, check
 from launchers.driver.recipes import Resources, text_gpus
 from launchers.generate.flags import ClusterCall
-from launchers.schedule.limits import check_offload, check_spread
+from launchers.schedule.terms import check_offload, check_spread
 
 
 def check_files(call: ClusterCall) -> None:

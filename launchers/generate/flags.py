@@ -15,7 +15,7 @@ from helios_cp.config.errors import RequestError
 from helios_cp.config.paths import cache_folder
 from helios_cp.config.ranks import parse_on_rank
 from launchers.cluster.address import address_of, check_address
-from launchers.schedule.limits import check_workers
+from launchers.schedule.terms import check_workers
 
 DEVICES = ("auto", "cpu", "cuda")
 

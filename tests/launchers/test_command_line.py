@@ -33,7 +33,7 @@ from launchers.generate import run as runner
 from launchers.generate.__main__ import build_parser, main
 from launchers.generate.checks import cards_for, check_cards, check_session, pick_cluster_device, shares_of_workers
 from launchers.generate.flags import ClusterCall
-from launchers.schedule.limits import check_offload
+from launchers.schedule.terms import check_offload
 from tests.launchers.conftest import QUICK
 
 CLUSTER = "127.0.0.1:7777"
