@@ -99,7 +99,7 @@ class Player:
         name = route.request.url.rpartition("/")[2]
         files = read_page()
         if name in files:
-            route.fulfill(body=files[name].content, content_type=TYPES["." + name.rpartition(".")[2]])
+            route.fulfill(body=files[name], content_type=TYPES["." + name.rpartition(".")[2]])
         else:
             route.fulfill(body=HTML, content_type="text/html")
 

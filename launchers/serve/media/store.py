@@ -123,10 +123,10 @@ class MediaStore:
         self._newest.pop(chunk - KEPT, None)
         return metadata
 
-    def add(self, metadata: dict[str, Any], is_finished: bool = False) -> None:
+    def add(self, metadata: dict[str, Any]) -> None:
         """Show a chunk that is written."""
         self.chunks.append(metadata)
-        self.write_playlist(is_finished)
+        self.write_playlist(is_finished=False)
 
     def write_playlist(self, is_finished: bool) -> None:
         self._put(PLAYLIST, self.playlist(is_finished).encode())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
@@ -20,24 +19,13 @@ TYPES = {
 }
 
 
-@dataclass(frozen=True)
-class PageFile:
-    """One file of the page, as it is sent."""
-
-    content: bytes
-    media_type: str
-    etag: str
+def read_page() -> dict[str, bytes]:
+    """Name -> content of each file. They are small, and read once."""
+    return {path.name: path.read_bytes() for path in files(__package__).iterdir() if suffix_of(path.name) in TYPES}
 
 
-def read_page() -> dict[str, PageFile]:
-    """Name -> file. They are small, and read once."""
-    found = {}
-    for path in files(__package__).iterdir():
-        media_type = TYPES.get("." + path.name.rpartition(".")[2])
-        if media_type:
-            content = path.read_bytes()
-            found[path.name] = PageFile(content, media_type, f'"{hashlib.sha256(content).hexdigest()[:32]}"')
-    return found
+def suffix_of(name: str) -> str:
+    return "." + name.rpartition(".")[2]
 
 
 def router(_: Server | None = None) -> APIRouter:
@@ -46,20 +34,18 @@ def router(_: Server | None = None) -> APIRouter:
 
     @routes.get("/", include_in_schema=False)
     def index(request: Request) -> Response:
-        return answer(page["index.html"], request)
+        return file("index.html", request)
 
     @routes.get("/page/{name}", include_in_schema=False)
     def file(name: str, request: Request) -> Response:
+        """The file, or 304 where the browser has it. `no-cache` makes it ask each time, so a new server is a new
+        page."""
         if name not in page:
             raise HTTPException(404, f"/page/{name}: the page has no such file")
-        return answer(page[name], request)
+        etag = f'"{hashlib.sha256(page[name]).hexdigest()[:32]}"'
+        headers = {"etag": etag, "cache-control": "no-cache"}
+        if etag in request.headers.get("if-none-match", "").replace("W/", "").split(", "):
+            return Response(status_code=304, headers=headers)
+        return Response(page[name], media_type=TYPES[suffix_of(name)], headers=headers)
 
     return routes
-
-
-def answer(file: PageFile, request: Request) -> Response:
-    """The file, or 304 where the browser has it. `no-cache` makes it ask each time, so a new server is a new page."""
-    headers = {"etag": file.etag, "cache-control": "no-cache"}
-    if file.etag in request.headers.get("if-none-match", "").replace("W/", "").split(", "):
-        return Response(status_code=304, headers=headers)
-    return Response(file.content, media_type=file.media_type, headers=headers)

@@ -51,10 +51,8 @@ class Fields(BaseModel):
     extra_params: dict[str, Any] | Json[dict[str, Any]] | None = None
 
 
-OF_REQUEST = (
-    *("width", "height", "num_frames", "fps", "seed", "negative_prompt", "guidance_scale", "num_inference_steps"),
-)
-"""Those that a request has by the same name."""
+NOT_OF_REQUEST = {"model", "seconds", "size", "user", "lora", "extra_params"}
+"""A request has all others by the same names."""
 
 
 @dataclass(frozen=True)
@@ -139,8 +137,7 @@ def _checked(given: Mapping[str, Any], is_text: bool) -> Fields:
 
 
 def _values(fields: Fields, fps: float) -> dict[str, Any]:
-    values = {name: value for name in OF_REQUEST if (value := getattr(fields, name)) is not None}
-    values["prompt"] = fields.prompt
+    values = fields.model_dump(exclude=NOT_OF_REQUEST, exclude_none=True)
     if fields.lora is not None:  # in a form, objects and lists of them may be given as JSON
         is_json = isinstance(fields.lora, str) and fields.lora.lstrip().startswith(("{", "["))
         values["lora"] = _typed(fields.lora) if is_json else fields.lora
