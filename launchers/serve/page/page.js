@@ -2,10 +2,9 @@
 
 import { History } from "./history.js";
 import { PlayedRate } from "./measures.js";
-import { showSamples, showTransitions } from "./offers.js";
 import { missing } from "./player.js";
 import { Session, address } from "./session.js";
-import { Settings, StartFile } from "./settings.js";
+import { Settings, StartFile, showSamples, showTransitions } from "./settings.js";
 import { badge, status } from "./status.js";
 import { Strip } from "./strip.js";
 import { fill, find } from "./words.js";
@@ -236,14 +235,12 @@ find("reset-dialog").addEventListener("close", ({ target }) => {
   if (target.returnValue === "reset") session.reset(seed, text);
   target.returnValue = "";
 });
-find("composer").addEventListener("submit", (event) => {
-  event.preventDefault();
-  submit();
-});
-find("settings").addEventListener("submit", (event) => {
-  event.preventDefault();
-  submit();
-});
+for (const id of ["composer", "settings"]) {
+  find(id).addEventListener("submit", (event) => {
+    event.preventDefault();
+    submit();
+  });
+}
 prompt.addEventListener("keydown", (event) => {
   if (event.key === "Escape") prompt.blur();
   if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
