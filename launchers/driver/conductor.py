@@ -81,7 +81,8 @@ class Conductor:
     # For any thread
 
     def wait_until_ready(self, timeout: float | None = None) -> None:
-        """Raises what keeps a worker from being loaded, `TimeoutError`, and `ClosedError`."""
+        """Until every worker is loaded. Raises what keeps one from it, such as a lack of resources, `TimeoutError`, and
+        `ClosedError`."""
         if not self.crew.has_started.wait(timeout):
             raise TimeoutError(f"the workers are not loaded after {timeout:g} s")
         if self.fatal is not None:
@@ -95,7 +96,7 @@ class Conductor:
             raise ClosedError
 
     def status(self) -> dict[str, Any]:
-        """See `status.picture`. Raises `ClosedError`."""
+        """What `launchers.status` shows; see `status.picture`. Raises `ClosedError`."""
         is_own = threading.current_thread() is self._thread
         return self._picture() if is_own else self._ask(self._picture).result()
 

@@ -27,14 +27,13 @@ from launchers.driver.recipes import Resources, recipes
 from launchers.driver.status import put_up
 from launchers.driver.submission import Submission
 from launchers.driver.timeline import Event
-from launchers.schedule.pool import Pool
 from launchers.schedule.terms import Limits
 from launchers.workers.loading import Loading
 
 __all__ = ["ChunkPipeline", "PipelineError"]
 
 
-class ChunkPipeline:
+class ChunkPipeline(Conductor):
     """Workers for one checkpoint on the Ray cluster that this process is a driver of; a context manager.
 
     `groups` groups of ranks in `layout` denoise, and `decoders` decode; with none, each group decodes on its own card
@@ -74,29 +73,19 @@ class ChunkPipeline:
         made = recipes(loading, groups, decoders, resources or Resources.of(device), spread, node)
         self._board = put_up(f"status-{context.get_job_id()}-{id(self)}", node)
         self._keys = itertools.count()
-        self._conductor = Conductor(
-            self.checkpoint.folder.name, limits or Limits(active=2 * groups), decoders == 0, self._show
+        super().__init__(
+            self.checkpoint.folder.name, limits or Limits(active=2 * groups), decoders == 0, self._show_on_board
         )
-        self._conductor.start({recipe.name: Worker(recipe, self._conductor.tell, patience) for recipe in made})
+        self.start({recipe.name: Worker(recipe, self.tell, patience) for recipe in made})
 
     @property
     def workers(self) -> Mapping[str, Worker]:
-        return self._conductor.crew.workers
-
-    @property
-    def pool(self) -> Pool:
-        """For looking at; only the pipeline's own thread may change it."""
-        return self._conductor.crew.pool
+        return self.crew.workers
 
     @property
     def events(self) -> deque[Event]:
         """The latest units of work, as they are finished. Another thread adds to it: take `list(events)`."""
-        return self._conductor.crew.events
-
-    def wait_until_ready(self, timeout: float | None = None) -> None:
-        """Until every worker is loaded. Raises what keeps one from it, such as a lack of resources, and
-        `TimeoutError`."""
-        self._conductor.wait_until_ready(timeout)
+        return self.crew.events
 
     def submit(
         self,
@@ -124,14 +113,14 @@ class ChunkPipeline:
         """
         submission = Submission.of(request, self.checkpoint, output, folder, latents, stream, decode, allowed)
         handle = VideoHandle(
-            self._conductor,
+            self,
             next(self._keys),
             streams=submission.streams,
             keep_latents=keep_latents,
             on_chunk=on_chunk,
             on_end=on_end,
         )
-        self._conductor.add(handle, submission)
+        self.add(handle, submission)
         return handle
 
     def nodes(self) -> dict[str, str]:
@@ -141,13 +130,9 @@ class ChunkPipeline:
             for worker in self.workers.values()
         }
 
-    def status(self) -> dict[str, Any]:
-        """What `launchers.status` shows: workers and where they are, the queue, chunks a second, overlap."""
-        return self._conductor.status()
-
     def close(self) -> None:
         """End all videos, with what is finished of them in playable files, and then all workers."""
-        self._conductor.close()
+        super().close()
         with contextlib.suppress(Exception):  # the cluster itself may be gone
             ray.kill(self._board)
 
@@ -157,6 +142,6 @@ class ChunkPipeline:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _show(self, picture: dict[str, Any]) -> None:
+    def _show_on_board(self, picture: dict[str, Any]) -> None:
         with contextlib.suppress(Exception):  # nobody's video depends on it
             self._board.show.remote(picture)

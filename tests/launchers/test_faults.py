@@ -157,7 +157,7 @@ def undisturbed(pipeline, alone):
 def test_a_node_goes(cluster, node, pipeline, undisturbed, tmp_path):
     gone = [w.name for w in pipeline.workers.values() if any(p.node == node.node_id for p in w.places)]
     assert gone, {w.name: w.places for w in pipeline.workers.values()}
-    before = pipeline.pool.handed_out.copy()
+    before = pipeline.crew.pool.handed_out.copy()
     videos, progress = Videos(pipeline, undisturbed.__getitem__, tmp_path), Progress(pipeline)
     videos.keep_under_way(3)
     while not any(event.stage == "write" for event in videos.events()):
@@ -171,7 +171,7 @@ def test_a_node_goes(cluster, node, pipeline, undisturbed, tmp_path):
     assert len(denoised) == chunks and set(denoised.values()) == {1}, "finished work is not redone"
     in_flight = sum(name.startswith("group") for name in gone)
     # A video's next chunk is handed out once more where what it starts from went with the node before it began.
-    handed_out = pipeline.pool.handed_out - before
+    handed_out = pipeline.crew.pool.handed_out - before
     assert handed_out[Stage.DENOISE] <= chunks + in_flight + len(videos.handles)
     while any(place.node == node.node_id for w in pipeline.workers.values() for place in w.places if w.is_ready):
         progress.check()  # one that had nothing left to do is missed last
@@ -181,7 +181,7 @@ def test_a_node_goes(cluster, node, pipeline, undisturbed, tmp_path):
 def test_kills_at_random_moments(pipeline, undisturbed, tmp_path):
     """Of decoders, ranks, whole groups, the writer and the text encoder."""
     random.seed(5)
-    before = pipeline.pool.handed_out.copy()
+    before = pipeline.crew.pool.handed_out.copy()
     videos = Videos(pipeline, undisturbed.__getitem__, tmp_path)
     left, killer, progress = dict(KILLS), Killer(), Progress(pipeline)
     while sum(left.values()):
@@ -196,7 +196,7 @@ def test_kills_at_random_moments(pipeline, undisturbed, tmp_path):
             progress.moved()
     videos.check_all(progress)
 
-    handed_out = pipeline.pool.handed_out - before
+    handed_out = pipeline.crew.pool.handed_out - before
     chunks = 5 * len(videos.handles)
     assert chunks <= handed_out[Stage.DENOISE] <= chunks + KILLS["rank"] + KILLS["group"], "only what was in hand"
     assert chunks <= handed_out[Stage.DECODE] <= chunks + KILLS["decoder"]
@@ -205,7 +205,7 @@ def test_kills_at_random_moments(pipeline, undisturbed, tmp_path):
 
 def test_work_that_kills_its_workers_is_given_up(pipeline, monkeypatch):
     """After so many attempts its video fails and says so; the chunk takes long enough to be hit every time."""
-    crew = pipeline._conductor.crew
+    crew = pipeline.crew
     monkeypatch.setattr(crew, "limits", replace(crew.limits, attempts=2))
     slow = small(height=256, width=256, pyramid_num_inference_steps_list=(1000, 1000, 1000))
     handle = pipeline.submit(slow, decode=False)
