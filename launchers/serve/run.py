@@ -38,7 +38,7 @@ def run(parser: OneLineParser, call: ServeCall, cache: Path | None) -> int:
             try:
                 access = Access.of(call.api_key_file, call.allow_origin)
                 check_folder_target("--data", call.data)
-                stack.enter_context(_only_server(call.data))
+                _be_alone(call.data, stack)
                 stack.enter_context(json_lines(sys.stderr))
                 listener = stack.enter_context(listen(call.host, call.port))
                 opening = Opening.of(with_example(call), cache, stack)
@@ -66,14 +66,12 @@ def run(parser: OneLineParser, call: ServeCall, cache: Path | None) -> int:
         return 0
 
 
-def _only_server(data: Path) -> ExitStack:
+def _be_alone(data: Path, stack: ExitStack) -> None:
     """Hold the lock on the folder. Raises `RequestError` where another server works there."""
-    held = ExitStack()
     try:
-        held.enter_context(locked(data / "lock"))
+        stack.enter_context(locked(data / "lock"))
     except LockedError as holder:
         raise RequestError(f"--data {data}: another server works there ({holder}); give another folder") from None
-    return held
 
 
 def with_example(call: ServeCall) -> ServeCall:

@@ -9,7 +9,10 @@ from helios_cp.pipeline.decoding import Chunk
 from launchers.messages.arrays import Array
 from launchers.messages.messages import ActorInfo, Clock, Decoded, NextStart, Schedule, VideoFiles, Written
 from launchers.workers import denoised_chunks
+from launchers.workers.denoised_chunks import DenoisedChunk
 from launchers.workers.watched import Watched, own_info
+
+CPU = torch.device("cpu")
 
 
 class VideoWriter(Watched):
@@ -23,11 +26,8 @@ class VideoWriter(Watched):
 
     def keep(self, folder: RunFolder, chunk: int, latents: Array, after: NextStart, schedule: Schedule) -> None:
         """Save a chunk as soon as it is denoised, while it is decoded."""
-        denoised_chunks.keep(
-            folder,
-            chunk,
-            denoised_chunks.DenoisedChunk(latents.tensor(), after.state.state(torch.device("cpu")), schedule),
-        )
+        made = DenoisedChunk(latents.tensor(), after.state.state(CPU), schedule)
+        denoised_chunks.keep(folder, chunk, made)
 
     def write(
         self,
@@ -46,7 +46,8 @@ class VideoWriter(Watched):
         clock = Clock()
         segments = [segment.tobytes() for segment in decoded.segments]
         if isinstance(files.chunks, RunFolder):
-            files.chunks.commit(_chunk(chunk, latents, after), segments, schedule)
+            made = Chunk(chunk, latents.tensor(), None, after.state.state(CPU), {})
+            files.chunks.commit(made, segments, schedule)
             denoised_chunks.forget(files.chunks, chunk + 1)
         else:
             files.chunks.save(chunk, segments, latents and latents.tensor())
@@ -63,7 +64,3 @@ class VideoWriter(Watched):
             files.chunks.remove()
         clock.part("close")
         return Written(clock.span())
-
-
-def _chunk(index: int, latents: Array, after: NextStart) -> Chunk:
-    return Chunk(index, latents.tensor(), None, after.state.state(torch.device("cpu")), {})
