@@ -46,10 +46,7 @@ SHOWN = ("negative_prompt", "fps", "num_inference_steps", "pyramid_num_inference
 
 def router(server: Server) -> APIRouter:
     routes = APIRouter()
-
-    @functools.cache
-    def known() -> dict[str, Any]:
-        return _known(server)
+    known = functools.cache(lambda: _known(server))
 
     @routes.get("/v1/server")
     def about() -> dict[str, Any]:
