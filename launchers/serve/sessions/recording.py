@@ -126,8 +126,7 @@ class Recording:
 
     def changes_from(self, chunk: int) -> list[Change]:
         """Those of the newest take that hold from a chunk or a later one on."""
-        take = len(self.takes) - 1
-        return [each for each in self.changes if each.take == take and not each.superseded_by and each.chunk >= chunk]
+        return [each for each in self._shown(len(self.takes) - 1) if each.chunk >= chunk]
 
     def add_unanswered(self, shown: Mapping[int, ScheduledPrompt]) -> None:
         """Take up changes that chunks on disk were made of, though the server was killed before it had recorded and
@@ -143,8 +142,12 @@ class Recording:
 
     def prompt_at(self, take: int, chunk: int) -> str:
         """The newest prompt in a chunk of a take; in a transition the older ones are mixed with it."""
-        shown = [each for each in self.changes if each.take == take and not each.superseded_by and each.chunk <= chunk]
+        shown = [each for each in self._shown(take) if each.chunk <= chunk]
         return max(shown, key=lambda each: each.chunk).prompt if shown else self.takes[take].prompt
+
+    def _shown(self, take: int) -> list[Change]:
+        """The changes of a take that no later one has replaced."""
+        return [each for each in self.changes if each.take == take and each.superseded_by is None]
 
     @property
     def media(self) -> Path:
@@ -163,8 +166,7 @@ class Recording:
     def schedule(self, take: int, chunks: int) -> dict[str, Any]:
         """What `--prompt-schedule-file` takes to make `chunks` chunks of a take again."""
         begun = self.takes[take]
-        shown = [each for each in self.changes if each.take == take and each.superseded_by is None]
-        shown = [each for each in shown if each.chunk < begun.first_chunk + chunks]
+        shown = [each for each in self._shown(take) if each.chunk < begun.first_chunk + chunks]
         borders = [begun.first_chunk, *(each.chunk for each in shown), begun.first_chunk + chunks]
         lengths = [after - before for before, after in pairwise(borders)]
         entries: list[dict[str, Any]] = [{"prompt": begun.prompt, "chunks": lengths[0]}]
