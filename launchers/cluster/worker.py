@@ -150,12 +150,7 @@ class Worker:
         self.standing = Standing.GIVEN_UP
 
     def call(
-        self,
-        method: str,
-        arguments: Sequence[Any],
-        results: int = 1,
-        thread: str | None = None,
-        gang: bool = False,
+        self, method: str, arguments: Sequence[Any], results: int = 1, thread: str | None = None, gang: bool = False
     ) -> Awaitable[list[Payload]]:
         """Send a call to the first actor, or to all of a `gang`; returns what waits for the first actor's `results`.
 

@@ -65,11 +65,7 @@ class Crew:
     # Work
 
     async def work(
-        self,
-        unit: Unit,
-        method: str,
-        arguments: Callable[[], Sequence[Any] | None],
-        results: int = 1,
+        self, unit: Unit, method: str, arguments: Callable[[], Sequence[Any] | None], results: int = 1
     ) -> list[Payload]:
         """Have a worker do a unit of work, and again if that one dies: the denoiser of the video where it can be.
 
@@ -114,12 +110,7 @@ class Crew:
                 self.errand(worker, "forget", [video], gang=True)
 
     async def _attempt(
-        self,
-        worker: Worker,
-        unit: Unit,
-        method: str,
-        arguments: Callable[[], Sequence[Any] | None],
-        results: int,
+        self, worker: Worker, unit: Unit, method: str, arguments: Callable[[], Sequence[Any] | None], results: int
     ) -> list[Payload] | None:
         """The results of a call; `None` if the worker or what was sent is lost."""
         try:

@@ -48,14 +48,7 @@ def with_best_layout(call: ClusterCall, cache: Path | None, device: str, resourc
         try:
             predictions.append(
                 best_prediction(
-                    session.checkpoint,
-                    requests,
-                    session.dtype,
-                    ranks,
-                    hardware,
-                    given,
-                    decoders,
-                    session.execution,
+                    session.checkpoint, requests, session.dtype, ranks, hardware, given, decoders, session.execution
                 )
             )
         except RequestError as error:
@@ -95,10 +88,7 @@ def most_ranks(call: ClusterCall, device: str, resources: Resources) -> int:
 
 
 def largest_group(
-    nodes: Sequence[Mapping[str, float]],
-    groups: int,
-    rank: Mapping[str, float],
-    others: Sequence[Mapping[str, float]],
+    nodes: Sequence[Mapping[str, float]], groups: int, rank: Mapping[str, float], others: Sequence[Mapping[str, float]]
 ) -> int:
     """How many ranks each of some groups can have, every group inside one node, with `others` placed after them."""
     most = max((int(min(node.get(name, 0) // amount for name, amount in rank.items())) for node in nodes), default=0)

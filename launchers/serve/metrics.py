@@ -46,11 +46,7 @@ class Metrics(Collector):
         self.registry = CollectorRegistry()
         self.registry.register(self)
         self._stages = Histogram(
-            "helios_chunk_seconds",
-            "Seconds of a stage for a chunk",
-            ["stage"],
-            buckets=SECONDS,
-            registry=self.registry,
+            "helios_chunk_seconds", "Seconds of a stage for a chunk", ["stage"], buckets=SECONDS, registry=self.registry
         )
         self._fps = Gauge(
             "helios_generation_fps", "Frames a second of making, of the newest live chunk", registry=self.registry

@@ -34,12 +34,7 @@ class Session:
     """
 
     def __init__(
-        self,
-        recording: Recording,
-        store: MediaStore,
-        on_end: Callable[[Session], object],
-        log: Log,
-        metrics: Metrics,
+        self, recording: Recording, store: MediaStore, on_end: Callable[[Session], object], log: Log, metrics: Metrics
     ) -> None:
         self.recording = recording
         self.store = store
