@@ -19,16 +19,13 @@ from typing import Any
 from helios_cp.files.whole_files import replacing
 from launchers.serve.problems import Refusal
 from launchers.serve.uploads.child import Task
-from launchers.serve.uploads.kinds import CLIP, PICTURE, NotAllowedError, format_of
+from launchers.serve.uploads.kinds import PICTURE, NotAllowedError, format_of
 
 WALL_SECONDS = 120.0
 """For a file to be decoded, on a machine that may be busy; then its process is killed."""
 
 AT_A_TIME = 2
 """Files that are decoded beside each other; more wait."""
-
-LEAST_FRAMES = 33
-"""Of a clip to go on from: a chunk."""
 
 MOST_FRAMES = 20_000
 
@@ -86,12 +83,7 @@ class Uploads:
         shutil.rmtree(scratch, ignore_errors=True)
 
     async def keep(
-        self,
-        given: bytes | str,
-        folder: Path,
-        field: str,
-        kinds: tuple[str, ...] = (PICTURE, CLIP),
-        least_frames: int = LEAST_FRAMES,
+        self, given: bytes | str, folder: Path, field: str, kinds: tuple[str, ...], least_frames: int
     ) -> Upload:
         """Check what a client sent in `field`, a data URL where it is text, and put it in `folder` as `start.png` or
         `start.mp4`; the folder is made. Raises `Refusal`, and leaves nothing then, nor where it is cancelled."""

@@ -204,7 +204,7 @@ def test_a_client_that_goes_meanwhile_leaves_nothing(taking, tmp_path, monkeypat
     monkeypatch.setattr(taking, "check", check)
 
     async def go() -> None:
-        keeping = asyncio.create_task(taking.keep(picture(), tmp_path / "session", "image"))
+        keeping = asyncio.create_task(taking.keep(picture(), tmp_path / "session", "image", (PICTURE,), 33))
         await asyncio.to_thread(begun.wait)
         keeping.cancel()
         await asyncio.wait([keeping])
