@@ -82,6 +82,13 @@ def made_before(folder: RunFolder) -> tuple[int, dict[int, ScheduledPrompt]]:
     return chunks, {start: prompt for start, prompt in prompts if start < chunks}
 
 
+def wait(handle: VideoHandle, seconds: float) -> None:
+    """Until a video has ended, in whatever way. In the thread that calls it: asyncio takes a `CancelledError` that a
+    thread raises for a cancellation of its own task."""
+    with suppress(Exception):
+        handle.result(seconds)
+
+
 class Maker:
     """`on_chunk` is called with the metadata of each chunk that is shown; `on_end` when no more come, with the error
     that ended them. It belongs to the event loop."""
@@ -171,8 +178,7 @@ class Maker:
     async def wait(self, patience: float) -> None:
         """Until nobody writes in the folders of the takes."""
         for handle in self._handles:
-            with suppress(Exception):  # it may end in whatever way
-                await asyncio.to_thread(handle.result, patience)
+            await asyncio.to_thread(wait, handle, patience)
 
     async def _begin_take(self) -> None:
         take, begun = self.take, self._recording.takes[-1]
