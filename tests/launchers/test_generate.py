@@ -43,7 +43,7 @@ def show(pipeline, picture):
         print("held", flush=True)
         threading.Event().wait()
 
-ChunkPipeline._show, conductor.REFRESH = show, 0.01
+ChunkPipeline._show_on_board, conductor.REFRESH = show, 0.01
 sys.exit(main(sys.argv[1:]))
 """
 
