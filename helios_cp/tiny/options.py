@@ -31,8 +31,8 @@ AMOUNTS: Mapping[str, int] = {
     "mid": 12000,
     "base": 6000,
     "trajectories": 2400,
-    "distilled": 3000,
-    "matched": 1500,
+    "distilled": 6500,
+    "matched": 600,
     "sheet": 60,
     "embed": 0,
 }
