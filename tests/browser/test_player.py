@@ -50,6 +50,11 @@ BUFFERED = """() => {
   return Array.from({ length: buffered.length }, (_, i) => [buffered.start(i), buffered.end(i)]);
 }"""
 
+STATE = """() => {
+  const { currentTime, paused, ended, seeking, readyState, playbackRate } = document.getElementById("video");
+  return { currentTime, paused, ended, seeking, readyState, playbackRate };
+}"""
+
 
 class Player:
     """`player.js` in a page of its own."""
@@ -87,7 +92,7 @@ class Player:
     def until(self, condition, what: str) -> None:
         end = time.monotonic() + PATIENCE
         while not condition():
-            assert time.monotonic() < end, f"{what}: {self.time} s, {self.buffered}, {self.told}"
+            assert time.monotonic() < end, f"{what}: {self.page.evaluate(STATE)}, {self.buffered}, {self.told}"
             self.page.wait_for_timeout(50)
 
     def _made(self, chunk: int):
