@@ -132,6 +132,23 @@ def test_chunks_play_on_without_a_gap(player):
     player.until(lambda: player.page.evaluate("document.getElementById('video').ended"), "the end is reached")
 
 
+def test_a_browser_that_stops_by_itself_is_nudged(player):
+    """One that stands still and does not say so: it is paused behind the player's back."""
+    player.open()
+    for chunk in range(3):
+        player.append(chunk)
+    player.until(lambda: player.time > 0.2, "it plays")
+    player.page.evaluate("""() => {
+      const video = document.getElementById("video");
+      video.pause();
+      Object.defineProperty(video, "paused", { get: () => false });
+    }""")
+    stood = player.time
+    player.until(lambda: player.time != stood, "it is moved on")
+    assert player.time == pytest.approx(stood + 0.05, abs=0.01)
+    assert player.told["skipped"] == [] and player.told["broken"] == []
+
+
 def test_a_late_start_is_no_gap(player):
     player.open()
     player.append(7)

@@ -3,6 +3,7 @@
 const BEHIND = 20; // Seconds of video that are kept behind the playhead.
 const MOST_WAITING = 64e6; // Bytes that may wait for the browser before the oldest are given up.
 const EDGE = 0.05; // Seconds: fragments that are closer than that touch.
+const STUCK = 5; // Seconds without progress, though there is something to play, after which the browser is nudged.
 
 const Source = window.MediaSource ?? window.ManagedMediaSource; // An iPhone has the managed one alone.
 
@@ -32,6 +33,7 @@ export class Player {
   #begun = false;
   #isFull = false; // With a single fragment.
   #ending = false;
+  #moved = { to: 0, at: 0 }; // Where the playhead was last seen to be somewhere else, and when.
 
   /**
    * @param {HTMLVideoElement} video
@@ -48,6 +50,7 @@ export class Player {
     // Nothing here pauses the video; a browser does, as for a call or by a key of the keyboard.
     video.addEventListener("pause", () => report.blocked(Boolean(this.#source) && !video.ended && !document.hidden));
     video.addEventListener("playing", () => report.blocked(false));
+    setInterval(() => this.#nudge(), 1000);
     document.addEventListener("visibilitychange", () => {
       if (!document.hidden && this.#source) this.play();
     });
@@ -203,6 +206,16 @@ export class Player {
         return;
       }
     }
+  }
+
+  // A browser may stop in the middle of what is buffered and tell nobody. It goes on after a seek.
+  #nudge() {
+    const { buffered, paused, ended, seeking, playbackRate } = this.#video;
+    const now = performance.now() / 1000;
+    const isHere = (_, i) => buffered.start(i) <= this.time && buffered.end(i) > this.time + 2 * EDGE;
+    const canPlay = !paused && !ended && !seeking && playbackRate && Array.from(buffered, isHere).some(Boolean);
+    if (!canPlay || this.time !== this.#moved.to) this.#moved = { to: this.time, at: now };
+    else if (now > this.#moved.at + STUCK) this.#video.currentTime += EDGE;
   }
 
   #break(why) {
