@@ -127,7 +127,7 @@ def no_weights(monkeypatch):
         for name in ("load_adaptable", "load_vae", "load_text_encoder", "load_scheduler"):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, reached)
-    loader = sys.modules["helios_cp.weights.transformer"].Loader
+    loader = sys.modules["helios_cp.weights.loader"].Loader
     for name in ("transformer", "vae", "text_encoder", "scheduler"):
         monkeypatch.setattr(loader, name, reached)
 

@@ -38,9 +38,9 @@ from helios_cp.pipeline.parallelize import ParallelPipeline, load_parallel
 from helios_cp.pipeline.start import Inputs
 from helios_cp.plan.workload import BuiltInCheckpoint
 from helios_cp.weights import presets
+from helios_cp.weights.loader import Loader
 from helios_cp.weights.placement import Placement
 from helios_cp.weights.quantize import assemble, is_block_linear, is_quantised, quantise
-from helios_cp.weights.transformer import Loader
 from parallel.mesh import Mesh
 
 SUFFIXES = {"distilled": "", "mid": "-mid", "base": "-base"}

@@ -32,8 +32,8 @@ from helios_cp.pipeline.start import Inputs, initial_state, pixels_to_encode
 from helios_cp.sampling.state import ChunkState
 from helios_cp.weights.check import check_execution
 from helios_cp.weights.load import resolve
+from helios_cp.weights.loader import Loader
 from helios_cp.weights.placement import Placement
-from helios_cp.weights.transformer import Loader
 from parallel.collectives import Group
 from parallel.engines import sequence_attention
 from parallel.mesh import Mesh

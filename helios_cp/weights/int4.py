@@ -60,6 +60,6 @@ def _linear(function, types, args, kwargs):
 @Int4Weight.implements(torch.ops.aten.slice.Tensor)
 def _rows(function, types, args, kwargs):
     weight, dim = args[0], args[1] if len(args) > 1 else 0
-    if dim != 0:
+    if dim != 0:  # two values of a row share a byte, and nothing here cuts rows
         raise NotImplementedError("a weight of 4 bits is sliced by rows only")
     return Int4Weight(*(function(data, *args[1:], **kwargs) for data in (weight.qdata, weight.scale)), weight.dtype)

@@ -19,7 +19,7 @@ from helios_cp.config.execution import Adapter, Execution
 from helios_cp.files.tensor_files import Reader, Slices, StoredTensor, check_fit, open_file, read, stored_tensors
 from helios_cp.model.fused import stored_names
 from helios_cp.model.transformer import HeliosTransformer, empty_model
-from helios_cp.weights.load import allocate, load_scheduler, load_text_encoder, load_vae
+from helios_cp.weights.load import allocate
 from helios_cp.weights.lora import Update, merged, read_updates, shapes_of
 from helios_cp.weights.placement import Destination, Moved, Placement
 from helios_cp.weights.quantize import (
@@ -140,18 +140,6 @@ class AdapterState:
         self.current, self.touched = adapters, frozenset(updates)
         if any(name.startswith("condition_embedder.") for name in touched):
             self.model.weights_changed()
-
-
-class Loader:
-    """Loads the parts of a checkpoint from its files. A subclass can make them in another way, as benchmarks do.
-
-    `transformer` may give `None` in place of an `AdapterState`, where adapters cannot be exchanged.
-    """
-
-    transformer = staticmethod(load_adaptable)
-    text_encoder = staticmethod(load_text_encoder)
-    vae = staticmethod(load_vae)
-    scheduler = staticmethod(load_scheduler)
 
 
 def stored_transformer(checkpoint: Checkpoint) -> dict[str, StoredTensor]:

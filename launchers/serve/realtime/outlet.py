@@ -193,8 +193,9 @@ class Connection:
             self._outlet.end(1000, session.recording.why)
 
     async def _obey(self, message: Any) -> None:
-        """Raises `Refusal`."""
+        """What a message asks for; each kind of client may ask for its own. Raises `Refusal`."""
         raise NotImplementedError
 
     def _ends_with(self, refusal: Refusal) -> bool:
+        """Whether a refusal ends the connection of this kind of client."""
         raise NotImplementedError
