@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from helios_cp.files.whole_files import write_json, write_tensors
-from helios_cp.tiny import components, decoder, distill, flow, forward, initial, judge, match, sample, text, vae
+from helios_cp.tiny import components, decoder, distill, flow, forward, initial, judge, matching, sample, text, vae
 from helios_cp.tiny.embed import write_embedded
 from helios_cp.tiny.judging import test_prompts, verdict
 from helios_cp.tiny.latents import Clips, write_clips
@@ -104,12 +104,12 @@ def _distilled(options: Options) -> None:
 
 def _matched(options: Options) -> None:
     teacher, encoder = load_transformer(options, "mid"), load_reader(options).encoder
-    pair = match.Pair(_regressed(options), load_transformer(options, "mid"))
+    pair = matching.Pair(_regressed(options), load_transformer(options, "mid"))
     clips = Clips(options.output / "latents")
     pairs = distill.Trajectories.read(options.output / "trajectories")
     regression = distill.make_loss(pair.student, clips, pairs, encoder, options.scale)
-    loss = match.make_loss(pair, teacher.requires_grad_(False), clips, encoder, regression, options.scale)
-    _train(options, "matched", pair, match.is_matrix, loss, Rates(0.003, 3e-4))
+    loss = matching.make_loss(pair, teacher.requires_grad_(False), clips, encoder, regression, options.scale)
+    _train(options, "matched", pair, matching.is_matrix, loss, Rates(0.003, 3e-4))
 
 
 def _sheet(options: Options) -> None:
@@ -164,7 +164,7 @@ def load_judge(options: Options) -> judge.Judge:
 def load_transformer(options: Options, variant: str):
     """A model as far as it is trained: Distilled by matching, where that has run."""
     if variant == "distilled" and options.has("matched"):
-        pair = match.Pair(initial.make_transformer(), initial.make_transformer())
+        pair = matching.Pair(initial.make_transformer(), initial.make_transformer())
         return _averaged(pair, options.state("matched"), options.device).student
     return _averaged(initial.make_transformer(), options.state(variant), options.device)
 

@@ -9,7 +9,7 @@ import torch
 
 from helios_cp.sampling.denoise import set_timesteps
 from helios_cp.sampling.solvers import SchedulerSteps
-from helios_cp.tiny import initial, match, own
+from helios_cp.tiny import initial, matching, own
 from helios_cp.tiny.examples import Place, past_of
 from helios_cp.tiny.forward import Past, embed_text, velocity
 from helios_cp.tiny.latents import CHUNKS
@@ -136,14 +136,14 @@ def regression(generator: random.Random):
 
 @pytest.fixture(params=[0, 1])
 def stage(request, monkeypatch) -> int:
-    monkeypatch.setattr(match, "MATCHED_STAGES", [request.param])
+    monkeypatch.setattr(matching, "MATCHED_STAGES", [request.param])
     return request.param
 
 
-def matched(pair: match.Pair, teacher, encoder) -> None:
+def matched(pair: matching.Pair, teacher, encoder) -> None:
     """Gradients of a batch."""
     torch.manual_seed(0)
-    loss = match.make_loss(pair, teacher, FewClips(), encoder, regression, scale=0.2)
+    loss = matching.make_loss(pair, teacher, FewClips(), encoder, regression, scale=0.2)
     total, _ = loss(random.Random(0))
     total.backward()
 
@@ -151,9 +151,9 @@ def matched(pair: match.Pair, teacher, encoder) -> None:
 @pytest.mark.usefixtures("stage")
 def test_a_student_that_makes_what_its_teacher_makes_stays(student, encoder, monkeypatch):
     """So a critic that says what the unguided teacher says pulls nowhere, to rounding; and it learns all the same."""
-    monkeypatch.setattr(match, "GUIDANCE", 1.0)
+    monkeypatch.setattr(matching, "GUIDANCE", 1.0)
     teacher = made(seed=5)
-    pair = match.Pair(student, made(seed=5))
+    pair = matching.Pair(student, made(seed=5))
     matched(pair, teacher, encoder)
     assert all(p.grad is None or p.grad.abs().max() < 1e-5 for p in pair.student.parameters())
     assert pair.critic.proj_out.weight.grad.abs().sum() > 0
@@ -164,11 +164,11 @@ def test_a_student_that_makes_what_its_teacher_makes_stays(student, encoder, mon
 @pytest.mark.parametrize("shift", [0.5, -0.5])
 def test_a_student_that_makes_too_much_of_something_makes_less(shift, student, encoder, monkeypatch):
     """A critic that ends higher than the teacher says that the student does: it comes down, or the reverse."""
-    monkeypatch.setattr(match, "GUIDANCE", 1.0)
+    monkeypatch.setattr(matching, "GUIDANCE", 1.0)
     teacher, critic = made(seed=5), made(seed=5)
     with torch.no_grad():
         critic.proj_out.bias -= shift  # an end is the noisy latents less the velocity
-    pair = match.Pair(student, critic)
+    pair = matching.Pair(student, critic)
     matched(pair, teacher, encoder)
     fall = -pair.student.proj_out.bias.grad  # what a step adds to velocities, which ends lack
     assert (fall.sign() == (1 if shift > 0 else -1)).all()
